@@ -1,0 +1,41 @@
+# Each target makes the environment that it needs, in .venv or .venv-oldest.
+# Another interpreter: make test PYTHON=python3.13
+PYTHON ?= python3
+
+.PHONY: demo test test-oldest lint
+.NOTPARALLEL:
+
+demo: .venv/.experiments
+	.venv/bin/python -m experiments.digits --workdir runs/digits
+
+test: .venv/.dev
+	.venv/bin/python -m pytest -q -n 2 --dist worksteal
+
+test-oldest: .venv-oldest/.test
+	.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal
+
+lint: .venv/.dev
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/pyright --pythonpath .venv/bin/python
+
+.venv/.experiments: pyproject.toml constraints.txt
+	$(call install,.venv,-e '.[experiments]' -c constraints.txt)
+
+.venv/.dev: pyproject.toml constraints.txt
+	$(call install,.venv,-e '.[dev]' -c constraints.txt)
+
+.venv-oldest/.test: pyproject.toml constraints-oldest.txt
+	$(call install,.venv-oldest,-e '.[experiments]' pytest pytest-xdist \
+		-c constraints-oldest.txt)
+
+# $(call install,environment,arguments of pip)
+define install
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
+		"spikejax needs Python 3.11 or newer: make PYTHON=python3.13")'
+	@echo "Installing into $(1) (a minute or two)"
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	@$(1)/bin/python -m pip install -qq --disable-pip-version-check --upgrade pip
+	@$(1)/bin/python -m pip install -qq --disable-pip-version-check $(2)
+	@touch $@
+endef

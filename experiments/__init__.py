@@ -1,0 +1,1 @@
+"""Scripts: ``python -m experiments.NAME --workdir DIR``."""

@@ -1,0 +1,23 @@
+"""Train a spiking network on CIFAR-100.
+
+    python -m experiments.cifar100 --workdir runs/mt100
+
+The full recipe, for a GPU or TPU, is the default: ResNet-18, 300 epochs, AutoAugment and
+Cutout. It has not been run to its end yet. The recipe is our choice.
+"""
+
+from pathlib import Path
+
+from spikejax.experiment import Experiment, main, parse, reported
+from spikejax.step import TrainConfig
+
+DEFAULT = Experiment(
+    workdir=Path("runs/cifar100"),
+    data="cifar100",
+    model="resnet18",
+    augment="autoaugment",
+    train=TrainConfig(epochs=300.0, batch_size=128, learning_rate=0.1, warmup=0.02),
+)
+
+if __name__ == "__main__":
+    reported(main, parse(DEFAULT, __doc__))

@@ -1,0 +1,28 @@
+"""Multi-threshold spiking neural networks in JAX and Flax."""
+
+from spikejax import encode, losses, neurons, surrogate
+from spikejax.layers import IF, LIF, PLIF, MultiThreshold, keep_membranes, neuron_layers
+from spikejax.neurons import NeuronParams, cascade, independent, lif, parallel
+from spikejax.norm import td_batch_norm
+from spikejax.unroll import unroll
+
+__version__ = "0.1.0"
+__all__ = [
+    "IF",
+    "LIF",
+    "PLIF",
+    "MultiThreshold",
+    "NeuronParams",
+    "cascade",
+    "encode",
+    "independent",
+    "keep_membranes",
+    "lif",
+    "losses",
+    "neuron_layers",
+    "neurons",
+    "parallel",
+    "surrogate",
+    "td_batch_norm",
+    "unroll",
+]

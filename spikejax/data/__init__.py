@@ -1,0 +1,1 @@
+"""Data sets on the host: images, and the augmentation of them."""

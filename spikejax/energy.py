@@ -1,0 +1,248 @@
+"""Spikes, effective operations and energy of a network for an image, by layer.
+
+An operation is effective where a weight and an activation are both nonzero. A spike that
+meets a weight is an accumulate (AC), any other activation a multiply-accumulate (MAC).
+"""
+
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from spikejax.compat import iter_modules
+from spikejax.layers import Neuron
+
+AC_PJ, MAC_PJ = (
+    0.9,
+    4.6,
+)  # float32, 45 nm: Horowitz 2014, doi:10.1109/ISSCC.2014.6757323
+CONNECTIONS = (nnx.Conv, nnx.Linear)
+
+
+@dataclass(frozen=True)
+class Firing:
+    """Spikes of one layer of neurons; every one of N thresholds counts."""
+
+    path: str
+    rate: float
+    """Spikes per neuron and time step, 0 to N."""
+    spikes: float
+    """Spikes per image, over all time steps."""
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Operations per image of one convolution or linear layer."""
+
+    path: str
+    acs: float
+    macs: float
+    dense_macs: float
+    """MACs of one time step if no activation and no weight were zero."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a network costs for an image, in the order in which it computes."""
+
+    neurons: tuple[Firing, ...]
+    connections: tuple[Operations, ...]
+
+    @property
+    def spikes_per_image(self) -> float:
+        """Spikes of all neurons over all time steps."""
+        return sum(row.spikes for row in self.neurons)
+
+    @property
+    def acs(self) -> float:
+        """Effective accumulates."""
+        return sum(row.acs for row in self.connections)
+
+    @property
+    def macs(self) -> float:
+        """Effective multiply-accumulates."""
+        return sum(row.macs for row in self.connections)
+
+    @property
+    def dense_macs(self) -> float:
+        """MACs of the same network without spikes: one time step, nothing zero."""
+        return sum(row.dense_macs for row in self.connections)
+
+    @property
+    def energy_nj(self) -> float:
+        """0.9 pJ an AC and 4.6 pJ a MAC."""
+        return (AC_PJ * self.acs + MAC_PJ * self.macs) / 1000
+
+    @property
+    def ann_energy_nj(self) -> float:
+        """4.6 pJ a dense MAC: the network without spikes, on dense hardware."""
+        return MAC_PJ * self.dense_macs / 1000
+
+
+def measure(model: nnx.Module, xs: jax.Array) -> Report:
+    """Count the spikes and effective operations of a model, in evaluation mode.
+
+    ACs = sum of spikes x nonzero weights that each meets;  MACs = the same for nonzero
+    activations that are no spikes. Spikes are the neurons' binary trains, all N of them,
+    and what is left of them after max-pooling and sums; in the input of a layer, whole
+    numbers. Averages of spikes are not whole, so they cost MACs. Norms (they fold into
+    weights), biases and the neurons' own updates are not counted.
+
+    Args:
+        model: any nnx model of nnx.Conv, nnx.Linear and spikejax neurons; stays as it is.
+        xs: input [B, T, ...] as the model takes it; the report is the mean over B.
+
+    Reference: Yik et al. 2023, arXiv:2304.04640 (NeuroBench), where a binary activation
+    is the only spike; energies Horowitz 2014, doi:10.1109/ISSCC.2014.6757323.
+    """
+    if xs.ndim < 2 or 0 in xs.shape[:2]:
+        raise ValueError(
+            f"measure: expected input [B, T, ...] with B, T >= 1, got shape {xs.shape}. "
+            "For images without time, add the axis: images[:, None]."
+        )
+    _warn_of_uncounted(model)
+    graphdef, state = nnx.split(model)
+    found = jax.device_get(jax.jit(partial(_count, graphdef))(state, xs))
+    batch, steps = xs.shape[:2]
+
+    def per_image(values):
+        return float(np.sum(values, dtype=np.float64)) / batch
+
+    neurons = []
+    for path, (spikes, places) in found["neurons"].items():
+        spikes = per_image(spikes)
+        neurons.append(Firing(path, spikes / (steps * float(places)), spikes))
+    connections = [
+        Operations(path, per_image(acs), per_image(macs), float(dense))
+        for path, (acs, macs, dense) in found["connections"].items()
+    ]
+    return Report(tuple(neurons), tuple(connections))
+
+
+def _count(graphdef, state, xs):
+    """Runs the model with its own outputs, then with spike counts in their place."""
+    real, counted = OrderedDict(), OrderedDict()
+    trains = OrderedDict()
+    _listen(nnx.merge(graphdef, state), real, _recorded_spikes, trains)(xs)
+    replay = {path: iter(calls) for path, calls in trains.items()}
+    _listen(nnx.merge(graphdef, state), counted, _replayed_spikes, replay)(xs)
+
+    layers = dict(_named_modules(nnx.merge(graphdef, state)))
+    neurons, connections = OrderedDict(), OrderedDict()
+    for path, calls in trains.items():
+        spikes = sum(_sum_rows(z) for z in calls)
+        neurons[path] = spikes, sum(z[0, 0, ..., 0].size for z in calls)
+    for path, calls in real.items():
+        counts = [
+            _operations(layers[path], *inputs, time_steps=xs.shape[:2])
+            for inputs in zip(calls, counted[path], strict=True)
+        ]
+        connections[path] = tuple(sum(values) for values in zip(*counts, strict=True))
+    return {"neurons": neurons, "connections": connections}
+
+
+def _operations(layer, x, counts, *, time_steps):
+    """(ACs, MACs) of each row, and dense MACs, for one call of a layer.
+
+    x is the input, counts the same with spike counts for the outputs of neurons.
+    """
+    axes = 1 + (len(layer.kernel_size) if isinstance(layer, nnx.Conv) else 0)
+    shape = x.shape[-axes:]
+    weights = layer.kernel[...]
+    meets = _fan_out(layer, weights != 0, shape)
+    counts = counts.astype(jnp.float32)
+    spikes = jnp.all(counts == jnp.round(counts))
+    acs = _sum_rows(jnp.abs(counts) * meets)
+    macs = _sum_rows((x != 0) * meets)
+    calls = x.size / np.prod(shape) / np.prod(time_steps)  # 1, or more for tokens
+    dense = _fan_out(layer, jnp.ones_like(weights), shape).sum() * max(1, calls)
+    return jnp.where(spikes, acs, 0), jnp.where(spikes, 0, macs), dense
+
+
+def _fan_out(layer, weights, shape):
+    """How many of the weights (0 or 1) each element of an input meets: a gradient."""
+    layer.kernel = nnx.Param(weights.astype(jnp.float32))
+    layer.dtype = jnp.float32
+    return jax.grad(lambda x: layer(x).sum())(jnp.zeros(shape))
+
+
+def _sum_rows(values):
+    return values.astype(jnp.float32).reshape(values.shape[0], -1).sum(1)
+
+
+# A layer is made to listen by a subclass of its own class, on a copy of the model: nothing
+# to pay for when off, and it reaches layers in lists and layers that are shared.
+
+
+def _recorded_input(kind):
+    """Connections that note their inputs."""
+
+    def call(self, x, *args, **options):
+        self.log.setdefault(self.path, []).append(x)
+        return kind.__call__(self, x, *args, **options)
+
+    return call
+
+
+def _recorded_spikes(kind):
+    """Neurons that note their binary trains."""
+
+    def call(self, xs, *, trains=False):
+        held = self.membrane
+        spikes = kind.__call__(self, xs, trains=True)
+        self.log.setdefault(self.path, []).append(spikes)
+        if held is not None:
+            self.membrane = held
+        return kind.__call__(self, xs, trains=trains)
+
+    return call
+
+
+def _replayed_spikes(kind):
+    """Neurons that ignore their input and give the number of spikes noted before."""
+
+    def call(self, xs, *, trains=False):
+        spikes = next(self.log[self.path])
+        return spikes if trains else spikes.sum(-1)
+
+    return call
+
+
+@cache
+def _subclass(listener, kind):
+    return type(kind.__name__, (kind,), {"__call__": listener(kind)})
+
+
+def _listen(model, inputs, neuron, trains):
+    """The model in evaluation mode, its layers noting what they get and give."""
+    model.eval()
+    for path, module in list(_named_modules(model)):
+        if isinstance(module, (*CONNECTIONS, Neuron)):
+            is_neuron = isinstance(module, Neuron)
+            listener = neuron if is_neuron else _recorded_input
+            kind = _subclass(listener, type(module))
+            object.__setattr__(module, "__class__", kind)
+            object.__setattr__(module, "log", trains if is_neuron else inputs)
+            object.__setattr__(module, "path", path)
+    return model
+
+
+def _named_modules(model):
+    for path, module in iter_modules(model):
+        yield "/".join(map(str, path)), module
+
+
+def _warn_of_uncounted(model):
+    for path, module in _named_modules(model):
+        weights = [v for v in vars(module).values() if isinstance(v, nnx.Param)]
+        if not isinstance(module, CONNECTIONS) and any(w.ndim > 1 for w in weights):
+            warnings.warn(
+                f"measure: expected nnx.Conv and nnx.Linear only, got "
+                f"{type(module).__name__} at {path!r}: what it computes is not counted.",
+                stacklevel=3,
+            )

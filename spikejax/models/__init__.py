@@ -1,0 +1,1 @@
+"""Networks: VGG and residual networks, spiking or not by the factory ``neuron``."""

@@ -1,0 +1,176 @@
+"""One training step and one evaluation step, as pure functions of a plain dict.
+
+The state is a dict of arrays: step, params, rest (batch statistics), opt, key and, if
+asked for, ema. ``spikejax.train`` repeats the steps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+Encode = Callable[[jax.Array, jax.Array], jax.Array]  # (images, rng) -> xs [B, T, ...]
+Loss = Callable[[jax.Array, jax.Array], jax.Array]  # (logits, labels) -> [B]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train."""
+
+    epochs: float = 10.0
+    """Passes over the training images."""
+    steps: int | None = None
+    """Training steps, instead of epochs."""
+    batch_size: int = 128
+    """Images a step, over all devices."""
+    seed: int = 0
+    """Of the initial weights, the order of the images and their augmentation."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd has Nesterov momentum 0.9 and L2 decay, adamw decoupled decay."""
+    learning_rate: float = 0.1
+    """At its peak; it falls along a cosine to zero."""
+    warmup: float = 0.05
+    """Part of the training, in 0..1, in which the learning rate rises from zero."""
+    weight_decay: float = 5e-4
+    """On kernels alone: not on norms, biases, leaks and thresholds."""
+    clip: float = 0.0
+    """Largest norm of the gradient; 0 clips nothing."""
+    ema: float = 0.0
+    """Evaluate a moving average of the parameters with this decay; 0 keeps none."""
+    evaluate_every: float = 1.0
+    """Epochs between evaluations; each saves a checkpoint too."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+
+    def __post_init__(self):
+        bounds = {
+            "epochs": self.epochs > 0,
+            "steps": self.steps is None or self.steps >= 1,
+            "batch_size": self.batch_size >= 1,
+            "learning_rate": self.learning_rate > 0,
+            "warmup": 0 <= self.warmup < 1,
+            "weight_decay": self.weight_decay >= 0,
+            "clip": self.clip >= 0,
+            "ema": 0 <= self.ema < 1,
+            "evaluate_every": self.evaluate_every > 0,
+            "save_every": self.save_every >= 1,
+        }
+        for name, good in bounds.items():
+            if not good:
+                raise ValueError(
+                    f"{name}: expected {_RANGES[name]}, got {getattr(self, name)}."
+                )
+
+
+_RANGES = {
+    "epochs": "more than 0",
+    "steps": "at least 1",
+    "batch_size": "at least 1",
+    "learning_rate": "more than 0",
+    "warmup": "a part of the training, 0 <= warmup < 1",
+    "weight_decay": "0 or more",
+    "clip": "0 (off) or more",
+    "ema": "0 (off) <= ema < 1",
+    "evaluate_every": "more than 0 epochs",
+    "save_every": "at least 1 step",
+}
+
+
+def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping, weight decay on kernels, SGD or AdamW with warm-up and cosine."""
+    warmup = int(config.warmup * steps)
+    schedule = optax.warmup_cosine_decay_schedule(
+        config.learning_rate / max(1, warmup), config.learning_rate, warmup, steps
+    )
+
+    def kernels(params):
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    if config.optimizer == "adamw":
+        adamw = optax.adamw(schedule, weight_decay=config.weight_decay, mask=kernels)
+        return optax.chain(clip, adamw)
+    decay = optax.add_decayed_weights(config.weight_decay, mask=kernels)
+    return optax.chain(clip, decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
+
+
+def initial_state(
+    model: nnx.Module, optimizer: optax.GradientTransformation, config: TrainConfig
+) -> dict[str, Any]:
+    """The state before the first step, as a plain dict of arrays."""
+    _, params, rest = nnx.split(model, nnx.Param, ...)
+    params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+    state = {
+        "step": jnp.zeros((), jnp.int32),
+        "params": params,
+        "rest": rest,
+        "opt": optimizer.init(params),
+        "key": jax.random.key(config.seed),
+    }
+    return state | ({"ema": params} if config.ema else {})
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    loss: Loss,
+    encode: Encode,
+    optimizer: optax.GradientTransformation,
+    ema: float = 0.0,
+) -> Callable:
+    """The pure step (state, batch) -> (state, metrics), to be jitted.
+
+    Metrics are the mean loss and accuracy, and the norm of the gradient of each leaf.
+    """
+
+    def train_step(state, batch):
+        xs = encode(batch["image"], jax.random.fold_in(state["key"], state["step"]))
+
+        def objective(params):
+            model = nnx.merge(graphdef, params, state["rest"])
+            logits = model(xs)
+            rest = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+            return loss(logits, batch["label"]).mean(), (logits, rest)
+
+        (value, (logits, rest)), gradients = jax.value_and_grad(
+            objective, has_aux=True
+        )(state["params"])
+        updates, opt = optimizer.update(gradients, state["opt"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        new = {"params": params, "rest": rest, "opt": opt, "key": state["key"]}
+        if ema:
+            new["ema"] = optax.incremental_update(params, state["ema"], 1 - ema)
+        metrics = {
+            "loss": value,
+            "accuracy": _correct(logits, batch["label"]).mean(),
+            "gradient_norms": jax.tree.map(jnp.linalg.norm, gradients),
+        }
+        return new | {"step": state["step"] + 1}, metrics
+
+    return train_step
+
+
+def make_eval_step(graphdef: nnx.GraphDef, loss: Loss, encode: Encode) -> Callable:
+    """The pure step (state, batch) -> sums of loss and of correct answers, to be jitted.
+
+    Examples with weight 0, which fill up the last batch, do not count.
+    """
+
+    def eval_step(state, batch):
+        params = state.get("ema", state["params"])
+        model = nnx.merge(graphdef, params, state["rest"])
+        logits = model(encode(batch["image"], state["key"]))
+        weight = batch["weight"]
+        return {
+            "loss": (loss(logits, batch["label"]) * weight).sum(),
+            "accuracy": (_correct(logits, batch["label"]) * weight).sum(),
+        }
+
+    return eval_step
+
+
+def _correct(logits, labels):
+    return (logits.mean(1).argmax(-1) == labels).astype(jnp.float32)

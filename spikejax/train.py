@@ -1,0 +1,252 @@
+"""Training: the loop around the step, which can be killed and goes on bit for bit.
+
+``fit`` is handed a model, a loss and data; it names none of them.
+"""
+
+import contextlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from spikejax import sharding
+from spikejax.checkpoint import Checkpoints, parameters_sha256
+from spikejax.progress import Progress, check_finite
+from spikejax.step import (
+    Encode,
+    Loss,
+    TrainConfig,
+    initial_state,
+    make_eval_step,
+    make_optimizer,
+    make_train_step,
+)
+
+
+def evaluate(
+    eval_step: Callable, state: Any, batches: Iterable, batch_size: int, mesh: Any
+) -> dict[str, float]:
+    """Mean loss and accuracy over all examples of ``batches``, each exactly once."""
+    sums, count = [], 0
+    for batch in batches:
+        size = len(batch["label"])
+        weight = np.ones(size, np.float32)
+        batch = {"image": batch["image"], "label": batch["label"], "weight": weight}
+        if size < batch_size:
+            batch = {
+                name: np.concatenate([a, np.zeros((batch_size - size, *a.shape[1:]), a.dtype)])
+                for name, a in batch.items()
+            }
+        sums.append(eval_step(state, sharding.place_batch(batch, mesh)))
+        count += size
+    return {k: float(sum(float(s[k]) for s in sums)) / count for k in sums[0]}
+
+
+class Fitted(NamedTuple):
+    """What ``fit`` returns.
+
+    model: trained, in evaluation mode. metrics: accuracy (0..1), loss, steps, seconds,
+    images_per_second, parameters, parameters_sha256. finished: False after SIGTERM.
+    """
+
+    model: nnx.Module
+    metrics: dict[str, Any]
+    finished: bool
+
+
+def fit(
+    config: TrainConfig,
+    model: nnx.Module,
+    loss: Loss,
+    train_data: Iterator,
+    eval_data: Iterable,
+    *,
+    encode: Encode,
+    steps_per_epoch: int,
+    workdir: str | Path,
+    settings: dict[str, Any] | None = None,
+) -> Fitted:
+    """Train a model, with checkpoints in ``workdir`` from which the same call goes on.
+
+    A run that was killed resumes from its last checkpoint and ends with the same bits.
+    SIGTERM saves and returns with finished=False.
+
+    Args:
+        config: how to train.
+        model: takes xs [B, T, ...], returns logits [B, T, K].
+        loss: (logits, labels [B]) -> [B].
+        train_data: endless Grain iterator of host batches {"image": [B, ...],
+            "label": [B]}; its position is part of the checkpoint.
+        eval_data: the evaluation set in such batches; the last may be smaller.
+        encode: (images, rng) -> xs, runs on the device.
+        steps_per_epoch: training steps that make an epoch.
+        workdir: where metrics.jsonl, tensorboard/ and checkpoints/ go.
+        settings: what else tells this run from another, kept in the checkpoint.
+    """
+    mesh = sharding.data_mesh()
+    sharding.check_batch_size(config.batch_size, mesh)
+    steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
+    optimizer = make_optimizer(config, steps)
+    model.eval()
+    eval_graph = nnx.graphdef(model)
+    model.train()
+    train_graph = nnx.graphdef(model)
+    state = sharding.place_state(initial_state(model, optimizer, config), mesh)
+    everywhere = sharding.replicated(mesh)
+    train_step = jax.jit(
+        make_train_step(train_graph, loss, encode, optimizer, config.ema),
+        donate_argnums=0,
+        out_shardings=(everywhere, everywhere),
+    )
+    eval_step = jax.jit(make_eval_step(eval_graph, loss, encode))
+    run = _Run(config, steps, steps_per_epoch, train_step, eval_step, mesh)
+    checkpoints = Checkpoints(
+        Path(workdir) / "checkpoints", config=asdict(config) | (settings or {})
+    )
+    with contextlib.closing(checkpoints):
+        state, finished = run.loop(state, train_data, eval_data, checkpoints, workdir)
+    params = state.get("ema", state["params"])
+    run.metrics["steps"] = int(state["step"])
+    run.metrics["parameters"] = sum(p.size for p in jax.tree.leaves(params))
+    run.metrics["parameters_sha256"] = parameters_sha256(params)
+    return Fitted(nnx.merge(eval_graph, params, state["rest"]), run.metrics, finished)
+
+
+class _Run:
+    """The loop of ``fit``: steps, evaluations, checkpoints, and the clock."""
+
+    def __init__(self, config, steps, steps_per_epoch, train_step, eval_step, mesh):
+        self.config, self.steps, self.steps_per_epoch = config, steps, steps_per_epoch
+        self.train_step, self.eval_step, self.mesh = train_step, eval_step, mesh
+        self.evaluate_every = max(1, round(config.evaluate_every * steps_per_epoch))
+        self.metrics: dict[str, Any] = {}
+
+    def loop(self, state, train_data, eval_data, checkpoints, workdir):
+        """Train from the newest checkpoint to the end; returns (state, finished)."""
+        restored = checkpoints.restore(jax.tree.map(_abstract, state), train_data)
+        start, state = restored or (0, state)
+        before = _seconds_before(workdir, start)
+        began, late = time.perf_counter(), None
+        clock = _Clock()
+        with (
+            Progress(workdir, self.steps, start=start) as progress,
+            _Terminated() as terminated,
+        ):
+            for step in range(start + 1, self.steps + 1):
+                batch = sharding.place_batch(next(train_data), self.mesh)
+                state, metrics = self.train_step(state, batch)
+                if late:
+                    self._report(progress, *late)
+                late = step, metrics
+                clock.tick()
+                evaluates = step % self.evaluate_every == 0 or step == self.steps
+                if not (
+                    evaluates or terminated.now or step % self.config.save_every == 0
+                ):
+                    continue
+                self._report(progress, *late)
+                late = None
+                clock.stop()
+                accuracy = None
+                if evaluates:
+                    scores = self._evaluate(state, eval_data)
+                    seconds = before + time.perf_counter() - began
+                    progress.evaluate(step, scores | {"seconds": seconds})
+                    accuracy = scores["accuracy"]
+                checkpoints.save(step, state, train_data, metric=accuracy)
+                if terminated.now:
+                    break
+            if not self.metrics and not terminated.now:  # resumed at the very end
+                self._evaluate(state, eval_data)
+        self.metrics["seconds"] = before + time.perf_counter() - began
+        self.metrics["images_per_second"] = clock.rate() * self.config.batch_size
+        return state, int(state["step"]) == self.steps
+
+    def _report(self, progress, step, metrics):
+        """Log the metrics of a step, and stop the run where they are not finite."""
+        norms = {
+            "/".join(str(getattr(k, "key", k)) for k in path): float(norm)
+            for path, norm in jax.tree_util.tree_leaves_with_path(
+                metrics["gradient_norms"]
+            )
+        }
+        loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
+        check_finite(step, loss, norms)
+        progress.train(
+            step,
+            {
+                "loss": loss,
+                "accuracy": accuracy,
+                "gradient_norm": math.hypot(*norms.values()),
+                "epoch": step / self.steps_per_epoch,
+            },
+        )
+
+    def _evaluate(self, state, eval_data):
+        size = self.config.batch_size
+        self.metrics = evaluate(self.eval_step, state, eval_data, size, self.mesh)
+        return self.metrics
+
+
+def _abstract(leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _seconds_before(workdir, start):
+    """Seconds that earlier processes of this run took, up to its checkpoint."""
+    log = Path(workdir) / "metrics.jsonl"
+    if not start or not log.exists():
+        return 0.0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return max(
+        (e["seconds"] for e in lines if "seconds" in e and e["step"] <= start),
+        default=0.0,
+    )
+
+
+class _Clock:
+    """Steps a second, without the first step (it compiles) and without evaluations."""
+
+    def __init__(self):
+        self.last, self.seconds, self.steps = None, 0.0, 0
+
+    def tick(self):
+        now = time.perf_counter()
+        if self.last is not None:
+            self.seconds += now - self.last
+            self.steps += 1
+        self.last = now
+
+    def stop(self):
+        self.last = None
+
+    def rate(self):
+        return self.steps / self.seconds if self.seconds else 0.0
+
+
+class _Terminated:
+    """Notes SIGTERM instead of dying of it, inside of a with statement."""
+
+    now = False
+
+    def __enter__(self):
+        self.main = threading.current_thread() is threading.main_thread()
+        if self.main:
+            self.previous = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, *_):
+        self.now = True
+
+    def __exit__(self, *_):
+        if self.main:
+            signal.signal(signal.SIGTERM, self.previous)

@@ -1,0 +1,271 @@
+"""The embedded sets, and batches: their order, how they go on, what is refused."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+from sklearn.datasets import load_digits
+
+from spikejax.data import augment, sources
+from spikejax.data.images import eval_batches, load, train_batches
+
+
+def numbered(count, shape=(2, 2, 1)):
+    """Images whose pixels are their number, and so are the labels."""
+    values = np.arange(count, dtype=np.uint8)
+    pixels = np.broadcast_to(values[:, None, None, None], (count, *shape))
+    return sources.ArrayImages(pixels.copy(), values.astype(np.int32))
+
+
+def labels(batches, count=None):
+    return np.concatenate([b["label"] for b in itertools.islice(batches, count)])
+
+
+def noise(batch, rng):
+    return rng.integers(0, 256, batch.shape, np.uint8)
+
+
+# The embedded sets
+
+
+def test_digits_are_scikit_learns():
+    digits = load("digits")
+    assert (len(digits.train), len(digits.test)) == (1500, 297)
+    assert digits.shape == (8, 8, 1) and digits.num_classes == 10
+    expected = load_digits()
+    for source, index, row in ((digits.train, 7, 7), (digits.test, 296, 1796)):
+        example = source[index]
+        assert example["image"].dtype == np.uint8 and example["image"].shape == (
+            8,
+            8,
+            1,
+        )
+        scaled = expected.images[row] / 16 * 255
+        assert np.abs(example["image"][..., 0] - scaled).max() <= 0.5
+        assert example["label"] == expected.target[row]
+
+
+def test_fake_is_the_same_every_time():
+    first, second = load("fake"), load("fake")
+    assert first.shape == (32, 32, 3) and first.train[0]["image"].dtype == np.uint8
+    assert np.array_equal(first.train.images, second.train.images)
+    assert np.array_equal(first.test.labels, second.test.labels)
+    assert int(first.train.images[:100].sum(dtype=np.int64)) == 39737710
+
+
+def test_fake_can_be_learned():
+    fake = load("fake")
+    train, test = fake.train, fake.test
+    pixels = train.images.astype(np.float32)
+    means = np.stack([pixels[train.labels == k].mean(0) for k in range(10)])
+    distance = ((test.images[:, None] - means) ** 2).mean((2, 3, 4))
+    assert np.mean(distance.argmin(1) == test.labels) > 0.99
+
+
+@pytest.mark.parametrize("name", ["digits", "fake"])
+def test_statistics_are_those_of_the_training_images(name):
+    data = load(name)
+    pixels = data.train.images / 255
+    assert np.allclose(data.mean, pixels.mean((0, 1, 2)))
+    assert np.allclose(data.std, pixels.std((0, 1, 2)))
+    assert len(data.mean) == data.shape[-1] and len(data.class_names) == 10
+
+
+# Training batches
+
+
+def test_a_batch_has_images_and_labels():
+    batch = next(train_batches(load("digits").train, 32, seed=0))
+    assert batch["image"].shape == (32, 8, 8, 1) and batch["image"].dtype == np.uint8
+    assert batch["label"].shape == (32,) and batch["label"].dtype == np.int32
+
+
+def test_image_and_label_stay_together():
+    batches = train_batches(numbered(50), 10, seed=4)
+    for batch in itertools.islice(batches, 12):
+        assert np.array_equal(batch["image"][:, 0, 0, 0], batch["label"])
+
+
+def test_every_epoch_is_the_whole_set_in_a_new_order():
+    epochs = labels(train_batches(numbered(50), 7, seed=0), 50).reshape(7, 50)
+    assert np.array_equal(np.sort(epochs), np.tile(np.arange(50), (7, 1)))
+    assert len({epoch.tobytes() for epoch in epochs}) == 7
+
+
+def test_the_seed_decides():
+    def epochs(seed):
+        stream = labels(train_batches(numbered(50), 10, seed=seed), 25)
+        return [epoch.tobytes() for epoch in stream.reshape(5, 50)]
+
+    assert epochs(3) == epochs(3)
+    assert not set(epochs(3)) & set(epochs(4))
+
+
+def test_shards_divide_every_epoch():
+    source = numbered(60)
+    shards = [
+        labels(train_batches(source, 4, seed=1, shard=(i, 3)), 10) for i in range(3)
+    ]
+    whole = labels(train_batches(source, 12, seed=1), 10)
+    assert np.array_equal(np.stack(shards, 1).reshape(-1), whole)
+
+
+def test_shards_of_a_set_that_they_do_not_divide_lose_nothing():
+    source = numbered(7)
+    shards = [
+        labels(train_batches(source, 2, seed=1, shard=(i, 2)), 7) for i in range(2)
+    ]
+    counts = np.bincount(np.concatenate(shards))
+    assert np.array_equal(counts, np.full(7, 4))
+
+
+def test_augmentation_differs_between_batches_seeds_and_shards():
+    def batch(seed, index, shard):
+        batches = train_batches(
+            numbered(8), 2, seed=seed, augment=noise, shard=(shard, 2)
+        )
+        return next(itertools.islice(batches, index, None))["image"].tobytes()
+
+    keys = list(itertools.product((0, 1), (0, 1, 4), (0, 1)))
+    assert len({batch(*key) for key in keys}) == len(keys)
+    assert batch(1, 4, 1) == batch(1, 4, 1)
+
+
+def test_augmentation_does_not_reach_the_source():
+    def erase(batch, rng):
+        batch[:] = 0
+        return batch
+
+    source = numbered(10)
+    assert not next(train_batches(source, 10, seed=0, augment=erase))["image"].any()
+    assert np.array_equal(source.images, numbered(10).images)
+
+
+def test_a_list_of_examples_is_a_source():
+    source = numbered(20)
+    examples = [source[i] for i in range(20)]
+    expected = next(train_batches(source, 5, seed=2))
+    batch = next(train_batches(examples, 5, seed=2))
+    assert batch["label"].dtype == np.int32
+    assert np.array_equal(batch["label"], expected["label"])
+    assert np.array_equal(batch["image"], expected["image"])
+
+
+# Going on
+
+
+def test_the_iterator_goes_on_from_its_state():
+    batches = train_batches(numbered(20), 6, seed=0, augment=noise)
+    for _ in range(3):
+        next(batches)
+    state = json.loads(json.dumps(batches.get_state()))
+    expected = [next(batches)["image"] for _ in range(5)]
+    assert state == {"next_index": 3}
+
+    other = train_batches(numbered(20), 6, seed=0, augment=noise)
+    other.set_state(state)
+    assert np.array_equal([next(other)["image"] for _ in range(5)], expected)
+    batches.set_state(state)  # back, past what was read ahead
+    assert np.array_equal([next(batches)["image"] for _ in range(5)], expected)
+
+
+def test_orbax_saves_and_moves_the_iterator(tmp_path):
+    batches = train_batches(numbered(20), 6, seed=0, augment=noise)
+    next(batches), next(batches)
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save_checkpointables(2, {"data": batches})
+    expected = next(batches)["image"]
+
+    other = train_batches(numbered(20), 6, seed=0, augment=noise)
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.load_checkpointables(2, {"data": other})
+    assert other.get_state() == {"next_index": 2}
+    assert np.array_equal(next(other)["image"], expected)
+
+
+def test_an_asynchronous_save_keeps_the_state_of_its_moment(tmp_path):
+    batches = train_batches(numbered(20), 6, seed=0)
+    next(batches)
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        response = checkpointer.save_checkpointables_async(1, {"data": batches})
+        next(batches), next(batches)
+        response.result()
+        checkpointer.load_checkpointables(1, {"data": batches})
+    assert batches.get_state() == {"next_index": 1}
+
+
+def test_the_stream_is_the_same_whatever_the_workers():
+    def stream(workers):
+        return train_batches(
+            numbered(40), 6, seed=5, augment=augment.random_crop(1), workers=workers
+        )
+
+    here, there = stream(0), stream(2)
+    expected = [next(here) for _ in range(9)]
+    try:
+        got = [next(there) for _ in range(5)]
+        here.set_state(there.get_state())  # and a run may change their number
+        got += [next(here) for _ in range(4)]
+    finally:
+        there.close()
+    for key in ("image", "label"):
+        assert np.array_equal([b[key] for b in got], [b[key] for b in expected])
+
+
+# Evaluation batches
+
+
+def test_evaluation_takes_each_example_once_in_order_as_often_as_wanted():
+    batches = eval_batches(numbered(23), 5)
+    for _ in range(2):
+        assert [len(b["label"]) for b in batches] == [5, 5, 5, 5, 3]
+        assert np.array_equal(labels(batches), np.arange(23))
+
+
+def test_evaluation_shards_take_every_nth():
+    for index in range(3):
+        batches = eval_batches(numbered(23), 5, shard=(index, 3))
+        assert np.array_equal(labels(batches), np.arange(23)[index::3])
+
+
+def test_evaluation_may_be_one_small_batch():
+    assert [len(b["label"]) for b in eval_batches(numbered(3), 100)] == [3]
+    assert list(eval_batches(numbered(1), 100, shard=(1, 2))) == []
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("batches", [train_batches, eval_batches])
+def test_batch_sizes_and_shards_out_of_range_are_refused(batches):
+    more = {"seed": 0} if batches is train_batches else {}
+    with pytest.raises(ValueError, match=r"expected batch_size >= 1, got 0\. "):
+        batches(numbered(9), 0, **more)
+    for shard in ((1, 1), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match=r"0 <= index < count, got \("):
+            batches(numbered(9), 1, shard=shard, **more)
+
+
+def test_a_batch_larger_than_the_set_is_refused():
+    assert len(next(train_batches(numbered(9), 9, seed=0))["label"]) == 9
+    with pytest.raises(ValueError, match=r"batch_size 10 x 1 processes and 9 examples"):
+        train_batches(numbered(9), 10, seed=0)
+    with pytest.raises(ValueError, match=r"batch_size 5 x 2 processes and 9 examples"):
+        train_batches(numbered(9), 5, seed=0, shard=(1, 2))
+
+
+def test_negative_seeds_and_workers_are_refused():
+    with pytest.raises(ValueError, match=r"seed and workers >= 0, got -1 and 0"):
+        train_batches(numbered(9), 1, seed=-1)
+    with pytest.raises(ValueError, match=r"seed and workers >= 0, got 0 and -2"):
+        train_batches(numbered(9), 1, seed=0, workers=-2)
+
+
+def test_a_list_of_images_of_different_shapes_is_refused():
+    examples = [numbered(1)[0], numbered(1, (3, 2, 1))[0]]
+    with pytest.raises(
+        ValueError, match=r"one shape, got \[\(2, 2, 1\), \(3, 2, 1\)\]"
+    ):
+        list(eval_batches(examples, 2))

@@ -1,0 +1,160 @@
+"""Surrogates: the Heaviside step forward, a known derivative backward."""
+
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spikejax import surrogate
+
+
+def _erf(x):
+    return np.vectorize(math.erf)(x)
+
+
+# name -> the smooth function S(x, a) whose derivative stands in for that of H
+PRIMITIVES = {
+    "atan": lambda x, a: np.arctan(np.pi / 2 * a * x) / np.pi,
+    "sigmoid": lambda x, a: np.tanh(a * x / 2) / 2,
+    "triangle": lambda x, a: (
+        np.sign(x) * (1 - np.maximum(0, 1 - a * np.abs(x)) ** 2) / 2
+    ),
+    "rectangle": lambda x, a: np.clip(a * x, -0.5, 0.5),
+    "fast_sigmoid": lambda x, a: x / (1 + a * np.abs(x)),
+    "piecewise_exponential": lambda x, a: np.sign(x) * (1 - np.exp(-a * np.abs(x))) / 2,
+    "erf": lambda x, a: _erf(a * x) / 2,
+}
+
+# name -> (x, S'(x) for alpha = 2), worked by hand
+BY_HAND = {
+    "atan": [(0.0, 1.0), (1 / math.pi, 0.5), (-1 / math.pi, 0.5)],
+    "sigmoid": [(0.0, 0.5), (0.5, 2 * math.e / (1 + math.e) ** 2)],
+    "triangle": [(0.0, 2.0), (0.25, 1.0), (-0.375, 0.5), (0.5, 0.0), (3.0, 0.0)],
+    "rectangle": [(0.0, 2.0), (0.24, 2.0), (-0.24, 2.0), (0.26, 0.0), (-0.26, 0.0)],
+    "fast_sigmoid": [(0.0, 1.0), (0.5, 0.25), (-1.5, 0.0625)],
+    "piecewise_exponential": [(0.0, 1.0), (0.5, 1 / math.e), (-1.0, math.exp(-2))],
+    "erf": [(0.0, 2 / math.sqrt(math.pi)), (0.5, 2 / math.sqrt(math.pi) / math.e)],
+}
+
+every_surrogate = pytest.mark.parametrize("name", PRIMITIVES)
+
+
+def derivative(spike, x):
+    return jax.grad(lambda x: spike(x).sum())(x)
+
+
+def test_the_tables_here_hold_every_surrogate_there_is():
+    public = {
+        name
+        for name, function in inspect.getmembers(surrogate, inspect.isfunction)
+        if "alpha" in inspect.signature(function).parameters and name[0] != "_"
+    }
+    assert public == set(PRIMITIVES) == set(BY_HAND)
+
+
+@every_surrogate
+def test_forward_is_the_heaviside_step_which_is_one_at_zero(name):
+    spike = getattr(surrogate, name)()
+    x = jnp.array([-jnp.inf, -1.0, -1e-30, -0.0, 0.0, 1e-30, 1.0, jnp.inf])
+    assert spike(x).tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+
+
+@every_surrogate
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_type_and_shape_are_kept_forward_and_backward(name, dtype):
+    spike = getattr(surrogate, name)()
+    x = jnp.linspace(-1, 1, 6, dtype=dtype).reshape(2, 3)
+    z, backward = jax.vjp(spike, x)
+    (gradient,) = backward(jnp.ones_like(z))
+    assert z.dtype == gradient.dtype == x.dtype
+    assert z.shape == gradient.shape == x.shape
+
+
+@every_surrogate
+def test_gradient_equals_the_values_worked_by_hand(name):
+    x, expected = np.array(BY_HAND[name]).T
+    gradient = derivative(getattr(surrogate, name)(2.0), jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-7)
+
+
+@every_surrogate
+@pytest.mark.parametrize("alpha", [0.7, 3.0])
+def test_gradient_equals_the_finite_difference_of_the_smooth_function(name, alpha):
+    # No point is nearer than the step h to a kink at 0, 1 / (2 alpha) or 1 / alpha.
+    x, h = np.linspace(-2.011, 2.017, 60), 1e-6
+    smooth = PRIMITIVES[name]
+    difference = (smooth(x + h, alpha) - smooth(x - h, alpha)) / (2 * h)
+    gradient = derivative(getattr(surrogate, name)(alpha), jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(gradient, difference, rtol=1e-4, atol=1e-5)
+
+
+@every_surrogate
+@pytest.mark.parametrize("alpha", [1.0, 5.0])
+def test_the_derivative_has_integral_one(name, alpha):
+    # Over x = tan(p), so that the whole line is in it.
+    p = np.linspace(-np.pi / 2, np.pi / 2, 20_001)[1:-1]
+    height = derivative(
+        getattr(surrogate, name)(alpha), jnp.asarray(np.tan(p), jnp.float32)
+    )
+    integral = np.sum(np.asarray(height, np.float64) / np.cos(p) ** 2) * (p[1] - p[0])
+    expected = 2 / alpha if name == "fast_sigmoid" else 1.0
+    assert integral == pytest.approx(expected, rel=2e-3)
+
+
+@every_surrogate
+def test_gradient_is_finite_far_from_the_threshold(name):
+    spike = getattr(surrogate, name)()
+    gradient = derivative(spike, jnp.array([-jnp.inf, -1e30, -1e4, 1e4, 1e30, jnp.inf]))
+    assert jnp.all(gradient >= 0) and jnp.all(gradient < 1e-3)
+
+
+@every_surrogate
+def test_the_same_alpha_gives_the_same_function(name):
+    build = getattr(surrogate, name)
+    default = inspect.signature(build).parameters["alpha"].default
+    assert build(3.0) is build(alpha=3.0) is build(3)
+    assert build() is build(default)
+    assert build(3.0) is not build(3.5)
+
+
+def test_jit_compiles_once_for_surrogates_built_twice():
+    traced = []
+
+    def step(x, spike):
+        traced.append(spike)
+        return spike(x)
+
+    jitted = jax.jit(step, static_argnames="spike")
+    jitted(jnp.ones(3), spike=surrogate.atan(2.0))
+    jitted(jnp.ones(3), spike=surrogate.atan(alpha=2.0))
+    assert len(traced) == 1
+    jitted(jnp.ones(3), spike=surrogate.sigmoid(2.0))
+    assert len(traced) == 2
+
+
+def test_gradient_obeys_the_chain_rule_under_jit_and_vmap():
+    spike = surrogate.triangle(1.0)
+
+    def loss(w, x):
+        return 3 * spike(w * x)
+
+    x = jnp.array([0.5, -0.25, 2.0])
+    gradient = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(1.0, x)
+    np.testing.assert_allclose(gradient, 3 * x * jnp.array([0.5, 0.75, 0.0]))
+
+
+def test_heaviside_takes_a_derivative_of_your_own():
+    spike = surrogate.heaviside(lambda x: jnp.where(x < 0, 2.0, 5.0))
+    x = jnp.array([-1.0, 0.0, 1.0])
+    assert spike(x).tolist() == [0, 1, 1]
+    assert derivative(spike, x).tolist() == [2, 5, 5]
+
+
+@pytest.mark.parametrize("alpha", [0, -1.0, math.nan])
+@every_surrogate
+def test_alpha_must_be_positive(name, alpha):
+    with pytest.raises(ValueError, match=f"expected alpha > 0, got {float(alpha)}"):
+        getattr(surrogate, name)(alpha)
