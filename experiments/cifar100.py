@@ -2,8 +2,8 @@
 
     python -m experiments.cifar100 --workdir runs/mt100
 
-The full recipe, for a GPU or TPU, is the default: ResNet-18, 300 epochs, AutoAugment and
-Cutout. It has not been run to its end yet. The recipe is our choice.
+The full recipe, for a GPU or TPU, is the default: ResNet-18, 300 epochs, AutoAugment
+and Cutout. It has not been run to its end yet. The recipe is our choice.
 """
 
 from pathlib import Path

@@ -2,9 +2,9 @@
 
     python -m experiments.digits --workdir runs/digits
 
-Trains five networks that differ in their neurons alone, prints a table of accuracy, time,
-spikes and energy, and writes it as summary.json and digits.png. With --neuron it trains
-that one. Two minutes on two CPU cores; results in docs/results.md.
+Trains five networks that differ in their neurons alone, prints a table of accuracy,
+time, spikes and energy, and writes it as summary.json and digits.png. With --neuron it
+trains that one. Two minutes on two CPU cores; results in docs/results.md.
 """
 
 import dataclasses
@@ -12,8 +12,9 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from spikejax.experiment import Experiment, NeuronName, main, parse, reported, run
 from spikejax.progress import table
+
+from spikejax.experiment import Experiment, NeuronName, main, parse, reported, run
 from spikejax.step import TrainConfig
 
 NETWORKS: dict[str, tuple[NeuronName, int]] = {

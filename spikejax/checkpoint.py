@@ -74,7 +74,7 @@ class Checkpoints:
         self._retention = _Retention(keep)
         with _reading():
             self._orbax = ocp.training.Checkpointer(
-                self.directory,
+                str(self.directory),
                 cleanup_tmp_directories=True,
                 preservation_policy=self._retention,
             )
@@ -208,7 +208,7 @@ class Checkpoints:
         with _reading():
             position = unseal(json.loads((folder / "data" / _file_name()).read_text()))
             _probe(folder / "state", list(targets))
-            checkpoint = ocp.load_checkpointables(folder, {"state": abstract})
+            checkpoint = ocp.load_checkpointables(str(folder), {"state": abstract})
         loaded = checkpoint["state"]
         found = checksums(loaded)
         wrong = [path for path in found if found[path] != record["checksums"][path]]

@@ -1,7 +1,8 @@
 """Spikes, effective operations and energy of a network for an image, by layer.
 
-An operation is effective where a weight and an activation are both nonzero. A spike that
-meets a weight is an accumulate (AC), any other activation a multiply-accumulate (MAC).
+An operation is effective where a weight and an activation are both nonzero. A spike
+that meets a weight is an accumulate (AC), any other activation a multiply-accumulate
+(MAC).
 """
 
 import warnings
@@ -17,10 +18,8 @@ from flax import nnx
 from spikejax.compat import iter_modules
 from spikejax.layers import Neuron
 
-AC_PJ, MAC_PJ = (
-    0.9,
-    4.6,
-)  # float32, 45 nm: Horowitz 2014, doi:10.1109/ISSCC.2014.6757323
+# Of float32 in 45 nm: Horowitz 2014, doi:10.1109/ISSCC.2014.6757323
+AC_PJ, MAC_PJ = 0.9, 4.6
 CONNECTIONS = (nnx.Conv, nnx.Linear)
 
 
@@ -87,14 +86,16 @@ class Report:
 def measure(model: nnx.Module, xs: jax.Array) -> Report:
     """Count the spikes and effective operations of a model, in evaluation mode.
 
-    ACs = sum of spikes x nonzero weights that each meets;  MACs = the same for nonzero
-    activations that are no spikes. Spikes are the neurons' binary trains, all N of them,
-    and what is left of them after max-pooling and sums; in the input of a layer, whole
-    numbers. Averages of spikes are not whole, so they cost MACs. Norms (they fold into
+    ACs = sum over spikes of the nonzero weights that each meets
+    MACs = the same sum over nonzero activations that are not spikes
+
+    All N binary trains of a neuron count, whatever their weights, through sums of layers
+    and max-pooling (which takes the largest count). An input counts as spikes where it
+    holds whole numbers only: averages of spikes cost MACs. Norms (they fold into
     weights), biases and the neurons' own updates are not counted.
 
     Args:
-        model: any nnx model of nnx.Conv, nnx.Linear and spikejax neurons; stays as it is.
+        model: nnx model of nnx.Conv, nnx.Linear and spikejax neurons; stays as it is.
         xs: input [B, T, ...] as the model takes it; the report is the mean over B.
 
     Reference: Yik et al. 2023, arXiv:2304.04640 (NeuroBench), where a binary activation
@@ -102,7 +103,7 @@ def measure(model: nnx.Module, xs: jax.Array) -> Report:
     """
     if xs.ndim < 2 or 0 in xs.shape[:2]:
         raise ValueError(
-            f"measure: expected input [B, T, ...] with B, T >= 1, got shape {xs.shape}. "
+            f"measure: expected input [B, T, ...], B and T >= 1, got {xs.shape}. "
             "For images without time, add the axis: images[:, None]."
         )
     _warn_of_uncounted(model)
@@ -126,8 +127,7 @@ def measure(model: nnx.Module, xs: jax.Array) -> Report:
 
 def _count(graphdef, state, xs):
     """Runs the model with its own outputs, then with spike counts in their place."""
-    real, counted = OrderedDict(), OrderedDict()
-    trains = OrderedDict()
+    real, counted, trains = OrderedDict(), OrderedDict(), OrderedDict()
     _listen(nnx.merge(graphdef, state), real, _recorded_spikes, trains)(xs)
     replay = {path: iter(calls) for path, calls in trains.items()}
     _listen(nnx.merge(graphdef, state), counted, _replayed_spikes, replay)(xs)
@@ -166,24 +166,31 @@ def _operations(layer, x, counts, *, time_steps):
 
 def _fan_out(layer, weights, shape):
     """How many of the weights (0 or 1) each element of an input meets: a gradient."""
-    layer.kernel = nnx.Param(weights.astype(jnp.float32))
+    kernel, layer.kernel = layer.kernel, nnx.Param(weights.astype(jnp.float32))
     layer.dtype = jnp.float32
-    return jax.grad(lambda x: layer(x).sum())(jnp.zeros(shape))
+    meets = jax.grad(lambda x: layer(x).sum())(jnp.zeros(shape))
+    layer.kernel = kernel
+    return meets
 
 
 def _sum_rows(values):
     return values.astype(jnp.float32).reshape(values.shape[0], -1).sum(1)
 
 
-# A layer is made to listen by a subclass of its own class, on a copy of the model: nothing
-# to pay for when off, and it reaches layers in lists and layers that are shared.
+# A layer is made to listen by a subclass of its own class, on a copy of the model: there
+# is nothing to pay for when off, and it reaches layers in lists and shared layers.
+
+
+def _note(layer, value):
+    log, path = layer.listener
+    log.setdefault(path, []).append(value)
 
 
 def _recorded_input(kind):
     """Connections that note their inputs."""
 
     def call(self, x, *args, **options):
-        self.log.setdefault(self.path, []).append(x)
+        _note(self, x)
         return kind.__call__(self, x, *args, **options)
 
     return call
@@ -195,7 +202,7 @@ def _recorded_spikes(kind):
     def call(self, xs, *, trains=False):
         held = self.membrane
         spikes = kind.__call__(self, xs, trains=True)
-        self.log.setdefault(self.path, []).append(spikes)
+        _note(self, spikes)
         if held is not None:
             self.membrane = held
         return kind.__call__(self, xs, trains=trains)
@@ -207,7 +214,8 @@ def _replayed_spikes(kind):
     """Neurons that ignore their input and give the number of spikes noted before."""
 
     def call(self, xs, *, trains=False):
-        spikes = next(self.log[self.path])
+        log, path = self.listener
+        spikes = next(log[path])
         return spikes if trains else spikes.sum(-1)
 
     return call
@@ -227,8 +235,8 @@ def _listen(model, inputs, neuron, trains):
             listener = neuron if is_neuron else _recorded_input
             kind = _subclass(listener, type(module))
             object.__setattr__(module, "__class__", kind)
-            object.__setattr__(module, "log", trains if is_neuron else inputs)
-            object.__setattr__(module, "path", path)
+            log = trains if is_neuron else inputs
+            object.__setattr__(module, "listener", (log, path))
     return model
 
 
@@ -242,7 +250,7 @@ def _warn_of_uncounted(model):
         weights = [v for v in vars(module).values() if isinstance(v, nnx.Param)]
         if not isinstance(module, CONNECTIONS) and any(w.ndim > 1 for w in weights):
             warnings.warn(
-                f"measure: expected nnx.Conv and nnx.Linear only, got "
-                f"{type(module).__name__} at {path!r}: what it computes is not counted.",
+                f"measure: expected only nnx.Conv and nnx.Linear to hold matrices, got "
+                f"{type(module).__name__} at {path!r}. Its operations are not counted.",
                 stacklevel=3,
             )

@@ -145,7 +145,7 @@ def build_model(experiment: Experiment, image_set: images.ImageSet) -> nnx.Modul
 
 
 def make_encode(experiment: Experiment, image_set: images.ImageSet) -> Callable:
-    """(uint8 images, rng) -> xs [B, T, H, W, C]: normalised, and the same every step."""
+    """(uint8 images, rng) -> xs [B, T, H, W, C]: normalised, the same every step."""
     mean, std = jnp.array(image_set.mean), jnp.array(image_set.std)
 
     def normalise(raw, rng):
@@ -211,7 +211,9 @@ def run(experiment: Experiment) -> dict[str, Any] | None:
         return None
     count = min(ENERGY_IMAGES, len(image_set.test))
     sample = images.take(image_set.test, range(count))["image"]
-    report = energy.measure(fitted.model, to_input(jnp.asarray(sample), jax.random.key(0)))
+    report = energy.measure(
+        fitted.model, to_input(jnp.asarray(sample), jax.random.key(0))
+    )
     result = fitted.metrics | {
         "spikes_per_image": report.spikes_per_image,
         "energy_nj": report.energy_nj,

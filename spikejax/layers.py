@@ -5,8 +5,7 @@ membrane: see ``keep_membranes``. Membranes are float32 whatever the type of the
 """
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +52,8 @@ class Neuron(nnx.Module):
             )
         if v_reset is not None and not v_reset < min(thresholds):
             raise ValueError(
-                f"{who}: expected v_reset below the lowest threshold {min(thresholds)}, "
-                f"got {v_reset}. Give None for soft reset."
+                f"{who}: expected v_reset below every threshold {min(thresholds)}, got "
+                f" {v_reset}. Give None for soft reset."
             )
         self.cell = cell
         self.v_reset = v_reset
@@ -103,8 +102,9 @@ class Neuron(nnx.Module):
         held = self.membrane[...]
         if held.shape not in ((), shape):
             raise ValueError(
-                f"{type(self).__name__}: expected input for the membrane {held.shape} that "
-                f"it holds, got {xs.shape}. Call keep_membranes(model) to start anew."
+                f"{type(self).__name__}: expected input for its membrane "
+                f"{held.shape}, got {xs.shape}. Call keep_membranes(model) to start "
+                "anew."
             )
         return jnp.broadcast_to(held, shape)
 
@@ -176,7 +176,7 @@ class LIF(Neuron):
         v_reset: float | None = None,
         decay_input: bool = True,
         detach_reset: bool = False,
-        surrogate: Spike = surrogate.atan(),
+        surrogate: Spike = surrogate.ATAN,
         learn_tau: bool = False,
         learn_threshold: bool = False,
     ):
@@ -244,7 +244,7 @@ class MultiThreshold(Neuron):
         v_reset: float | None = None,
         decay_input: bool = True,
         detach_reset: bool = False,
-        surrogate: Spike = surrogate.atan(),
+        surrogate: Spike = surrogate.ATAN,
         learn_tau: bool = False,
         learn_thresholds: bool = False,
     ):
@@ -280,8 +280,8 @@ def neuron_layers(model: nnx.Module) -> dict[str, Neuron]:
 def keep_membranes(model: nnx.Module) -> nnx.Module:
     """Let every neuron of a model keep its membrane from now on, starting from rest.
 
-    Then a sequence may be fed in slices, ``model(xs[:, t : t + 1])``, with the result of
-    feeding it whole. Call it again to start anew. Changes and returns the model.
+    Then a sequence may be fed in slices, ``model(xs[:, t : t + 1])``, with the result
+    of feeding it whole. Call it again to start anew. Changes and returns the model.
     """
     layers = neuron_layers(model)
     if not layers:

@@ -1,4 +1,4 @@
-"""Losses of logits over time: (logits [B, T, K], labels [B]) -> loss of each example [B].
+"""Losses of logits over time: (logits [B, T, K], labels [B]) -> loss [B].
 
 Labels are class numbers in 0..K-1. The caller takes the mean over the batch.
 """

@@ -1,8 +1,8 @@
 """Spiking neurons as pure cells: ``(params, v, x) -> (v, spikes)``, one time step.
 
 Every cell charges, fires and resets within the same step. A cell knows nothing of time:
-``spikejax.unroll`` repeats it. There is one rule for each of the three phases, shared by
-all cells, so that a multi-threshold neuron with one threshold is the plain neuron.
+``spikejax.unroll`` repeats it. There is one rule for each of the three phases, shared
+by all cells, so that a multi-threshold neuron with one threshold is the plain neuron.
 """
 
 import math
@@ -43,7 +43,7 @@ def charge(leak, v, x, *, v_reset: float | None, decay_input: bool) -> jax.Array
 
 
 def reset(u, z, amount, *, v_reset: float | None, detach_reset: bool) -> jax.Array:
-    """Membrane after firing. Soft (v_reset None): u - amount; hard: v_reset where z = 1.
+    """Membrane after firing: u - amount (soft, v_reset None), or v_reset where z = 1.
 
     Args:
         u: membrane before the reset.
@@ -76,7 +76,7 @@ def lif(
     v_reset: float | None = None,
     decay_input: bool = True,
     detach_reset: bool = False,
-    spike: Spike = surrogate.atan(),
+    spike: Spike = surrogate.ATAN,
     trains: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """One step of a leaky integrate-and-fire neuron.
@@ -116,7 +116,7 @@ def parallel(
     v_reset: float | None = None,
     decay_input: bool = True,
     detach_reset: bool = False,
-    spike: Spike = surrogate.atan(),
+    spike: Spike = surrogate.ATAN,
     trains: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """One step of a multi-threshold neuron, all N thresholds compared at once.
@@ -136,8 +136,8 @@ def parallel(
     Returns:
         v' in the shape of v, and the output o.
 
-    Reference: after Wang, Zhang, Zhang 2023, arXiv:2303.11127, which names the mode; the
-    equations are our choice, as the paper's could not be had.
+    Reference: after Wang, Zhang, Zhang 2023, arXiv:2303.11127, which names the mode;
+    the equations are our choice, as the paper's could not be had.
     """
     u = charge(params.leak, v, x, v_reset=v_reset, decay_input=decay_input)
     thresholds = params.thresholds
@@ -157,7 +157,7 @@ def cascade(
     v_reset: float | None = None,
     decay_input: bool = True,
     detach_reset: bool = False,
-    spike: Spike = surrogate.atan(),
+    spike: Spike = surrogate.ATAN,
     trains: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """One step of a multi-threshold neuron, each threshold after the reset of the last.
@@ -176,8 +176,8 @@ def cascade(
     Returns:
         v' in the shape of v, and the output o.
 
-    Reference: after Wang, Zhang, Zhang 2023, arXiv:2303.11127, which names the mode; the
-    equations are our choice, as the paper's could not be had.
+    Reference: after Wang, Zhang, Zhang 2023, arXiv:2303.11127, which names the mode;
+    the equations are our choice, as the paper's could not be had.
     """
     u = charge(params.leak, v, x, v_reset=v_reset, decay_input=decay_input)
     spikes = []

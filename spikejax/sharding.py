@@ -1,4 +1,4 @@
-"""Where arrays live: a mesh of devices, and the placing of batches and parameters on it."""
+"""Where arrays live: a mesh of devices, and the placing of arrays on it."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def over_batch(mesh: Mesh) -> NamedSharding:
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Host batch [B, ...] to device arrays cut over the mesh; B of this process alone."""
+    """Host batch [B, ...] of this process to arrays that are cut over the mesh."""
     return {
         name: jax.make_array_from_process_local_data(over_batch(mesh), values)
         for name, values in batch.items()

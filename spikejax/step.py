@@ -154,7 +154,7 @@ def make_train_step(
 
 
 def make_eval_step(graphdef: nnx.GraphDef, loss: Loss, encode: Encode) -> Callable:
-    """The pure step (state, batch) -> sums of loss and of correct answers, to be jitted.
+    """The pure step (state, batch) -> sums of loss and accuracy, to be jitted.
 
     Examples with weight 0, which fill up the last batch, do not count.
     """

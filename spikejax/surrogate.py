@@ -84,7 +84,7 @@ def triangle(alpha: float = 1.0) -> Spike:
 
 
 def rectangle(alpha: float = 1.0) -> Spike:
-    """H'(x) = alpha for |x| < 1 / (2 alpha), else 0. Wu et al. 2018, arXiv:1706.02609."""
+    """H'(x) = alpha where |x| < 1 / (2 alpha). Wu et al. 2018, arXiv:1706.02609."""
     return _rectangle(alpha)
 
 
@@ -102,5 +102,8 @@ def piecewise_exponential(alpha: float = 1.0) -> Spike:
 
 
 def erf(alpha: float = 2.0) -> Spike:
-    """H'(x) = alpha / sqrt(pi) exp(-(alpha x)^2). Esser et al. 2015; Yin et al. 2020."""
+    """H'(x) = alpha / sqrt(pi) exp(-(alpha x)^2). Yin et al. 2020, arXiv:2005.11633."""
     return _erf(alpha)
+
+
+ATAN = atan()  # the default of neurons

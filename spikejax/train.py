@@ -43,7 +43,9 @@ def evaluate(
         batch = {"image": batch["image"], "label": batch["label"], "weight": weight}
         if size < batch_size:
             batch = {
-                name: np.concatenate([a, np.zeros((batch_size - size, *a.shape[1:]), a.dtype)])
+                name: np.concatenate(
+                    [a, np.zeros((batch_size - size, *a.shape[1:]), a.dtype)]
+                )
                 for name, a in batch.items()
             }
         sums.append(eval_step(state, sharding.place_batch(batch, mesh)))

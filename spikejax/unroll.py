@@ -16,9 +16,9 @@ def unroll(
 ) -> tuple[Any, jax.Array]:
     """Run ``cell(params, state, x) -> (state, spikes)`` over the steps of xs.
 
-    Up to 4 steps are written out one by one; more run in ``jax.lax.scan``; from 64 steps
-    on, the scan is cut in pieces of about sqrt(T) steps which the backward pass computes
-    again, so that memory for residuals grows with sqrt(T). All three give one answer.
+    Up to 4 steps are written out one by one; more run in ``jax.lax.scan``; from 64
+    steps on, the scan is cut in pieces of about sqrt(T) steps which the backward pass
+    computes again, so that memory grows with sqrt(T). All three give one answer.
 
     Args:
         cell: one step, a pure function.
@@ -49,7 +49,7 @@ def unroll(
 
 
 def _scan_in_pieces(scan, state, xs):
-    """Scan over pieces of sqrt(T) steps, each rematerialised; then over what is left."""
+    """Scan over pieces of sqrt(T) steps, each rematerialised, then over the rest."""
     steps = xs.shape[0]
     length = math.isqrt(steps)
     pieces = steps // length

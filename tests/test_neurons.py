@@ -1,4 +1,4 @@
-"""Cells: traces by hand, SpikingJelly's traces, and what they have to do with each other.
+"""Cells: traces by hand and by SpikingJelly, and how the cells are related.
 
 Numbers here are mostly multiples of powers of two, on which float32 makes no error.
 """
@@ -32,7 +32,11 @@ LEAKS = {
     "LIF": 1 / float(GOLDEN["lif_tau"]),
     "PLIF": 1 / float(GOLDEN["plif_tau"]),
 }
-CASES = [case for case in product(LEAKS, RESETS, (False, True)) if case[::2] != ("IF", 1)]
+CASES = [
+    (neuron, reset, decay_input)
+    for neuron, reset, decay_input in product(LEAKS, RESETS, (False, True))
+    if not (neuron == "IF" and decay_input)
+]
 
 every_cell = pytest.mark.parametrize("name", CELLS)
 every_multi = pytest.mark.parametrize("name", MULTI)
@@ -65,7 +69,8 @@ def spikes_membranes_gradients(leak, xs, spike_weights, membrane_weights, **opti
         return v, jnp.stack([z, v], -1)
 
     def weighted_sum(leak, xs):
-        _, out = unroll(both, NeuronParams(leak), jnp.zeros_like(xs[:1]), xs[None])
+        v = jnp.full_like(xs[:1], options["v_reset"] or 0.0)
+        _, out = unroll(both, NeuronParams(leak), v, xs[None])
         spikes, membranes = out[0, ..., 0], out[0, ..., 1]
         loss = (spikes * spike_weights).sum() + (membranes * membrane_weights).sum()
         return loss, (spikes, membranes)
@@ -102,7 +107,8 @@ def test_the_golden_traces_hold_spikes_silence_and_hard_and_soft_resets():
     for neuron, reset, decay_input in CASES:
         spikes = GOLDEN[f"{neuron}-{reset}-decay={decay_input}/spikes"]
         assert spikes.shape == (32, 6) and 0.03 < spikes.mean() < 0.8
-    soft, hard = (GOLDEN[f"LIF-{reset}-decay=False/spikes"] for reset in ("soft", "zero"))
+    soft = GOLDEN["LIF-soft-decay=False/spikes"]
+    hard = GOLDEN["LIF-zero-decay=False/spikes"]
     assert (soft != hard).any()
 
 
@@ -199,20 +205,265 @@ def test_a_silent_membrane_settles_at_the_input_times_the_gain(decay_input, limi
 
 
 @pytest.mark.parametrize("decay_input", [False, True])
-@pytest.mark.parametrize("v_reset, goal", [(None, 0.0), (0.0, 0.0), (-0.5, -0.5)])
-def test_without_input_the_membrane_goes_back_to_rest(v_reset, goal, decay_input):
+@pytest.mark.parametrize("v_reset, rest", [(None, 0.0), (0.0, 0.0), (-0.5, -0.5)])
+def test_without_input_the_membrane_goes_back_to_rest(v_reset, rest, decay_input):
     options = {"v_reset": v_reset, "decay_input": decay_input}
-    xs = jnp.full(60, goal if decay_input else 0.0)  # decay_input pulls it towards x
-    if decay_input:
-        xs = xs * 0
-        goal = goal + 0.0
-    _, membranes = run(lif, NeuronParams(0.25), xs, jnp.array(0.875), **options)
-    assert membranes[-1] == pytest.approx(goal, abs=1e-5)
+    params, start = NeuronParams(0.25), jnp.array(0.875)
+    _, membranes = run(lif, params, jnp.zeros(60), start, **options)
+    assert membranes[-1] == pytest.approx(rest, abs=1e-5)
 
 
-# --- one threshold is the plain neuron
+# --- what a cell with one threshold, or with equal ones, has to be
 
 
-@jax.jit
-def _unused(x):
-    return x
+def value_and_gradients(cell, params, xs, **options):
+    """Spikes, membranes, and gradients of a random sum of the spikes and the state."""
+    weights = jax.random.normal(jax.random.key(2), xs.shape)
+
+    def loss(params, xs):
+        spikes, membranes = run(cell, params, xs, **options)
+        loss = (weights * spikes).sum() + (weights[0] * membranes[-1]).sum()
+        return loss, (spikes, membranes)
+
+    gradients, out = jax.grad(loss, (0, 1), has_aux=True)(params, xs)
+    return *out, gradients
+
+
+@pytest.mark.parametrize("detach_reset", [False, True])
+@every_reset
+@every_multi
+def test_one_threshold_is_the_plain_neuron_bit_for_bit(name, reset, detach_reset):
+    options = {"v_reset": RESETS[reset], "detach_reset": detach_reset}
+    xs = 2 * jax.random.normal(jax.random.key(1), (5, 7))
+    params = NeuronParams(jnp.float32(0.3), (jnp.float32(0.7),))
+    plain = value_and_gradients(lif, params, xs, **options)
+    multi = value_and_gradients(MULTI[name], params, xs, **options)
+    assert 0 < plain[0].mean() < 1
+    multi = (multi[0], multi[1].reshape(xs.shape), multi[2])  # independent: [T, 1, 7]
+    jax.tree.map(np.testing.assert_array_equal, plain, multi)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("theta", [0.5, 1.0])
+def test_equal_thresholds_and_soft_reset_emit_the_floor_in_both_modes(number, theta):
+    h = jnp.arange(-3, number + 3, 1 / 32)  # every threshold is met exactly
+    expected = jnp.clip(jnp.floor(h / theta), 0, number)
+    for cell, thresholds in [
+        (parallel, neurons.equal_thresholds(number, theta)),
+        (cascade, neurons.repeated_thresholds(number, theta)),
+    ]:
+        v, z = cell(NeuronParams(0.0, thresholds), 0 * h, h, decay_input=False)
+        np.testing.assert_array_equal(z, expected)
+        np.testing.assert_array_equal(v, h - theta * expected)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["parallel", "cascade"])
+def test_one_step_of_n_thresholds_is_n_steps_of_integrate_and_fire(name, number):
+    small = jnp.arange(0, 1, 1 / 32)  # the input of each of the N small steps
+    v = jnp.arange(0, 1, 1 / 16)[:, None] + 0 * small
+    spaced = {
+        "parallel": neurons.equal_thresholds,
+        "cascade": neurons.repeated_thresholds,
+    }[name]
+    params = NeuronParams(0.0, spaced(number))
+    after, counts = MULTI[name](params, v, number * small + 0 * v, decay_input=False)
+    xs = jnp.broadcast_to(small, (number, *v.shape))
+    spikes, membranes = run(lif, NeuronParams(0.0), xs, v, decay_input=False)
+    np.testing.assert_array_equal(counts, spikes.sum(0))
+    np.testing.assert_array_equal(after, membranes[-1])
+    assert counts.max() == number
+    assert jnp.all((after >= 0) & (after < 1))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_dyadic_cascade_has_two_to_the_n_levels(number):
+    h = jnp.arange(-0.5, 2.5, 1 / 64)
+    params = NeuronParams(0.0, neurons.dyadic_thresholds(number))
+    v, z = cascade(params, 0 * h, h, decay_input=False)
+    step = 2.0 ** (1 - number)
+    expected = step * jnp.clip(jnp.floor(h / step), 0, 2**number - 1)
+    np.testing.assert_array_equal(z, expected)
+    np.testing.assert_array_equal(v, h - expected)
+    assert len(np.unique(z)) == 2**number
+
+
+def test_independent_equals_the_multi_level_firing_unit():
+    """In that unit the reset comes with the next charge, and H(0) = 0."""
+    levels = jnp.array([0.6, 1.6, 2.6])
+    xs = jax.random.normal(jax.random.key(3), (6, 11)) + 1
+    weights = jax.random.normal(jax.random.key(4), xs.shape)
+
+    def straight_through(u):
+        box = jnp.clip(u - levels + 0.5, 0, 1)
+        return box + jax.lax.stop_gradient((u > levels) - box)
+
+    def unit(xs):
+        u = s = jnp.zeros((xs.shape[1], 3))
+        outputs = []
+        for x in xs:
+            u = 0.25 * u * (1 - s) + x[:, None]
+            s = straight_through(u)
+            outputs.append(s.sum(-1))
+        return (weights * jnp.stack(outputs)).sum(), jnp.stack(outputs)
+
+    def ours(xs):
+        options = {"v_reset": 0.0, "decay_input": False}
+        params = NeuronParams(0.75, (0.6, 1.6, 2.6))
+        spike = surrogate.rectangle(1.0)
+        spikes, _ = run(independent, params, xs, spike=spike, **options)
+        return (weights * spikes).sum(), spikes
+
+    expected_gradient, expected = jax.grad(unit, has_aux=True)(xs)
+    gradient, spikes = jax.grad(ours, has_aux=True)(xs)
+    assert set(np.unique(spikes)) == {0, 1, 2, 3}
+    np.testing.assert_allclose(spikes, expected, 0, 1e-6)
+    np.testing.assert_allclose(gradient, expected_gradient, 0, 1e-5)
+
+
+# --- what holds for every cell
+
+
+@every_cell
+def test_gradient_reaches_the_past_and_not_the_future(name):
+    cell, thresholds = CELLS[name]
+
+    def early_spikes(xs):
+        return run(cell, NeuronParams(0.5, thresholds), xs)[0][:3].sum()
+
+    gradient = jax.grad(early_spikes)(jnp.full(6, 0.9))
+    assert jnp.all(gradient[:3] != 0) and jnp.all(gradient[3:] == 0)
+
+
+@pytest.mark.parametrize("reset", ["soft", "below"])
+@every_cell
+def test_jit_changes_nothing(name, reset):
+    cell, thresholds = CELLS[name]
+    xs = 2 * jax.random.normal(jax.random.key(5), (3, 9)) + 0.5
+    function = partial(value_and_gradients, cell, v_reset=RESETS[reset])
+    params = NeuronParams(jnp.float32(0.4), tuple(map(jnp.float32, thresholds)))
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    plain, jitted = function(params, xs), jax.jit(function)(params, xs)
+    np.testing.assert_array_equal(plain[0], jitted[0])
+    jax.tree.map(close, plain, jitted)
+
+
+@every_reset
+@every_cell
+def test_trains_are_binary_and_their_weighted_sum_is_the_output(name, reset):
+    cell, thresholds = CELLS[name]
+    weights = {
+        "lif": [1],
+        "parallel": [1, 1 / 3, 4 / 3],  # steps .75, .25, 1
+        "cascade": [1, 0.5, 0.25],
+        "independent": [1, 1, 1],
+    }[name]
+    xs = 3 * jax.random.normal(jax.random.key(6), (4, 50)) + 0.5
+    params = NeuronParams(0.5, thresholds)
+    spikes, membranes = run(cell, params, xs, v_reset=RESETS[reset])
+    trains, same = run(cell, params, xs, v_reset=RESETS[reset], trains=True)
+    assert trains.shape == (4, 50, len(weights))
+    assert set(np.unique(trains)) == {0, 1}
+    assert jnp.all(trains.any((0, 1)))
+    np.testing.assert_allclose(trains @ jnp.array(weights), spikes, 1e-6)
+    np.testing.assert_array_equal(membranes, same)
+
+
+@every_cell
+def test_hard_reset_leaves_the_reset_value_where_a_neuron_fired(name):
+    cell, thresholds = CELLS[name]
+    xs = 3 * jax.random.normal(jax.random.key(7), (4, 50))
+    options = {"v_reset": -0.25, "trains": True}
+    trains, v = run(cell, NeuronParams(0.5, thresholds), xs, **options)
+    fired = jnp.moveaxis(trains, -1, 1) if cell is independent else trains.any(-1)
+    fired = fired.astype(bool)
+    assert fired.any() and jnp.all(v[fired] == -0.25) and jnp.all(v[~fired] != -0.25)
+
+
+@pytest.mark.parametrize("reset", ["soft", "below"])
+@every_cell
+def test_detach_reset_changes_the_gradient_only(name, reset):
+    cell, thresholds = CELLS[name]
+    params, v_reset = NeuronParams(0.5, thresholds), RESETS[reset]
+    x = jnp.array([0.5, 0.8, 1.1, 2.3])
+
+    def membrane(x, detach_reset):
+        options = {"v_reset": v_reset, "detach_reset": detach_reset}
+        v, z = cell(params, rest(cell, x, len(thresholds)), x, **options)
+        return v.sum(), (v, z)
+
+    through, plain = jax.grad(membrane, has_aux=True)(x, False)
+    detached, same = jax.grad(membrane, has_aux=True)(x, True)
+    jax.tree.map(np.testing.assert_array_equal, plain, same)
+    assert jnp.all(through != detached)
+    # With the reset detached the gradient is that of the charge, cut by a hard reset.
+    kept = 1.0 if v_reset is None else (plain[0] != v_reset)
+    count = len(thresholds) if cell is independent else 1
+    charge = 0.5 * jnp.broadcast_to(kept, plain[0].shape).reshape(count, -1).sum(0)
+    np.testing.assert_allclose(detached, charge)
+
+
+def test_gradient_through_a_reset_by_hand():
+    # rectangle(1): slope 1 within 1/2 of a threshold. u = 1.25; thresholds 1, 1.5.
+    options = {"decay_input": False, "spike": surrogate.rectangle(1.0)}
+
+    def membrane(u, cell, thresholds, **more):
+        return cell(NeuronParams(0.0, thresholds), 0.0, u, **options, **more)[0]
+
+    slope = jax.grad(membrane)
+    u = jnp.float32(1.25)
+    assert slope(u, lif, (1.0,)) == 1 - 1.0  # u - z
+    assert slope(u, lif, (1.0,), v_reset=0.25) == (1 - 1) + (0.25 - 1.25)
+    assert slope(u, parallel, (1.0, 1.5)) == 1 - 1.0 - 0.5  # u - z1 - z2 / 2
+    assert slope(u, cascade, (0.875, 0.5)) == (1 - 0.875) * (1 - 0.5)
+
+
+def test_leak_and_thresholds_may_differ_from_neuron_to_neuron():
+    leaks, low = jnp.array([0.0, 0.25, 0.5]), jnp.array([0.5, 1.0, 2.0])
+    xs = jax.random.normal(jax.random.key(8), (4, 2, 3)) + 1
+    params = NeuronParams(leaks, (low, 2 * low))
+    spikes, membranes = run(parallel, params, xs, decay_input=False)
+    for n in range(3):
+        one = NeuronParams(float(leaks[n]), (float(low[n]), float(2 * low[n])))
+        alone = run(parallel, one, xs[..., n], decay_input=False)
+        np.testing.assert_allclose(spikes[..., n], alone[0], 1e-6)
+        np.testing.assert_allclose(membranes[..., n], alone[1], 1e-6)
+
+
+# --- thresholds
+
+
+def test_thresholds_by_number():
+    assert neurons.equal_thresholds(3, 0.5) == (0.5, 1.0, 1.5)
+    assert neurons.repeated_thresholds(3, 0.5) == (0.5, 0.5, 0.5)
+    assert neurons.dyadic_thresholds(3, 2.0) == (2.0, 1.0, 0.5)
+
+
+@pytest.mark.parametrize("number", [0, -1])
+@pytest.mark.parametrize("kind", ["equal", "repeated", "dyadic"])
+def test_there_must_be_a_threshold(kind, number):
+    build = getattr(neurons, f"{kind}_thresholds")
+    with pytest.raises(ValueError, match=f"expected at least 1, got {number}. One"):
+        build(number)
+
+
+@pytest.mark.parametrize(
+    "thresholds, rising, message",
+    [
+        ((), False, r"layer: expected at least 1 threshold, got none\."),
+        ((0.0, 1.0), True, r"layer: expected positive thresholds, got \[0.0, 1.0\]"),
+        ((1.0, -1.0), False, r"layer: expected positive thresholds, got \[1.0, -1.0"),
+        ((1.0, float("nan")), False, "layer: expected positive thresholds"),
+        ((1.0, float("inf")), True, "layer: expected positive thresholds"),
+        ((2.0, 1.0), True, r"expected rising thresholds, got \[2.0, 1.0\]. Sort"),
+        ((1.0, 1.0), True, r"expected rising thresholds, .* drop those that are equal"),
+    ],
+)
+def test_thresholds_must_be_there_positive_and_rising(thresholds, rising, message):
+    with pytest.raises(ValueError, match=message):
+        neurons.check_thresholds("layer", thresholds, rising=rising)
+
+
+def test_thresholds_that_are_in_order_pass():
+    neurons.check_thresholds("layer", (1.0, 2.0), rising=True)
+    neurons.check_thresholds("layer", (2.0, 1.0, 1.0), rising=False)

@@ -1,7 +1,7 @@
 """Residual networks over sequences [B, T, H, W, C], for CIFAR and for ImageNet.
 
-Where the neurons stand is a function, ``residual``: ``plain``, ``sew`` or ``ms``. What a
-neuron is, is the factory ``neuron``: a ReLU network is the same code.
+Where the neurons stand is a function, ``residual``: ``plain``, ``sew`` or ``ms``. What
+a neuron is, is the factory ``neuron``: a ReLU network is the same code.
 """
 
 from collections.abc import Callable, Sequence
@@ -218,9 +218,5 @@ resnet20 = partial(ResNet, (3, 3, 3), (16, 32, 64))
 resnet18 = partial(ResNet, (2, 2, 2, 2), WIDTHS, imagenet_stem=True)
 resnet34 = partial(ResNet, (3, 4, 6, 3), WIDTHS, imagenet_stem=True)
 resnet50 = partial(resnet34, bottleneck=True)
-resnet101 = partial(
-    ResNet, (3, 4, 23, 3), WIDTHS, imagenet_stem=True, bottleneck=True
-)
-resnet152 = partial(
-    ResNet, (3, 8, 36, 3), WIDTHS, imagenet_stem=True, bottleneck=True
-)
+resnet101 = partial(ResNet, (3, 4, 23, 3), WIDTHS, imagenet_stem=True, bottleneck=True)
+resnet152 = partial(ResNet, (3, 8, 36, 3), WIDTHS, imagenet_stem=True, bottleneck=True)

@@ -40,8 +40,8 @@ class VGG(nnx.Module):
     Returns:
         logits [B, T, num_classes] for input [B, T, H, W, in_channels].
 
-    Reference: Simonyan and Zisserman 2014, arXiv:1409.1556; norms are added, and a global
-    mean before the head takes any size.
+    Reference: Simonyan and Zisserman 2014, arXiv:1409.1556; norms are added, and a
+    global mean before the head takes any size.
     """
 
     def __init__(
