@@ -8,10 +8,11 @@ import contextlib
 import json
 import logging
 import math
+import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +35,7 @@ from spikejax.checksum import (
 )
 
 Record = dict[str, Any]  # what is noted beside a checkpoint
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder being written
 
 __all__ = ["CheckpointWarning", "Checkpoints", "checksums", "parameters_sha256"]
 
@@ -69,23 +71,24 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"Checkpoints: expected keep >= 1, got {keep}. Give 2.")
         self.directory = Path(directory).absolute()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._keep = keep
         self._config = json.loads(json.dumps(config))
         self._newest: int | None = None  # step restored or saved last
-        self._retention = _Retention(keep)
-        with _reading():
-            self._orbax = ocp.training.Checkpointer(
-                str(self.directory),
-                cleanup_tmp_directories=True,
-                preservation_policy=self._retention,
-            )
+        self._saving: Any = None  # Orbax's response to the save on its way
+        self._metrics: dict[int, float | None] = {}
         for step in self.steps:
             with contextlib.suppress(Damaged):
-                self._retention.note(step, self._record(step)["metric"])
+                self._metrics[step] = self._record(step)["metric"]
+        if jax.process_index() == 0:
+            for path in self.directory.glob(f"*{UNFINISHED}*"):
+                shutil.rmtree(path)
 
     @property
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, oldest first."""
-        return [checkpoint.step for checkpoint in self._orbax.checkpoints]
+        """The steps that have a checkpoint on the disk, oldest first."""
+        names = [path.name for path in self.directory.iterdir()]
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def save(
         self,
@@ -109,18 +112,19 @@ class Checkpoints:
         """
         if step != self._newest:
             self._check_step(step)
-            self._retention.note(step, metric)
+            metric = None if metric is None else float(metric)
             leaves = {path: key_data(leaf) for path, leaf in _arrays(state).items()}
             position = json.dumps(seal(data_iterator.get_state()))
-            self._orbax.save_checkpointables_async(
-                step,
+            self._finish()
+            self._saving = ocp.save_checkpointables_async(
+                str(self.directory / str(step)),
                 {"state": leaves, "data": _Text(position)},
-                force=True,  # the caller decides when; Orbax's policies would skip
                 custom_metadata=seal(self._new_record(step, state, metric)),
             )
+            self._metrics[step] = metric
             self._newest = step
         if wait:
-            self._orbax.wait()
+            self._finish()
 
     def restore(
         self, abstract_state: dict[str, Any], data_iterator: DataIterator
@@ -162,10 +166,28 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save, and raises what it raised."""
-        self._orbax.close()
+        self._finish()
+
+    def _finish(self) -> None:
+        """Waits for the save on its way; then removes what need not be kept."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
+        steps = self.steps
+        best = max(steps, key=self._rank, default=None)
+        for step in steps[: -self._keep]:
+            if step != best and jax.process_index() == 0:
+                # Half removed, it must not be taken for a checkpoint.
+                path = self.directory / str(step)
+                shutil.rmtree(path.rename(f"{path}{UNFINISHED}"))
+
+    def _rank(self, step: int) -> tuple[float, int]:
+        metric = self._metrics.get(step)
+        unknown = metric is None or math.isnan(metric)
+        return (-math.inf if unknown else metric, step)
 
     def _check_step(self, step: int) -> None:
-        last = max(self.steps, default=-1)
+        last = max(self.steps, default=-1) if self._newest is None else self._newest
         if step <= last:
             raise ValueError(
                 f"Checkpoints.save: expected a step after {last}, the newest in "
@@ -243,35 +265,13 @@ class Checkpoints:
             for bad, path in kept.items():
                 (self.directory / str(bad)).rename(path)
         multihost_utils.sync_global_devices("damaged checkpoints are renamed")
-        self._orbax.reload()
         for bad, path in kept.items():
-            self._retention.metrics.pop(bad, None)
             warnings.warn(
                 f"checkpoint {bad} in {self.directory} is damaged ({damaged[bad]}): "
                 f"going on from checkpoint {step}; the damaged one is now {path.name}",
                 CheckpointWarning,
                 stacklevel=3,
             )
-
-
-@dataclass
-class _Retention:
-    """Orbax's preservation policy of a run: the best and the last few."""
-
-    keep: int
-    metrics: dict[int, float] = field(default_factory=dict)
-
-    def note(self, step: int, metric: float | None) -> None:
-        if metric is not None and not math.isnan(metric):
-            self.metrics[step] = metric
-
-    def should_preserve(
-        self, checkpoints: Sequence[Any], *, context: Any
-    ) -> Sequence[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        known = [step for step in steps if step in self.metrics]
-        best = max(known, key=lambda step: (self.metrics[step], step), default=None)
-        return [step == best or step in steps[-self.keep :] for step in steps]
 
 
 @dataclass(frozen=True)

@@ -89,10 +89,10 @@ def measure(model: nnx.Module, xs: jax.Array) -> Report:
     ACs = sum over spikes of the nonzero weights that each meets
     MACs = the same sum over nonzero activations that are not spikes
 
-    All N binary trains of a neuron count, whatever their weights, through sums of layers
-    and max-pooling (which takes the largest count). An input counts as spikes where it
-    holds whole numbers only: averages of spikes cost MACs. Norms (they fold into
-    weights), biases and the neurons' own updates are not counted.
+    All N binary trains of a neuron count, whatever their weights, through sums of
+    layers and max-pooling (which takes the largest count). An input counts as spikes
+    where it holds whole numbers only: averages of spikes cost MACs. Norms (they fold
+    into weights), biases and the neurons' own updates are not counted.
 
     Args:
         model: nnx model of nnx.Conv, nnx.Linear and spikejax neurons; stays as it is.
@@ -177,8 +177,8 @@ def _sum_rows(values):
     return values.astype(jnp.float32).reshape(values.shape[0], -1).sum(1)
 
 
-# A layer is made to listen by a subclass of its own class, on a copy of the model: there
-# is nothing to pay for when off, and it reaches layers in lists and shared layers.
+# A layer is made to listen by a subclass of its own class, on a copy of the model:
+# nothing to pay for when off, and it reaches layers in lists and shared layers.
 
 
 def _note(layer, value):

@@ -10,7 +10,9 @@ import difflib
 import io
 import itertools
 import json
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -193,7 +195,7 @@ def run(experiment: Experiment) -> dict[str, Any] | None:
     model = build_model(experiment, image_set)
     to_input = make_encode(experiment, image_set)
     experiment.workdir.mkdir(parents=True, exist_ok=True)
-    (experiment.workdir / "config.json").write_text(json.dumps(settings, indent=2))
+    _write(experiment.workdir / "config.json", settings)
     fitted = fit(
         experiment.train,
         model,
@@ -226,8 +228,15 @@ def run(experiment: Experiment) -> dict[str, Any] | None:
         },
         "device": jax.devices()[0].device_kind,
     }
-    (experiment.workdir / "result.json").write_text(json.dumps(result, indent=2))
+    _write(experiment.workdir / "result.json", result)
     return result
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """The file is whole or as it was, even when the process is killed."""
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(json.dumps(content, indent=2))
+    os.replace(beside, path)
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:
@@ -272,8 +281,10 @@ def parse(default: T, description: str | None) -> T:
     except SystemExit as exit:
         if not exit.code:  # --help
             raise
-        lines = re.findall(r"│ *(.*?) *│", said.getvalue())
-        fail("flags: " + " ".join(itertools.takewhile(lambda x: x[:1] != "─", lines)))
+        lines = [line.strip(" │") for line in said.getvalue().splitlines()]
+        ruled = re.compile("[╭╮╰╯─-]*").fullmatch  # tyro's frame; the first is a title
+        lines = itertools.dropwhile(ruled, lines[1:])
+        fail("flags: " + " ".join(itertools.takewhile(lambda x: not ruled(x), lines)))
     if unknown:
         known = [f"--{f.name.replace('_', '-')}" for f in _fields(default)]
         near = difflib.get_close_matches(unknown[0], known, 1)
@@ -298,11 +309,22 @@ def fail(message: str) -> NoReturn:
 
 
 def reported(script: Callable[[T], None], flags: T) -> None:
-    """Run a script; what the user got wrong is one line and exit code 1."""
+    """Run a script; what the user got wrong is one line and exit code 1.
+
+    SIGTERM leaves with exit code 0; ``fit`` saves first.
+    """
+    previous = signal.signal(signal.SIGTERM, _leave)
     try:
         script(flags)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a folder that cannot be written
         fail(str(error))
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _leave(*_: object) -> NoReturn:
+    print("Stopped. The same command goes on from the last checkpoint.")
+    sys.exit(0)
 
 
 def main(experiment: Experiment) -> None:

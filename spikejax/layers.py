@@ -53,7 +53,7 @@ class Neuron(nnx.Module):
         if v_reset is not None and not v_reset < min(thresholds):
             raise ValueError(
                 f"{who}: expected v_reset below every threshold {min(thresholds)}, got "
-                f" {v_reset}. Give None for soft reset."
+                f"{v_reset}. Give None for soft reset."
             )
         self.cell = cell
         self.v_reset = v_reset

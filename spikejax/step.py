@@ -153,17 +153,25 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(graphdef: nnx.GraphDef, loss: Loss, encode: Encode) -> Callable:
+def make_predict(graphdef: nnx.GraphDef, encode: Encode) -> Callable:
+    """(state, images) -> logits [B, T, K], by the averaged parameters where kept."""
+
+    def predict(state, images):
+        params = state.get("ema", state["params"])
+        model = nnx.merge(graphdef, params, state["rest"])
+        return model(encode(images, state["key"]))
+
+    return predict
+
+
+def make_eval_step(predict: Callable, loss: Loss) -> Callable:
     """The pure step (state, batch) -> sums of loss and accuracy, to be jitted.
 
     Examples with weight 0, which fill up the last batch, do not count.
     """
 
     def eval_step(state, batch):
-        params = state.get("ema", state["params"])
-        model = nnx.merge(graphdef, params, state["rest"])
-        logits = model(encode(batch["image"], state["key"]))
-        weight = batch["weight"]
+        logits, weight = predict(state, batch["image"]), batch["weight"]
         return {
             "loss": (loss(logits, batch["label"]) * weight).sum(),
             "accuracy": (_correct(logits, batch["label"]) * weight).sum(),

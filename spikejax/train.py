@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import json
 import math
 import signal
 import threading
@@ -19,8 +18,9 @@ import numpy as np
 from flax import nnx
 
 from spikejax import sharding
-from spikejax.checkpoint import Checkpoints, parameters_sha256
-from spikejax.progress import Progress, check_finite
+from spikejax.checkpoint import Checkpoints
+from spikejax.checksum import by_path, parameters_sha256
+from spikejax.progress import Progress, check_finite, read_metrics
 from spikejax.step import (
     Encode,
     Loss,
@@ -28,6 +28,7 @@ from spikejax.step import (
     initial_state,
     make_eval_step,
     make_optimizer,
+    make_predict,
     make_train_step,
 )
 
@@ -109,12 +110,13 @@ def fit(
         donate_argnums=0,
         out_shardings=(everywhere, everywhere),
     )
-    eval_step = jax.jit(make_eval_step(eval_graph, loss, encode))
-    run = _Run(config, steps, steps_per_epoch, train_step, eval_step, mesh)
+    predict = make_predict(eval_graph, encode)
+    eval_step = jax.jit(make_eval_step(predict, loss))
+    run = _Run(config, steps, steps_per_epoch, train_step, predict, eval_step)
     checkpoints = Checkpoints(
         Path(workdir) / "checkpoints", config=asdict(config) | (settings or {})
     )
-    with contextlib.closing(checkpoints):
+    with _Terminated() as run.terminated, contextlib.closing(checkpoints):
         state, finished = run.loop(state, train_data, eval_data, checkpoints, workdir)
     params = state.get("ema", state["params"])
     run.metrics["steps"] = int(state["step"])
@@ -126,9 +128,13 @@ def fit(
 class _Run:
     """The loop of ``fit``: steps, evaluations, checkpoints, and the clock."""
 
-    def __init__(self, config, steps, steps_per_epoch, train_step, eval_step, mesh):
+    classes: int | None = None  # logits of the model, once it has seen a batch
+    terminated: "_Terminated"
+
+    def __init__(self, config, steps, steps_per_epoch, train_step, predict, eval_step):
         self.config, self.steps, self.steps_per_epoch = config, steps, steps_per_epoch
-        self.train_step, self.eval_step, self.mesh = train_step, eval_step, mesh
+        self.train_step, self.predict = train_step, predict
+        self.eval_step, self.mesh = eval_step, sharding.data_mesh()
         self.evaluate_every = max(1, round(config.evaluate_every * steps_per_epoch))
         self.metrics: dict[str, Any] = {}
 
@@ -139,21 +145,21 @@ class _Run:
         before = _seconds_before(workdir, start)
         began, late = time.perf_counter(), None
         clock = _Clock()
-        with (
-            Progress(workdir, self.steps, start=start) as progress,
-            _Terminated() as terminated,
-        ):
+        with Progress(
+            workdir, self.steps, start=start, batch_size=self.config.batch_size
+        ) as progress:
             for step in range(start + 1, self.steps + 1):
-                batch = sharding.place_batch(next(train_data), self.mesh)
+                batch = next(train_data)
+                self._check_labels(state, batch["image"], batch["label"])
+                batch = sharding.place_batch(batch, self.mesh)
                 state, metrics = self.train_step(state, batch)
                 if late:
                     self._report(progress, *late)
                 late = step, metrics
                 clock.tick()
                 evaluates = step % self.evaluate_every == 0 or step == self.steps
-                if not (
-                    evaluates or terminated.now or step % self.config.save_every == 0
-                ):
+                saves = evaluates or step % self.config.save_every == 0
+                if not (saves or self.terminated.now):
                     continue
                 self._report(progress, *late)
                 late = None
@@ -165,9 +171,9 @@ class _Run:
                     progress.evaluate(step, scores | {"seconds": seconds})
                     accuracy = scores["accuracy"]
                 checkpoints.save(step, state, train_data, metric=accuracy)
-                if terminated.now:
+                if self.terminated.now:
                     break
-            if not self.metrics and not terminated.now:  # resumed at the very end
+            if start >= self.steps:  # resumed at the very end
                 self._evaluate(state, eval_data)
         self.metrics["seconds"] = before + time.perf_counter() - began
         self.metrics["images_per_second"] = clock.rate() * self.config.batch_size
@@ -175,23 +181,23 @@ class _Run:
 
     def _report(self, progress, step, metrics):
         """Log the metrics of a step, and stop the run where they are not finite."""
-        norms = {
-            "/".join(str(getattr(k, "key", k)) for k in path): float(norm)
-            for path, norm in jax.tree_util.tree_leaves_with_path(
-                metrics["gradient_norms"]
+        metrics = jax.device_get(metrics)
+        norms = by_path(metrics.pop("gradient_norms"))
+        check_finite(step, float(metrics["loss"]), norms)
+        metrics["gradient_norm"] = math.hypot(*norms.values())
+        metrics["epoch"] = step / self.steps_per_epoch
+        progress.train(step, {name: float(value) for name, value in metrics.items()})
+
+    def _check_labels(self, state, images, labels):
+        """ValueError where a label is no class of the model."""
+        if self.classes is None:
+            self.classes = jax.eval_shape(self.predict, state, images).shape[-1]
+        if labels.min() < 0 or labels.max() >= self.classes:
+            bad = labels[(labels < 0) | (labels >= self.classes)][0]
+            raise ValueError(
+                f"fit: expected labels from 0 to {self.classes - 1}, as the model has "
+                f"{self.classes} logits, got {bad}. Give the model a logit a class."
             )
-        }
-        loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
-        check_finite(step, loss, norms)
-        progress.train(
-            step,
-            {
-                "loss": loss,
-                "accuracy": accuracy,
-                "gradient_norm": math.hypot(*norms.values()),
-                "epoch": step / self.steps_per_epoch,
-            },
-        )
 
     def _evaluate(self, state, eval_data):
         size = self.config.batch_size
@@ -205,14 +211,8 @@ def _abstract(leaf):
 
 def _seconds_before(workdir, start):
     """Seconds that earlier processes of this run took, up to its checkpoint."""
-    log = Path(workdir) / "metrics.jsonl"
-    if not start or not log.exists():
-        return 0.0
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    return max(
-        (e["seconds"] for e in lines if "seconds" in e and e["step"] <= start),
-        default=0.0,
-    )
+    entries = read_metrics(workdir, start)
+    return max((e["seconds"] for e in entries if "seconds" in e), default=0.0)
 
 
 class _Clock:

@@ -47,8 +47,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageSet:
     """The image set of that name, decoded only when it is read.
 
     Args:
-        name: "digits" (scikit-learn's, 8x8x1: the first 1,500 to train, the last 297
-            to test), "fake" (made up, 32x32x3), or a TFDS image-classification set
+        name: "digits" (scikit-learn's, 8x8x1, mixed once: 1,500 to train, 297 to test),
+            "fake" (made up, 32x32x3), or a TFDS image-classification set
             prepared as array_record: "cifar10", "mnist", "mnist_corrupted/spatter".
         data_dir: TFDS's folder; None is TFDS's default.
 
@@ -251,8 +251,11 @@ def _digits() -> ImageSet:
     from sklearn.datasets import load_digits
 
     pixels, targets = load_digits(return_X_y=True)
-    images = np.round(np.reshape(pixels, (-1, 8, 8, 1)) * (255 / 16)).astype(np.uint8)
-    labels = np.asarray(targets, np.int32)
+    # In scikit-learn's order the last digits are by other writers; mix them once.
+    order = np.random.default_rng(0).permutation(len(targets))
+    pixels = np.reshape(pixels, (-1, 8, 8, 1))[order]
+    images = np.round(pixels * (255 / 16)).astype(np.uint8)
+    labels = np.asarray(targets, np.int32)[order]
     train = ArrayImages(images[:1500], labels[:1500])
     test = ArrayImages(images[1500:], labels[1500:])
     return _in_memory("digits", train, test)

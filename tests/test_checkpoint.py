@@ -1,0 +1,443 @@
+import copy
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from spikejax.checkpoint import Checkpoints, CheckpointWarning, checksums
+
+CONFIG = {"width": 64, "neuron": "lif", "note": None}
+DATA_FILE = "data/process_0-of-1.json"
+
+
+def mesh_of(devices):
+    return jax.make_mesh(
+        (devices,),
+        ("data",),
+        axis_types=(AxisType.Auto,),
+        devices=jax.devices()[:devices],
+    )
+
+
+@functools.cache
+def make_state(step, devices=8):
+    """A state like that of a run: sharded kernel, optax's tuples, random keys."""
+    mesh = mesh_of(devices)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    across = NamedSharding(mesh, PartitionSpec(None, None, None, "data"))
+    kernel = jax.random.normal(jax.random.key(step), (3, 3, 8, 64))
+    params = {"stem": {"kernel": kernel, "bias": jnp.ones(64, jnp.bfloat16)}}
+    state = {
+        "params": params,
+        "opt": optax.chain(optax.clip(1.0), optax.adamw(0.1)).init(params),
+        "keys": {"noise": jax.random.key(step), "old": jax.random.key(3, impl="rbg")},
+        "step": jnp.int32(step),
+        "nothing": {},
+    }
+    state = jax.device_put(state, everywhere)
+    state["params"]["stem"]["kernel"] = jax.device_put(kernel, across)
+    return state
+
+
+def abstract(state):
+    def struct(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    return jax.tree.map(struct, state)
+
+
+def make_data(steps=0):
+    data = grain.MapDataset.range(100).seed(1).shuffle().repeat().batch(4)
+    iterator = iter(data.to_iter_dataset())
+    for _ in range(steps):
+        next(iterator)
+    return iterator
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(
+        jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+    ):
+        assert (one.dtype, one.sharding) == (other.dtype, other.sharding)
+    assert checksums(found) == checksums(expected)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with the checkpoints 1, 2 and 3; tests work on copies."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=3, config=CONFIG)
+    for step in (1, 2, 3):
+        checkpoints.save(step, make_state(step), make_data(step))
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "checkpoints")
+
+
+def restore(folder, like=None, config=CONFIG, data=None):
+    checkpoints = Checkpoints(folder, keep=3, config=config)
+    like = make_state(0) if like is None else like
+    data = make_data() if data is None else data
+    return checkpoints, checkpoints.restore(abstract(like), data)
+
+
+def test_an_empty_folder_has_nothing_to_restore(tmp_path):
+    data = make_data(2)
+    checkpoints, found = restore(tmp_path / "new" / "folder", data=data)
+    assert found is None and checkpoints.steps == []
+    assert data.get_state() == make_data(2).get_state()
+    checkpoints.close()
+
+
+def test_state_and_data_come_back_as_they_were(folder):
+    data = make_data()
+    checkpoints, (step, state) = restore(folder, data=data)
+    checkpoints.close()
+    assert step == 3
+    assert_same(state, make_state(3))
+    np.testing.assert_array_equal(next(data), next(make_data(3)))
+
+
+def test_restored_keys_draw_the_same_numbers(folder):
+    checkpoints, (_, state) = restore(folder)
+    checkpoints.close()
+    for name, key in make_state(3)["keys"].items():
+        assert jax.random.uniform(state["keys"][name]) == jax.random.uniform(key)
+
+
+def test_a_state_moves_to_other_devices(folder):
+    checkpoints, (_, state) = restore(folder, like=make_state(0, devices=2))
+    checkpoints.close()
+    assert_same(state, make_state(3, devices=2))
+
+
+def test_the_state_may_be_donated_while_it_is_saved(tmp_path):
+    checkpoints = Checkpoints(tmp_path, config=CONFIG)
+    step_on = jax.jit(lambda kernel: kernel + 1, donate_argnums=0)
+    kernel = jax.device_put(jnp.zeros((256, 256)), jax.devices()[0])
+    for step in range(1, 4):
+        kernel = step_on(kernel)
+        checkpoints.save(step, {"kernel": kernel}, make_data())
+    checkpoints.close()
+    checkpoints, (step, state) = restore(tmp_path, like={"kernel": kernel})
+    checkpoints.close()
+    assert step == 3 and bool((state["kernel"] == 3).all())
+
+
+def save_all(folder, metrics, keep=2, first=1):
+    """The steps that are left when steps with these metrics were saved."""
+    checkpoints = Checkpoints(folder, keep=keep, config=CONFIG)
+    state = {"x": jax.device_put(jnp.zeros(3), jax.devices()[0])}
+    data = make_data()
+    checkpoints.restore(abstract(state), data)
+    for step, metric in enumerate(metrics, first):
+        checkpoints.save(step, state, data, metric=metric)
+    checkpoints.close()
+    assert sorted(map(str, checkpoints.steps)) == sorted(os.listdir(folder))
+    return checkpoints.steps
+
+
+def test_no_save_is_skipped_while_another_is_on_its_way(tmp_path):
+    assert save_all(tmp_path, [None] * 6, keep=6) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "left"),
+    [
+        ([0.1, 0.9, 0.3, 0.4, 0.5], [2, 4, 5]),
+        ([0.1, 0.2, 0.3, 0.4, 0.5], [4, 5]),
+        ([0.9, 0.9, 0.3, 0.4, 0.5], [2, 4, 5]),
+        ([None, -3.0, None, None, None], [2, 4, 5]),
+        ([float("nan"), 0.2, float("nan"), 0.1, None], [2, 4, 5]),
+        ([None] * 5, [4, 5]),
+    ],
+)
+def test_the_best_and_the_last_few_are_kept(tmp_path, metrics, left):
+    assert save_all(tmp_path, metrics) == left
+
+
+def test_the_best_is_known_after_a_new_start(tmp_path):
+    assert save_all(tmp_path, [0.1, 0.9, 0.3, 0.4]) == [2, 3, 4]
+    assert save_all(tmp_path, [0.5, None, 0.6], first=5) == [2, 6, 7]
+    assert save_all(tmp_path, [0.95, None, 0.6], first=8) == [8, 9, 10]
+
+
+def test_wait_leaves_a_checkpoint_on_the_disk(tmp_path):
+    checkpoints = Checkpoints(tmp_path, config=CONFIG)
+    checkpoints.save(1, make_state(1), make_data(), wait=True)
+    other, found = restore(tmp_path)
+    assert found is not None and found[0] == 1
+    other.close()
+    checkpoints.close()
+
+
+def test_the_step_at_hand_is_not_saved_again(folder):
+    checkpoints, (step, state) = restore(folder)
+    before = (folder / "3").stat().st_mtime_ns
+    checkpoints.save(step, state, make_data(), wait=True)
+    assert (folder / "3").stat().st_mtime_ns == before
+    checkpoints.save(4, state, make_data())
+    checkpoints.save(4, state, make_data(), wait=True)
+    checkpoints.close()
+    assert checkpoints.steps == [2, 3, 4]
+
+
+def test_saving_over_checkpoints_not_restored_is_an_error(folder):
+    checkpoints = Checkpoints(folder, config=CONFIG)
+    with pytest.raises(ValueError, match=r"expected a step after 3.*got 2. Restore"):
+        checkpoints.save(2, make_state(2), make_data())
+    checkpoints.close()
+
+
+def largest_file(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+DAMAGE = {
+    "leaf flipped": lambda path: flip(largest_file(path), -9000),
+    "leaf truncated": lambda path: truncate(largest_file(path)),
+    "leaf missing": lambda path: largest_file(path).unlink(),
+    "index flipped": lambda path: flip(path / "state/manifest.ocdbt", 40),
+    "index missing": lambda path: (path / "state/manifest.ocdbt").unlink(),
+    "tree truncated": lambda path: truncate(path / "state/_METADATA"),
+    "notes missing": lambda path: (path / "_CHECKPOINT_METADATA").unlink(),
+    "notes flipped": lambda path: flip(path / "_CHECKPOINT_METADATA", -6),
+    "data truncated": lambda path: truncate(path / DATA_FILE),
+    "data missing": lambda path: (path / DATA_FILE).unlink(),
+    "data flipped": lambda path: flip(path / DATA_FILE, 27),
+    "half deleted": lambda path: shutil.rmtree(path / "state"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, damage, capfd):
+    DAMAGE[damage](folder / "3")
+    data = make_data()
+    with pytest.warns(CheckpointWarning) as caught:
+        checkpoints, (step, state) = restore(folder, data=data)
+    (warning,) = caught
+    assert "checkpoint 3 in " in str(warning.message)
+    assert "is damaged (" in str(warning.message)
+    assert "going on from checkpoint 2; " in str(warning.message)
+    assert step == 2 and checkpoints.steps == [1, 2]
+    assert_same(state, make_state(2))
+    assert data.get_state() == make_data(2).get_state()
+    (kept,) = folder.glob("damaged-3-*")
+    assert kept.name in str(warning.message)
+
+    checkpoints.save(3, make_state(3), make_data(3), wait=True)
+    checkpoints.close()
+    checkpoints, (step, state) = restore(folder)
+    checkpoints.close()
+    assert step == 3
+    assert_same(state, make_state(3))
+    printed = "".join(capfd.readouterr())
+    assert "Traceback" not in printed and "never retrieved" not in printed
+
+
+def test_the_warning_says_what_is_damaged(folder):
+    flip(largest_file(folder / "3"), -9000)
+    leaf = r"\((params/stem/kernel|opt/.*) (has a wrong checksum|cannot be read)\)"
+    with pytest.warns(CheckpointWarning, match=leaf):
+        restore(folder)[0].close()
+
+
+def test_no_flipped_byte_gives_a_wrong_state(saved, tmp_path):
+    files = [path for path in (saved / "3").rglob("*") if path.is_file()]
+    random = np.random.default_rng(0)
+    sizes = np.array([path.stat().st_size for path in files], float)
+    for trial in range(25):
+        folder = shutil.copytree(saved, tmp_path / str(trial))
+        file = files[random.choice(len(files), p=sizes / sizes.sum())]
+        place = int(random.integers(file.stat().st_size))
+        flip(folder / file.relative_to(saved), place)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CheckpointWarning)
+            checkpoints, (step, state) = restore(folder)
+        checkpoints.close()
+        assert_same(state, make_state(step))
+
+
+def test_each_damaged_checkpoint_has_its_warning(folder):
+    DAMAGE["leaf missing"](folder / "3")
+    DAMAGE["data missing"](folder / "2")
+    with pytest.warns(CheckpointWarning) as caught:
+        checkpoints, (step, _) = restore(folder)
+    checkpoints.close()
+    assert step == 1
+    named = [str(warning.message).split(" in ")[0] for warning in caught]
+    assert named == ["checkpoint 3", "checkpoint 2"]
+
+
+def test_an_old_damaged_checkpoint_does_no_harm(folder):
+    DAMAGE["notes missing"](folder / "1")
+    checkpoints, (step, _) = restore(folder)
+    checkpoints.close()
+    assert step == 3
+
+
+def test_damaged_checkpoints_only_are_an_error(folder):
+    for step in "123":
+        DAMAGE["data missing"](folder / step)
+    data = make_data(5)
+    message = r"only damaged ones \(3: .*; 2: .*; 1: .*\)\. Put a copy of one back"
+    with pytest.raises(ValueError, match=message):
+        restore(folder, data=data)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3"]
+    assert data.get_state() == make_data(5).get_state()
+
+
+def with_leaf(leaf):
+    state = copy.deepcopy(make_state(0))
+    state["params"]["stem"]["bias"] = jax.device_put(leaf, state["step"].sharding)
+    return state
+
+
+def without_leaf():
+    state = copy.deepcopy(make_state(0))
+    del state["params"]["stem"]["bias"]
+    return state
+
+
+def other_optimiser():
+    state = copy.deepcopy(make_state(0))
+    optimiser = optax.sgd(0.1, momentum=0.9)
+    state["opt"] = jax.device_put(
+        optimiser.init(state["params"]), state["step"].sharding
+    )
+    return state
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: with_leaf(jnp.ones(32, jnp.bfloat16)),
+            r"params/stem/bias is bfloat16\[64\] there and bfloat16\[32\] here",
+        ),
+        (
+            lambda: with_leaf(jnp.ones(64)),
+            r"params/stem/bias is bfloat16\[64\] there and float32\[64\] here",
+        ),
+        (
+            lambda: with_leaf(jax.random.key(0)),
+            r"params/stem/bias is bfloat16\[64\] there and key<fry>\[\] here",
+        ),
+        (without_leaf, r"params/stem/bias is bfloat16\[64\] there and absent here"),
+        (other_optimiser, r"opt/.* there and .* here \(and \d+ more\)"),
+    ],
+)
+def test_another_configuration_is_told_from_damage(folder, make, message):
+    with pytest.raises(ValueError, match=f"another configuration: .*{message}"):
+        restore(folder, like=make())
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3"]
+
+
+def test_another_configuration_names_the_settings(folder):
+    message = "settings, width is 64 there and 32 here. Give the settings"
+    with pytest.raises(ValueError, match=message):
+        restore(folder, without_leaf(), config=CONFIG | {"width": 32})
+
+
+def test_other_settings_alone_are_no_error(folder):
+    checkpoints, (step, _) = restore(folder, config=CONFIG | {"steps": 900})
+    checkpoints.close()
+    assert step == 3
+
+
+def test_another_data_iterator_is_another_configuration(folder):
+    class Other:
+        def set_state(self, state):
+            raise KeyError("exhausted")
+
+    with pytest.raises(ValueError, match="data iterator does not fit.*exhausted"):
+        restore(folder, data=Other())
+
+
+def test_a_leaf_without_a_place_is_refused_at_the_door(tmp_path):
+    checkpoints = Checkpoints(tmp_path, config=CONFIG)
+    with pytest.raises(ValueError, match=r"sharding in step, got 3. Place it"):
+        checkpoints.save(3, {"step": 3}, make_data())
+    struct = {"a": jax.ShapeDtypeStruct((2,), jnp.float32)}
+    with pytest.raises(ValueError, match=r"sharding in a, got ShapeDtypeStruct"):
+        checkpoints.restore(struct, make_data())
+    checkpoints.close()
+
+
+def test_keep_below_one_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected keep >= 1, got 0"):
+        Checkpoints(tmp_path, keep=0, config={})
+
+
+KILLED = """
+import sys, time
+import jax, jax.numpy as jnp
+from spikejax import checkpoint
+
+class Data:
+    def get_state(self):
+        return {"next_index": 7}
+
+class Slow(checkpoint._Text):
+    async def save(self, directory):
+        async def write():
+            await directory.await_creation()
+            print("saving", flush=True)
+            time.sleep(60)
+        return write()
+
+checkpoints = checkpoint.Checkpoints(sys.argv[1], keep=1, config={})
+state = {"x": jax.device_put(jnp.arange(8.0), jax.devices()[0])}
+checkpoints.save(1, state, Data(), wait=True)
+checkpoint._Text = Slow
+checkpoints.save(2, state, Data())
+time.sleep(60)
+"""
+
+
+def test_a_save_cut_off_by_sigkill_leaves_the_one_before(tmp_path):
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with child:
+        assert child.stdout.readline() == "saving\n"
+        os.killpg(child.pid, signal.SIGKILL)
+    assert len(list(tmp_path.iterdir())) == 2
+    data = make_data()
+    like = {"x": jax.device_put(jnp.zeros(8), jax.devices()[0])}
+    checkpoints, (step, state) = restore(tmp_path, like, data=data)
+    checkpoints.save(2, state, data)
+    checkpoints.close()
+    assert step == 1 and state["x"].tolist() == list(range(8))
+    assert data.get_state() == {"next_index": 7}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]

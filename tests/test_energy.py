@@ -1,0 +1,287 @@
+"""Energy: numbers of operations worked out by hand, for inputs that are known."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from spikejax import energy, neurons
+from spikejax.compat import List
+from spikejax.layers import IF, LIF, MultiThreshold, keep_membranes
+from spikejax.models import resnet, vgg
+
+RNGS = nnx.Rngs(0)
+ONES = nnx.initializers.ones_init()
+
+# Integrate-and-fire with N thresholds at T=1: emits what it is given, up to N.
+counter = partial(MultiThreshold, tau=math.inf, decay_input=False)
+
+
+class Chain(nnx.Module):
+    """Layers and plain functions, one after the other."""
+
+    def __init__(self, *layers):
+        self.layers = List(layers)
+
+    def __call__(self, xs):
+        for layer in self.layers:
+            xs = layer(xs)
+        return xs
+
+
+def conv(inputs, outputs, size, **options):
+    options = {"use_bias": False, "kernel_init": ONES, "rngs": RNGS} | options
+    return nnx.Conv(inputs, outputs, (size, size), **options)
+
+
+def linear(inputs, outputs, **options):
+    return nnx.Linear(inputs, outputs, kernel_init=ONES, rngs=RNGS, **options)
+
+
+def image(*pixels, shape):
+    """One example of one time step, zero but for {place: value}."""
+    xs = np.zeros(shape, np.float32)
+    for place, value in pixels:
+        xs[place] = value
+    return jnp.asarray(xs)[None, None]
+
+
+def test_conv_1x1_meets_each_output_channel_once():
+    xs = image(((0, 0, 0), 0.5), ((1, 2, 1), -0.25), shape=(4, 4, 2))
+    (row,) = energy.measure(conv(2, 3, 1), xs).connections
+    assert (row.acs, row.macs, row.dense_macs) == (0, 2 * 3, 4 * 4 * 2 * 3)
+
+
+def test_conv_3x3_loses_what_the_padding_would_have_met():
+    xs = image(((0, 0, 0), 0.5), ((0, 2, 0), 0.5), ((2, 2, 0), 0.5), shape=(4, 4, 1))
+    (row,) = energy.measure(conv(1, 2, 3), xs).connections
+    assert row.macs == 2 * (4 + 6 + 9)  # a corner, an edge, the inside
+    assert row.dense_macs == 2 * (3 * 4 - 2) ** 2
+
+
+def test_conv_with_stride_meets_few_weights():
+    xs = image(((1, 1, 0), 0.5), ((3, 3, 0), 0.5), shape=(4, 4, 1))
+    layer = conv(1, 1, 3, strides=(2, 2), padding=((1, 1), (1, 1)))
+    (row,) = energy.measure(layer, xs).connections
+    assert row.macs == 4 + 1  # windows around 0 and 2; the last pixel is in one
+    assert row.dense_macs == 5 * 5
+
+
+def test_grouped_conv_meets_its_group_only():
+    xs = image(((0, 0, 0), 0.5), shape=(2, 2, 4))
+    layer = conv(4, 4, 1, feature_group_count=2)
+    (row,) = energy.measure(layer, xs).connections
+    assert (row.macs, row.dense_macs) == (2, 2 * 2 * 4 * 2)
+
+
+def test_linear_and_the_mean_over_the_batch():
+    xs = jnp.array([[[0.5, 0.0, 0.0]], [[0.5, 0.1, -0.1]]])
+    (row,) = energy.measure(linear(3, 5), xs).connections
+    assert (row.macs, row.dense_macs) == ((1 + 3) / 2 * 5, 15)
+
+
+def test_linear_on_tokens_counts_each_of_them():
+    xs = jnp.full((2, 3, 7, 4), 0.5)
+    (row,) = energy.measure(linear(4, 5), xs).connections
+    assert (row.macs, row.dense_macs) == (3 * 7 * 4 * 5, 7 * 4 * 5)
+
+
+def test_pruned_weights_cost_nothing_but_in_the_dense_network():
+    layer = linear(3, 5)
+    layer.kernel[...] = layer.kernel[...].at[0, :4].set(0)
+    xs = jnp.array([[[0.5, 0.5, 0.0]]])
+    (row,) = energy.measure(layer, xs).connections
+    assert (row.macs, row.dense_macs) == (1 + 5, 15)
+
+
+@pytest.mark.parametrize("cell", [neurons.parallel, neurons.cascade])
+def test_every_spike_of_four_thresholds_counts(cell):
+    model = Chain(counter(4, cell), linear(3, 5))
+    report = energy.measure(model, jnp.array([[[2.0, 0.0, 9.0]]]))
+    assert report.neurons == (energy.Firing("layers/0", (2 + 4) / 3, 6.0),)
+    assert (report.acs, report.macs) == ((2 + 4) * 5, 0)
+
+
+def test_rate_is_per_step_and_spikes_are_over_all_steps():
+    model = Chain(IF(v_threshold=2.0), linear(2, 5))
+    xs = jnp.broadcast_to(jnp.array([1.0, 0.5]), (3, 4, 2))
+    report = energy.measure(model, xs)  # at T=4: 2 spikes and 1
+    assert report.neurons == (energy.Firing("layers/0", 3 / 8, 3.0),)
+    assert report.acs == 15
+    assert report.dense_macs == 10  # of one step
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "cell", "value", "spikes"),
+    [
+        ((1.0, 0.5, 0.25), neurons.cascade, 0.75, 2),
+        ((1.0, 0.5, 0.25), neurons.cascade, 1.75, 3),
+        ((1.0, 4.0), neurons.parallel, 5.0, 2),
+    ],
+)
+def test_unequal_thresholds_count_spikes_and_not_the_value(
+    thresholds, cell, value, spikes
+):
+    layer = counter(thresholds, cell)
+    assert float(layer(jnp.full((1, 1, 1), value))[0, 0, 0]) != spikes
+    report = energy.measure(Chain(layer, linear(1, 5)), jnp.full((1, 1, 1), value))
+    assert (report.spikes_per_image, report.acs, report.macs) == (spikes, spikes * 5, 0)
+
+
+def test_counts_pass_max_pooling():
+    model = Chain(counter((1.0, 0.5), neurons.cascade), vgg.max_pool, conv(1, 3, 1))
+    xs = image(((0, 0, 0), 1.5), ((0, 1, 0), 0.5), ((3, 3, 0), 0.5), shape=(4, 4, 1))
+    report = energy.measure(model, xs)
+    assert (report.spikes_per_image, report.acs) == (2 + 1 + 1, (2 + 1) * 3)
+
+
+def test_averages_of_spikes_cost_macs():
+    model = Chain(IF(), vgg.avg_pool, conv(1, 3, 1))
+    xs = image(((0, 0, 0), 1), ((0, 1, 0), 1), ((3, 3, 0), 1), shape=(4, 4, 1))
+    report = energy.measure(model, xs)
+    assert (report.acs, report.macs) == (0, 2 * 3)
+
+
+class Sum(nnx.Module):
+    """A spiking residual sum before a linear layer."""
+
+    def __init__(self):
+        self.first = IF()
+        self.second = counter((1.0, 0.5), neurons.cascade)
+        self.linear = linear(2, 5)
+
+    def __call__(self, xs):
+        return self.linear(self.first(xs) + self.second(xs))
+
+
+def test_spikes_add_up_in_residual_sums():
+    report = energy.measure(Sum(), jnp.array([[[1.5, 0.5]]]))
+    # of 1.5: one spike and two; of 0.5: none and one
+    assert (report.spikes_per_image, report.acs) == (4, (1 + 2 + 0 + 1) * 5)
+
+
+def test_relu_network_costs_macs_where_it_is_active():
+    model = Chain(linear(3, 3), nnx.relu, linear(3, 5))
+    model.layers[0].kernel[...] = jnp.diag(jnp.array([1.0, -1.0, 1.0]))
+    report = energy.measure(model, jnp.array([[[0.5, 0.5, 0.0]]]))
+    first, second = report.connections
+    assert (first.macs, second.macs, report.acs) == (2, 5, 0)
+    assert report.neurons == () and report.spikes_per_image == 0
+
+
+def test_real_inputs_are_those_of_the_model_and_not_of_the_replayed_counts():
+    # 1.5 = 1 + 0.5 makes 1.5 - 1.5 = 0 for the ReLU, but 2 counts make 2 - 1.5.
+    model = Chain(
+        counter((1.0, 0.5), neurons.cascade), lambda x: nnx.relu(x - 1.5), linear(1, 5)
+    )
+    report = energy.measure(model, jnp.full((1, 1, 1), 1.5))
+    assert (report.acs, report.macs) == (0, 0)
+
+
+def test_a_shared_layer_counts_each_time_it_runs():
+    shared = linear(2, 2)
+    shared.kernel[...] = jnp.eye(2)
+    model = Chain(shared, shared, IF(), IF())
+    model.layers[3] = model.layers[2]
+    report = energy.measure(model, jnp.array([[[1.5, 0.0]]]))
+    assert [row.path for row in report.connections] == ["layers/0"]
+    assert (report.macs, report.dense_macs) == (2, 8)
+    assert report.neurons == (energy.Firing("layers/2", 2 / 4, 2.0),)
+
+
+def test_energy_of_acs_and_macs_in_nanojoule():
+    model = Chain(linear(2, 10), nnx.relu, IF(), linear(10, 100))
+    report = energy.measure(model, jnp.array([[[0.75, 0.75]]]))
+    assert (report.macs, report.acs) == (20, 1000)
+    assert report.energy_nj == pytest.approx(0.9 * 1.0 + 4.6 * 0.02)
+    assert report.ann_energy_nj == pytest.approx(4.6 * 1.02)
+
+
+def test_rows_are_in_the_order_of_the_computation():
+    model = Chain(*(linear(1, 1) for _ in range(11)))
+    rows = energy.measure(model, jnp.full((1, 1, 1), 0.5)).connections
+    assert [row.path for row in rows] == [f"layers/{k}" for k in range(11)]
+
+
+def test_bfloat16_counts_exactly():
+    model = Chain(IF(), linear(1, 1001, dtype=jnp.bfloat16))
+    report = energy.measure(model, jnp.ones((1, 1, 1), jnp.bfloat16))
+    assert report.acs == 1001
+
+
+@pytest.fixture(scope="module")
+def network():
+    make = partial(LIF, tau=2.0)
+    model = resnet.ResNet((1, 1), (4, 8), 3, neuron=make, rngs=nnx.Rngs(0))
+    for block in model.blocks:
+        block.norms[-1].scale[...] = jnp.ones_like(block.norms[-1].scale[...])
+    return model
+
+
+XS = jax.random.normal(jax.random.key(0), (2, 2, 8, 8, 3))
+
+
+@pytest.fixture(scope="module")
+def report(network):
+    return energy.measure(network, XS)
+
+
+def test_membrane_shortcuts_and_the_stem_cost_macs(report):
+    rows = {row.path: row for row in report.connections}
+    assert {path for path, row in rows.items() if row.macs} == {
+        "stem_conv",
+        "blocks/1/shortcut_conv",
+        "head",  # of the mean over space
+    }
+    assert rows["blocks/0/convs/0"].acs > 0
+    assert rows["stem_conv"].macs == 2 * rows["stem_conv"].dense_macs
+    assert report.spikes_per_image == sum(row.spikes for row in report.neurons) > 0
+
+
+def test_the_model_stays_as_it_is(network):
+    def arrays():
+        return jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(network)))
+
+    before = arrays()
+    energy.measure(network, XS)
+    jax.tree.map(np.testing.assert_array_equal, before, arrays())
+    assert type(network.stem_conv) is nnx.Conv
+    assert type(network.stage_neuron) is LIF
+    assert not network.stem_norm.use_running_average
+
+
+def test_measures_in_evaluation_mode():
+    xs = jnp.full((2, 1, 2), 1.5)  # in training mode, norm makes nothing of it
+    norm = nnx.BatchNorm(2, rngs=RNGS)
+    assert energy.measure(Chain(norm, IF()), xs).spikes_per_image == 2
+
+
+def test_works_on_weights_in_plain_dicts(network, report):
+    graphdef, params, rest = nnx.split(network, nnx.Param, ...)
+    plain = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+    assert energy.measure(nnx.merge(graphdef, *plain), XS) == report
+
+
+def test_kept_membranes_are_read_and_not_moved():
+    model = keep_membranes(Chain(IF(v_threshold=1.0), linear(1, 1)))
+    half = jnp.full((1, 1, 1), 0.5)
+    assert energy.measure(model, half).spikes_per_image == 0
+    model(half)
+    for _ in range(2):
+        assert energy.measure(model, half).spikes_per_image == 1
+    np.testing.assert_array_equal(model.layers[0].membrane[...], [[0.5]])
+
+
+def test_no_time_axis_is_an_error():
+    with pytest.raises(ValueError, match=r"expected input \[B, T, ...\].*got \(3,\)"):
+        energy.measure(linear(3, 5), jnp.ones(3))
+
+
+def test_matrices_of_other_layers_are_a_warning():
+    model = Chain(nnx.LinearGeneral(2, 3, rngs=RNGS))
+    with pytest.warns(UserWarning, match=r"got LinearGeneral at 'layers/0'"):
+        assert energy.measure(model, jnp.ones((1, 1, 2))).connections == ()

@@ -1,0 +1,290 @@
+import importlib
+import io
+import json
+import re
+import struct
+from types import SimpleNamespace
+
+import jax
+import pytest
+from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event
+
+from spikejax import progress
+from spikejax.progress import NonFinite, Progress, check_finite, read_metrics, table
+
+
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until a test sets its `now`."""
+    clock = SimpleNamespace(now=1000.0)
+    fake = SimpleNamespace(monotonic=lambda: clock.now)
+    monkeypatch.setattr(progress, "time", fake)
+    return clock
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """What a terminal of 80 columns is sent, without its control sequences."""
+    sent = io.StringIO()
+
+    def text():
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sent.getvalue())
+
+    def console():
+        return Console(file=sent, force_terminal=True, width=80, color_system=None)
+
+    monkeypatch.setattr(progress, "_console", console)
+    return text
+
+
+def entries(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def train(workdir, steps, **options):
+    with Progress(workdir, 100, **options) as shown:
+        for step in steps:
+            shown.train(step, {"loss": 1 / step, "accuracy": 0.5})
+
+
+def events(workdir):
+    """The events of all TensorBoard files, in order."""
+    found = []
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            found.append(Event.FromString(content[12 : 12 + length]))
+            content = content[16 + length :]
+    return found
+
+
+def test_metrics_are_a_json_object_a_line(tmp_path):
+    train(tmp_path / "new", [1, 2])
+    assert entries(tmp_path / "new") == [
+        {"step": 1, "loss": 1.0, "accuracy": 0.5},
+        {"step": 2, "loss": 0.5, "accuracy": 0.5},
+    ]
+
+
+def test_metrics_are_on_the_disk_at_once(tmp_path):
+    with Progress(tmp_path, 100) as shown:
+        shown.train(1, {"loss": 3.0})
+        assert entries(tmp_path) == [{"step": 1, "loss": 3.0}]
+
+
+def test_evaluation_metrics_have_their_own_names(tmp_path):
+    with Progress(tmp_path, 100) as shown:
+        shown.evaluate(7, {"loss": 2.0, "accuracy": 0.25, "seconds": 1.5})
+    assert entries(tmp_path) == [
+        {"step": 7, "eval_loss": 2.0, "eval_accuracy": 0.25, "seconds": 1.5}
+    ]
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    with Progress(tmp_path, 100) as shown:
+        shown.evaluate(1, {"loss": float("nan"), "accuracy": float("inf")})
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert entries(tmp_path) == [{"step": 1, "eval_loss": None, "eval_accuracy": None}]
+
+
+def test_a_resumed_run_drops_what_came_after(tmp_path):
+    train(tmp_path, [1, 2, 3, 4])
+    train(tmp_path, [3], start=2)
+    assert [entry["step"] for entry in entries(tmp_path)] == [1, 2, 3]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_run_from_the_start_drops_all(tmp_path):
+    train(tmp_path, [1, 2, 3])
+    train(tmp_path, [1])
+    assert [entry["step"] for entry in entries(tmp_path)] == [1]
+
+
+def test_a_line_half_written_is_dropped(tmp_path):
+    train(tmp_path, [1, 2])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert [entry["step"] for entry in read_metrics(tmp_path, 9)] == [1, 2]
+    train(tmp_path, [3], start=2)
+    assert [entry["step"] for entry in entries(tmp_path)] == [1, 2, 3]
+
+
+def test_the_old_metrics_are_replaced_in_one_go(tmp_path, monkeypatch):
+    train(tmp_path, [1, 2, 3])
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(progress.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, [2], start=1)
+    assert [entry["step"] for entry in entries(tmp_path)] == [1, 2, 3]
+
+
+def test_read_metrics_of_a_new_folder_is_empty(tmp_path):
+    assert list(read_metrics(tmp_path / "none", 9)) == []
+
+
+def test_tensorboard_gets_every_metric(tmp_path):
+    with Progress(tmp_path, 100) as shown:
+        shown.train(3, {"loss": 0.5})
+        shown.evaluate(3, {"loss": 0.25, "accuracy": 1.0})
+    values = {
+        (event.step, value.tag): value.simple_value
+        for event in events(tmp_path)
+        for value in event.summary.value
+    }
+    expected = {"train/loss": 0.5, "eval/loss": 0.25, "eval/accuracy": 1.0}
+    assert values == {(3, tag): value for tag, value in expected.items()}
+
+
+def test_tensorboard_is_told_where_a_resumed_run_goes_on(tmp_path):
+    train(tmp_path, [1, 2, 3])
+    train(tmp_path, [3], start=2)
+    starts = [e.step for e in events(tmp_path) if e.HasField("session_log")]
+    assert starts[-1] == 3
+
+
+def test_elsewhere_a_line_about_every_ten_seconds(tmp_path, capsys, clock):
+    with Progress(tmp_path, 100, batch_size=32) as shown:
+        for step in range(1, 26):
+            shown.train(step, {"loss": 0.5})
+            clock.now += 1
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/100  loss 0.500",
+        "step 11/100  loss 0.500  1 steps/s  32 images/s  0:01:29 left",
+        "step 21/100  loss 0.500  1 steps/s  32 images/s  0:01:19 left",
+    ]
+
+
+def test_the_last_step_has_its_line(tmp_path, capsys, clock):
+    with Progress(tmp_path, 3) as shown:
+        for step in (1, 2, 3):
+            shown.train(step, {"loss": 0.5})
+            clock.now += 0.25
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/3  loss 0.500",
+        "step 3/3  loss 0.500  4 steps/s  0:00:00 left",
+    ]
+
+
+def test_the_rate_leaves_evaluations_out(tmp_path, capsys, clock):
+    with Progress(tmp_path, 10) as shown:
+        shown.train(1, {"loss": 0.5})
+        clock.now += 100
+        shown.evaluate(1, {"accuracy": 0.123456})
+        for step in (8, 9, 10):
+            shown.train(step, {"loss": 0.5})
+            clock.now += 0.5
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "step 1/10  evaluation: accuracy 0.1235"
+    assert lines[-1] == "step 10/10  loss 0.500  2 steps/s  0:00:00 left"
+
+
+def test_quiet_records_only(tmp_path, capsys):
+    train(tmp_path, [1, 2], quiet=True)
+    with Progress(tmp_path, 100, start=2, quiet=True) as shown:
+        shown.evaluate(3, {"loss": 1.0})
+    assert "".join(capsys.readouterr()) == ""
+    assert [entry["step"] for entry in entries(tmp_path)] == [1, 2, 3]
+
+
+def test_other_processes_neither_record_nor_print(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    train(tmp_path, [1, 2])
+    assert "".join(capsys.readouterr()) == "" and not list(tmp_path.iterdir())
+
+
+def test_a_terminal_shows_a_bar_in_one_row(tmp_path, terminal, clock):
+    with Progress(tmp_path, 40000, batch_size=128) as shown:
+        assert "0/40000" in terminal() and "compiling" in terminal()
+        for step in (1, 2, 3):
+            shown.train(step, {"loss": 2.25})
+            clock.now += 0.25
+    rows = [row for row in re.split(r"[\r\n]+", terminal()) if row.strip()]
+    assert max(map(len, rows)) <= 80
+    assert "3/40000 loss 2.250  4 steps/s  512 images/s  2:46:39 left" in rows[-1]
+
+
+def test_a_bar_goes_on_where_the_run_does(tmp_path, terminal):
+    with Progress(tmp_path, 100, start=40):
+        pass
+    assert " 40/100 compiling" in terminal() and "━━━" in terminal()
+
+
+def test_evaluations_stand_above_the_bar(tmp_path, terminal):
+    with Progress(tmp_path, 100) as shown:
+        shown.train(1, {"loss": 2.25})
+        shown.evaluate(1, {"accuracy": 0.5, "note[red]": 1.0})
+    line = "step 1/100  evaluation: accuracy 0.5, note[red] 1\n"
+    assert line in terminal()
+    assert "1/100 loss 2.250" in terminal().split(line)[1]
+
+
+def test_an_error_closes_the_bar_and_the_files(tmp_path, terminal):
+    shown = Progress(tmp_path, 100)
+    with pytest.raises(NonFinite), shown:
+        shown.train(1, {"loss": 1.0})
+        check_finite(2, float("nan"), {})
+    assert terminal().endswith("\n")
+    with pytest.raises(ValueError, match="closed file"):
+        shown.train(2, {"loss": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("loss", "norms", "message"),
+    [
+        (float("nan"), {}, r"the loss became nan at step 120\. Lower the learning"),
+        (float("inf"), {"a": 1.0}, r"the loss became inf at step 120\. Lower"),
+        (
+            float("nan"),
+            {"head": 1.0, "stem/kernel": float("nan"), "stem/tau": float("inf")},
+            "nan at step 120; first non-finite gradients: stem/kernel, stem/tau. Lower",
+        ),
+        (
+            0.5,
+            {"stem/kernel": float("inf")},
+            r"gradients became inf \(loss 0.5\) at step 120; .*: stem/kernel\. Lower",
+        ),
+        (0.5, dict.fromkeys("abcdef", float("nan")), r": a, b, c and 3 more\. Lower"),
+    ],
+)
+def test_numbers_that_are_not_finite_stop_the_run(loss, norms, message):
+    with pytest.raises(NonFinite, match=message) as caught:
+        check_finite(120, loss, norms)
+    assert "(--learning-rate) or clip gradients (--clip)." in str(caught.value)
+
+
+def test_finite_numbers_pass():
+    check_finite(1, 1e30, {"a": 0.0, "b": 1e-38})
+
+
+def test_a_table_has_its_numbers_to_the_right(capsys):
+    table("Digits [T=1]", ["neuron", "accuracy"], [["LIF [/x]", "9%"], ["MT", "99%"]])
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "Digits [T=1]"
+    assert lines[4:6] == ["│ LIF [/x] │       9% │", "│ MT       │      99% │"]
+
+
+def test_a_table_in_a_log_is_not_cut(capsys):
+    table("", [f"column number {i}" for i in range(6)], [["x" * 15] * 6])
+    assert capsys.readouterr().out.count("x" * 15) == 6
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    def absent(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    message = r"rich.markup is not installed. Get it: pip install 'spikejax\[exper"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        table("", ["a"], [])

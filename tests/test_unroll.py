@@ -1,0 +1,170 @@
+"""Unroll: written out, scanned or in pieces, a sequence has one answer."""
+
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spikejax.neurons import NeuronParams, cascade, lif
+from spikejax.unroll import unroll
+
+# ``import spikejax.unroll as x`` would give the function: the package exports it.
+MODULE = sys.modules["spikejax.unroll"]
+
+# 1 to 4 steps are written out, 5 to 63 scanned, from 64 on they are cut in pieces: 64
+# is 8 times 8, 67 leaves 3 steps over, 80 is 10 times 8, 123 is 11 times 11 and 2.
+LENGTHS = [1, 4, 5, 63, 64, 67, 80, 123]
+
+
+def adaptive(params, state, x):
+    """A neuron whose spikes come back to inhibit it, and whose state is a dict."""
+    v, z = lif(params, state["v"], x - state["trace"] / 8, decay_input=False)
+    return {"v": v, "trace": 0.75 * state["trace"] + z}, z
+
+
+step = jax.jit(adaptive)
+
+
+@jax.jit
+def step_backward(params, state, x, cotangent):
+    return jax.vjp(adaptive, params, state, x)[1](cotangent)
+
+
+def example(steps):
+    params = NeuronParams(jnp.float32(0.4), (jnp.float32(0.9),))
+    state = {"v": jnp.full((2, 3), 0.25), "trace": jnp.full((2, 3), 0.5)}
+    xs, weights = jax.random.normal(jax.random.key(steps), (2, 2, steps, 3))
+    return params, state, xs + 0.5, weights
+
+
+def weighted_sum(params, state, xs, weights, unroll=unroll):
+    last, spikes = unroll(adaptive, params, state, xs)
+    loss = (weights * spikes).sum() + last["v"].sum() + 2 * last["trace"].sum()
+    return loss, (last, spikes)
+
+
+def by_loop(params, state, xs, weights):
+    """Weighted_sum's gradients and outputs, one step after the other and back again."""
+    xs, weights = np.asarray(xs), np.asarray(weights)
+    states, spikes = [state], []
+    for t in range(xs.shape[1]):
+        state, z = step(params, states[-1], xs[:, t])
+        states.append(state)
+        spikes.append(z)
+    cotangent = {"v": np.ones((2, 3), "f"), "trace": np.full((2, 3), 2, "f")}
+    d_params, d_xs = jax.tree.map(np.zeros_like, params), []
+    for t in reversed(range(xs.shape[1])):
+        d_one, cotangent, d_x = step_backward(
+            params, states[t], xs[:, t], (cotangent, weights[:, t])
+        )
+        d_params = jax.tree.map(np.add, d_params, d_one)
+        d_xs.append(d_x)
+    gradients = (d_params, cotangent, np.stack(d_xs[::-1], 1))
+    return gradients, (states[-1], np.stack(spikes, 1))
+
+
+def assert_close(one, other):
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5), one, other)
+
+
+@pytest.mark.parametrize("steps", LENGTHS)
+def test_equals_a_python_loop_in_value_and_gradient(steps):
+    inputs = example(steps)
+    gradients = jax.jit(jax.grad(weighted_sum, (0, 1, 2), has_aux=True))(*inputs)
+    loop = by_loop(*inputs)
+    np.testing.assert_array_equal(gradients[1][1], loop[1][1])
+    assert gradients[1][1].shape == (2, steps, 3)
+    assert 0 < loop[1][1].mean() < 1 or steps == 1
+    assert_close(gradients, loop)
+
+
+@pytest.mark.parametrize("steps", [12, 13])
+def test_the_three_paths_give_one_answer(steps, monkeypatch):
+    inputs = example(steps)
+    answers = []
+    for unrolled, rematerialised in [(99, 99), (0, 99), (0, 2)]:
+        monkeypatch.setattr(MODULE, "UNROLLED", unrolled)
+        monkeypatch.setattr(MODULE, "REMATERIALISED", rematerialised)
+        # A new function each time, or jit would not look at the limits again.
+        function = jax.grad(partial(weighted_sum), (0, 1, 2), has_aux=True)
+        answers.append(jax.jit(function)(*inputs))
+    for answer in answers[1:]:
+        assert_close(answers[0], answer)
+
+
+@pytest.mark.parametrize("steps, cut", [(4, 1), (7, 5), (67, 3), (70, 66)])
+def test_a_sequence_cut_in_two_goes_on_from_the_state_handed_over(steps, cut):
+    params, state, xs, _ = example(steps)
+    run = jax.jit(partial(unroll, adaptive))
+    last, spikes = run(params, state, xs)
+    middle, early = run(params, state, xs[:, :cut])
+    end, late = run(params, middle, xs[:, cut:])
+    np.testing.assert_array_equal(spikes, jnp.concatenate([early, late], 1))
+    assert_close(last, end)
+
+
+@pytest.mark.parametrize("steps", [3, 20, 67])
+def test_gradient_reaches_the_past_and_not_the_future(steps):
+    params, state, xs, _ = example(steps)
+    seen = 2 * steps // 3
+
+    @jax.jit
+    @jax.grad
+    def gradient(xs):
+        return unroll(adaptive, params, state, xs)[1][:, :seen].sum()
+
+    dx = gradient(xs)
+    assert jnp.all(dx[:, :seen] != 0) and jnp.all(dx[:, seen:] == 0)
+
+
+@pytest.mark.parametrize("steps", [2, 6, 67])
+def test_axes_after_time_and_types_are_kept(steps):
+    def cell(params, v, x):
+        return v + x.astype(jnp.float32), x * 2
+
+    xs = jnp.arange(2 * steps * 12, dtype=jnp.bfloat16).reshape(2, steps, 3, 4, 1) % 8
+    last, out = unroll(cell, None, jnp.zeros((2, 3, 4, 1)), xs)
+    assert out.dtype == jnp.bfloat16 and last.dtype == jnp.float32
+    np.testing.assert_array_equal(out, 2 * xs)
+    np.testing.assert_array_equal(last, np.asarray(xs, "f").sum(1))
+
+
+@pytest.mark.parametrize("steps, most", [(4, 4), (63, 1), (64, 1), (67, 2)])
+def test_a_long_sequence_traces_its_cell_once(steps, most):
+    traced = []
+
+    def cell(params, v, x):
+        traced.append(x.shape)
+        return lif(params, v, x)
+
+    jax.eval_shape(
+        partial(unroll, cell, NeuronParams()), jnp.zeros(3), jnp.zeros((3, steps))
+    )
+    assert len(traced) <= most and set(traced) == {(3,)}
+
+
+def temporary_bytes(repeat, cell, steps):
+    """Scratch memory of the compiled gradient over so many steps."""
+
+    def loss(params, xs):
+        return repeat(cell, params, jnp.zeros((8, 64)), xs)[1].sum()
+
+    params = NeuronParams(jnp.float32(0.5), (1.0, 0.5))
+    inputs = params, jax.ShapeDtypeStruct((8, steps, 64), jnp.float32)
+    return jax.jit(jax.grad(loss)).lower(*inputs).compile().memory_analysis()
+
+
+def scan(cell, params, state, xs):
+    """What unroll does for fewer steps, with every step's residuals kept."""
+    xs = jnp.moveaxis(xs, 1, 0)
+    last, spikes = jax.lax.scan(lambda v, x: cell(params, v, x), state, xs)
+    return last, jnp.moveaxis(spikes, 0, 1)
+
+
+def test_pieces_need_less_memory_than_a_plain_scan():
+    plain = temporary_bytes(scan, cascade, 256).temp_size_in_bytes
+    pieces = temporary_bytes(unroll, cascade, 256).temp_size_in_bytes
+    assert 0 < pieces < plain / 2
