@@ -183,8 +183,7 @@ class Checkpoints:
 
     def _rank(self, step: int) -> tuple[float, int]:
         metric = self._metrics.get(step)
-        unknown = metric is None or math.isnan(metric)
-        return (-math.inf if unknown else metric, step)
+        return -math.inf if metric is None or math.isnan(metric) else metric, step
 
     def _check_step(self, step: int) -> None:
         last = max(self.steps, default=-1) if self._newest is None else self._newest

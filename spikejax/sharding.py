@@ -1,13 +1,15 @@
 """Where arrays live: a mesh of devices, and the placing of arrays on it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
-def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh of the devices (all by default) with one axis, 'data'."""
     devices = jax.devices() if devices is None else devices
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
@@ -33,7 +35,8 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 
 def place_state(state: Any, mesh: Mesh) -> Any:
     """A copy of every leaf on every device; safe to donate."""
-    return jax.device_put(state, replicated(mesh), may_alias=False)
+    # may_alias=False is ignored for replicas: one of them would be the given array
+    return jax.device_put(jax.tree.map(jnp.copy, state), replicated(mesh))
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:

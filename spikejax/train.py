@@ -128,7 +128,7 @@ def fit(
 class _Run:
     """The loop of ``fit``: steps, evaluations, checkpoints, and the clock."""
 
-    classes: int | None = None  # logits of the model, once it has seen a batch
+    classes = 0  # logits of the model, once it has seen a batch
     terminated: "_Terminated"
 
     def __init__(self, config, steps, steps_per_epoch, train_step, predict, eval_step):
@@ -190,13 +190,14 @@ class _Run:
 
     def _check_labels(self, state, images, labels):
         """ValueError where a label is no class of the model."""
-        if self.classes is None:
+        if not self.classes:
             self.classes = jax.eval_shape(self.predict, state, images).shape[-1]
-        if labels.min() < 0 or labels.max() >= self.classes:
-            bad = labels[(labels < 0) | (labels >= self.classes)][0]
+        last = self.classes - 1
+        if labels.min() < 0 or labels.max() > last:
+            bad = labels[(labels < 0) | (labels > last)][0]
             raise ValueError(
-                f"fit: expected labels from 0 to {self.classes - 1}, as the model has "
-                f"{self.classes} logits, got {bad}. Give the model a logit a class."
+                f"fit: expected labels from 0 to {last}, as the model has {last + 1} "
+                f"logits, got {bad}. Give the model a logit a class."
             )
 
     def _evaluate(self, state, eval_data):

@@ -80,7 +80,7 @@ def test_whole_equals_step_by_step(name):
     np.testing.assert_array_equal(whole, jnp.concatenate(steps, 1))
 
 
-@pytest.mark.parametrize("name", ["plif", "parallel given", "independent hard"])
+@pytest.mark.parametrize("name", ["plif", "independent hard"])
 def test_a_long_sequence_equals_its_slices_whatever_their_lengths(name):
     xs = currents(80)
     whole = keep_membranes(LAYERS[name]())
@@ -140,6 +140,37 @@ def test_the_plain_layers_are_the_cells_with_their_parameters():
     _, spikes = neurons.lif(IF().params, 0.0, xs[:, 0], decay_input=False)
     np.testing.assert_array_equal(IF()(xs)[:, 0], spikes)
     assert IF().params == (0.0, (1.0,)) and LIF(4.0, 0.5).params == (0.25, (0.5,))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"v_reset": -0.25},
+        {"decay_input": False},
+        {"detach_reset": True},
+        {"surrogate": surrogate.triangle()},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+@pytest.mark.parametrize("cell", [neurons.lif, parallel])
+def test_every_option_reaches_the_cell(cell, option):
+    layer = {neurons.lif: LIF, parallel: MultiThreshold}[cell](**option)
+    options = dict(option)
+    if "surrogate" in options:
+        options["spike"] = options.pop("surrogate")
+    rest = jnp.full((2, 3), options.get("v_reset", 0.0))
+
+    def by_cell(xs):
+        return unroll(partial(cell, **options), layer.params, rest, xs)[1]
+
+    xs = currents(3)
+    spikes, backward = jax.vjp(layer, xs)
+    expected, expected_backward = jax.vjp(by_cell, xs)
+    np.testing.assert_array_equal(spikes, expected)
+    gradient = backward(spikes)[0]
+    np.testing.assert_array_equal(gradient, expected_backward(spikes)[0])
+    without = {neurons.lif: LIF, parallel: MultiThreshold}[cell]()
+    assert jnp.any(gradient != jax.vjp(without, xs)[1](spikes)[0])
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,11 @@ every_multi = pytest.mark.parametrize("name", MULTI)
 every_reset = pytest.mark.parametrize("reset", RESETS)
 
 
+def currents(seed):
+    """Random inputs [T, n], the same shape everywhere: each new one compiles again."""
+    return 2 * jax.random.normal(jax.random.key(seed), (5, 16)) + 0.5
+
+
 def rest(cell, x, number):
     """Membranes at zero, as the cell wants them."""
     return jnp.zeros((number, *x.shape) if cell is independent else x.shape)
@@ -234,12 +239,12 @@ def value_and_gradients(cell, params, xs, **options):
 @every_multi
 def test_one_threshold_is_the_plain_neuron_bit_for_bit(name, reset, detach_reset):
     options = {"v_reset": RESETS[reset], "detach_reset": detach_reset}
-    xs = 2 * jax.random.normal(jax.random.key(1), (5, 7))
+    xs = currents(1)
     params = NeuronParams(jnp.float32(0.3), (jnp.float32(0.7),))
     plain = value_and_gradients(lif, params, xs, **options)
     multi = value_and_gradients(MULTI[name], params, xs, **options)
     assert 0 < plain[0].mean() < 1
-    multi = (multi[0], multi[1].reshape(xs.shape), multi[2])  # independent: [T, 1, 7]
+    multi = (multi[0], multi[1].reshape(xs.shape), multi[2])  # independent: [T, 1, n]
     jax.tree.map(np.testing.assert_array_equal, plain, multi)
 
 
@@ -291,7 +296,7 @@ def test_a_dyadic_cascade_has_two_to_the_n_levels(number):
 def test_independent_equals_the_multi_level_firing_unit():
     """In that unit the reset comes with the next charge, and H(0) = 0."""
     levels = jnp.array([0.6, 1.6, 2.6])
-    xs = jax.random.normal(jax.random.key(3), (6, 11)) + 1
+    xs = currents(3)
     weights = jax.random.normal(jax.random.key(4), xs.shape)
 
     def straight_through(u):
@@ -314,8 +319,8 @@ def test_independent_equals_the_multi_level_firing_unit():
         spikes, _ = run(independent, params, xs, spike=spike, **options)
         return (weights * spikes).sum(), spikes
 
-    expected_gradient, expected = jax.grad(unit, has_aux=True)(xs)
-    gradient, spikes = jax.grad(ours, has_aux=True)(xs)
+    expected_gradient, expected = jax.jit(jax.grad(unit, has_aux=True))(xs)
+    gradient, spikes = jax.jit(jax.grad(ours, has_aux=True))(xs)
     assert set(np.unique(spikes)) == {0, 1, 2, 3}
     np.testing.assert_allclose(spikes, expected, 0, 1e-6)
     np.testing.assert_allclose(gradient, expected_gradient, 0, 1e-5)
@@ -331,14 +336,14 @@ def test_gradient_reaches_the_past_and_not_the_future(name):
     def early_spikes(xs):
         return run(cell, NeuronParams(0.5, thresholds), xs)[0][:3].sum()
 
-    gradient = jax.grad(early_spikes)(jnp.full(6, 0.9))
+    gradient = jax.jit(jax.grad(early_spikes))(jnp.full(6, 0.9))
     assert jnp.all(gradient[:3] != 0) and jnp.all(gradient[3:] == 0)
 
 
 @every_cell
 def test_jit_changes_nothing(name):
     cell, thresholds = CELLS[name]
-    xs = 2 * jax.random.normal(jax.random.key(5), (3, 9)) + 0.5
+    xs = currents(5)
     function = partial(value_and_gradients, cell)
     params = NeuronParams(jnp.float32(0.4), tuple(map(jnp.float32, thresholds)))
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
@@ -357,11 +362,11 @@ def test_trains_are_binary_and_their_weighted_sum_is_the_output(name, reset):
         "cascade": [1, 0.5, 0.25],
         "independent": [1, 1, 1],
     }[name]
-    xs = 3 * jax.random.normal(jax.random.key(6), (4, 50)) + 0.5
+    xs = currents(6)
     params = NeuronParams(0.5, thresholds)
     spikes, membranes = run(cell, params, xs, v_reset=RESETS[reset])
     trains, same = run(cell, params, xs, v_reset=RESETS[reset], trains=True)
-    assert trains.shape == (4, 50, len(weights))
+    assert trains.shape == (*xs.shape, len(weights))
     assert set(np.unique(trains)) == {0, 1}
     assert jnp.all(trains.any((0, 1)))
     np.testing.assert_allclose(trains @ jnp.array(weights), spikes, 1e-6)
@@ -371,7 +376,7 @@ def test_trains_are_binary_and_their_weighted_sum_is_the_output(name, reset):
 @every_cell
 def test_hard_reset_leaves_the_reset_value_where_a_neuron_fired(name):
     cell, thresholds = CELLS[name]
-    xs = 3 * jax.random.normal(jax.random.key(7), (4, 50)) + 0.5
+    xs = currents(7)
     options = {"v_reset": -0.25, "trains": True}
     out = run(cell, NeuronParams(0.5, thresholds), xs, **options)
     trains, v = map(np.asarray, out)
@@ -419,15 +424,15 @@ def test_gradient_through_a_reset_by_hand():
 
 
 def test_leak_and_thresholds_may_differ_from_neuron_to_neuron():
-    leaks, low = jnp.array([0.0, 0.25, 0.5]), jnp.array([0.5, 1.0, 2.0])
-    xs = jax.random.normal(jax.random.key(8), (4, 2, 3)) + 1
+    leaks, low = jnp.linspace(0, 0.5, 16), jnp.linspace(0.5, 2, 16)
+    xs = currents(8)
     params = NeuronParams(leaks, (low, 2 * low))
     spikes, membranes = run(parallel, params, xs, decay_input=False)
-    for n in range(3):
-        one = NeuronParams(float(leaks[n]), (float(low[n]), float(2 * low[n])))
-        alone = run(parallel, one, xs[..., n], decay_input=False)
-        np.testing.assert_allclose(spikes[..., n], alone[0], 1e-6)
-        np.testing.assert_allclose(membranes[..., n], alone[1], 1e-6)
+    for n in (0, 7, 15):
+        one = NeuronParams(leaks[n], (low[n], 2 * low[n]))
+        alone = run(parallel, one, xs[:, n], decay_input=False)
+        np.testing.assert_allclose(spikes[:, n], alone[0], 1e-6)
+        np.testing.assert_allclose(membranes[:, n], alone[1], 1e-6)
 
 
 # --- thresholds

@@ -96,9 +96,10 @@ def test_gradients_layer_by_layer_are_those_step_by_step():
     model = tiny(resnet.ms, LIF, imagenet_stem=True)
     once, steps = (logits_and_gradient(model, run) for run in (whole, stepwise))
     np.testing.assert_allclose(once[0], steps[0], atol=1e-6)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), *(
-        result[1] for result in (once, steps)
-    ))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        *(result[1] for result in (once, steps)),
+    )
 
 
 GOLDEN = {"plain": 0.0, "sew": 0.0, "ms": 0.0}
@@ -208,7 +209,9 @@ def test_the_relu_twin_has_the_same_parameters():
     )
     shapes = partial(jax.tree.map, jnp.shape)
     assert shapes(twin) == shapes(spiking)
-    assert not neuron_layers(abstract(resnet.resnet20, num_classes=10, neuron=lambda: nnx.relu))
+    assert not neuron_layers(
+        abstract(resnet.resnet20, num_classes=10, neuron=lambda: nnx.relu)
+    )
 
 
 @pytest.mark.parametrize(("residual", "layers"), [(resnet.ms, 19), (resnet.sew, 21)])

@@ -15,8 +15,8 @@ from spikejax.unroll import unroll
 MODULE = sys.modules["spikejax.unroll"]
 
 # 1 to 4 steps are written out, 5 to 63 scanned, from 64 on they are cut in pieces: 64
-# is 8 times 8, 67 leaves 3 steps over, 80 is 10 times 8, 123 is 11 times 11 and 2.
-LENGTHS = [1, 4, 5, 63, 64, 67, 80, 123]
+# is 8 times 8, 67 leaves 3 steps over, 123 is 11 times 11 and 2.
+LENGTHS = [1, 4, 5, 63, 64, 67, 123]
 
 
 def adaptive(params, state, x):

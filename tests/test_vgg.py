@@ -17,8 +17,11 @@ XS = jax.random.normal(jax.random.key(1), (2, 3, 8, 8, 3))
 
 
 def tiny(neuron=LIF, **options):
-    # Inputs three thresholds wide, so that layers fire with the statistics at the start.
-    options = {"norm": partial(td_batch_norm, v_threshold=3.0), "hidden": (6,)} | options
+    # Inputs three thresholds wide, so that layers fire with the first statistics.
+    options = {
+        "norm": partial(td_batch_norm, v_threshold=3.0),
+        "hidden": (6,),
+    } | options
     model = vgg.VGG((4, vgg.POOL, 8), 5, neuron=neuron, rngs=nnx.Rngs(0), **options)
     for dense in model.dense[:-1]:
         dense.kernel[...] *= 4.0

@@ -6,6 +6,7 @@ a neuron is, is the factory ``neuron``: a ReLU network is the same code.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -199,7 +200,9 @@ class ResNet(nnx.Module):
         if self.residual is not ms:
             xs = self.stage_neuron(xs)
         if self.imagenet_stem:
-            xs = nnx.max_pool(xs, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+            # With padding Flax takes one batch axis only: the window covers time too.
+            edges: Any = ((0, 0), (1, 1), (1, 1))
+            xs = nnx.max_pool(xs, (1, 3, 3), (1, 2, 2), padding=edges)
         for block in self.blocks:
             xs = block(xs)
         if self.residual is ms:

@@ -10,7 +10,7 @@ from flax import nnx
 from spikejax.compat import List
 from spikejax.norm import td_batch_norm
 
-POOL = "pool"
+POOL = 0  # stands in a plan for pooling
 
 
 def max_pool(xs: jax.Array) -> jax.Array:
@@ -46,7 +46,7 @@ class VGG(nnx.Module):
 
     def __init__(
         self,
-        plan: Sequence[int | str],
+        plan: Sequence[int],
         num_classes: int,
         *,
         neuron: Callable[[], Callable],
