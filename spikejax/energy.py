@@ -166,7 +166,9 @@ def _operations(layer, x, counts, *, time_steps):
 
 def _fan_out(layer, weights, shape):
     """How many of the weights (0 or 1) each element of an input meets: a gradient."""
-    kernel, layer.kernel = layer.kernel, nnx.Param(weights.astype(jnp.float32))
+    # JAX 0.10.2 on CPU computes nonsense from a kernel that it knows to be constant.
+    weights = jax.lax.optimization_barrier(weights.astype(jnp.float32))
+    kernel, layer.kernel = layer.kernel, nnx.Param(weights)
     layer.dtype = jnp.float32
     meets = jax.grad(lambda x: layer(x).sum())(jnp.zeros(shape))
     layer.kernel = kernel

@@ -5,6 +5,7 @@ membrane: see ``keep_membranes``. Membranes are float32 whatever the type of the
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import jax
@@ -49,6 +50,16 @@ class Neuron(nnx.Module):
             raise ValueError(
                 f"{who}: expected tau {'> 1 and finite' if learn_tau else '>= 1'}, got "
                 f"{tau}. The membrane keeps 1 - 1/tau of itself each time step."
+            )
+        if decay_input and tau == math.inf:
+            raise ValueError(
+                f"{who}: expected a finite tau with decay_input, got {tau}, which "
+                "keeps all input out. For integrate-and-fire, give decay_input=False."
+            )
+        if cell is neurons.lif and len(thresholds) != 1:
+            raise ValueError(
+                f"{who}: expected one threshold for the cell lif, got {thresholds}. "
+                "For several, give neurons.parallel, cascade or independent."
             )
         if v_reset is not None and not v_reset < min(thresholds):
             raise ValueError(
@@ -248,13 +259,13 @@ class MultiThreshold(Neuron):
         learn_tau: bool = False,
         learn_thresholds: bool = False,
     ):
-        if isinstance(thresholds, int):
+        if isinstance(thresholds, numbers.Integral):
             spaced = (
                 neurons.repeated_thresholds
                 if cell is neurons.cascade
                 else neurons.equal_thresholds
             )
-            thresholds = spaced(thresholds, v_threshold)
+            thresholds = spaced(int(thresholds), v_threshold)
         super().__init__(
             cell,
             thresholds,

@@ -166,7 +166,7 @@ def cascade(
     o = sum_k (theta_k / theta_1) z_k,  v' = u_N
 
     Equal thresholds give weights of 1; dyadic ones (theta_k = theta 2^(1-k)) give 2^N
-    levels from N spikes.
+    levels from N spikes. With hard reset at most one of the N fires: take soft reset.
 
     Args:
         params: leak and N positive thresholds, in the order in which they act.

@@ -34,7 +34,7 @@ class TrainConfig:
     learning_rate: float = 0.1
     """At its peak; it falls along a cosine to zero."""
     warmup: float = 0.05
-    """Part of the training, in 0..1, in which the learning rate rises from zero."""
+    """Part of the training, in 0..1, in which the learning rate rises."""
     weight_decay: float = 5e-4
     """On kernels alone: not on norms, biases, leaks and thresholds."""
     clip: float = 0.0

@@ -51,6 +51,8 @@ def evaluate(
             }
         sums.append(eval_step(state, sharding.place_batch(batch, mesh)))
         count += size
+    if not count:
+        raise ValueError("evaluate: expected at least one example, got no batches.")
     return {k: float(sum(float(s[k]) for s in sums)) / count for k in sums[0]}
 
 

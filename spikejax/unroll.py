@@ -29,6 +29,11 @@ def unroll(
     Returns:
         state after the last step, and the spikes [B, T, ...].
     """
+    if xs.ndim < 2 or xs.shape[1] == 0:
+        raise ValueError(
+            f"unroll: expected xs [B, T, ...] with T >= 1, got shape {xs.shape}. "
+            "For one time step, add the time axis: x[:, None]."
+        )
     steps = xs.shape[1]
     if steps <= UNROLLED:
         spikes = []

@@ -285,3 +285,22 @@ def test_matrices_of_other_layers_are_a_warning():
     model = Chain(nnx.LinearGeneral(2, 3, rngs=RNGS))
     with pytest.warns(UserWarning, match=r"got LinearGeneral at 'layers/0'"):
         assert energy.measure(model, jnp.ones((1, 1, 2))).connections == ()
+
+
+def test_dense_macs_of_a_resnet_are_those_of_its_layers():
+    model = resnet.resnet20(num_classes=10, neuron=LIF, rngs=nnx.Rngs(0))
+    report = energy.measure(model, jnp.ones((1, 1, 32, 32, 3)))
+
+    def conv(size, inputs, outputs, kernel=3, stride=1):
+        taps = [
+            sum(0 <= stride * y + i - kernel // 2 < size for i in range(kernel))
+            for y in range(size // stride)
+        ]
+        return sum(taps) ** 2 * inputs * outputs
+
+    macs = conv(32, 3, 16) + 6 * conv(32, 16, 16) + 64 * 10
+    for size, width in ((32, 16), (16, 32)):
+        macs += conv(size, width, 2 * width, stride=2)
+        macs += conv(size, width, 2 * width, kernel=1, stride=2)
+        macs += 5 * conv(size // 2, 2 * width, 2 * width)
+    assert report.dense_macs == macs == 37_219_648

@@ -142,6 +142,20 @@ def test_the_plain_layers_are_the_cells_with_their_parameters():
     assert IF().params == (0.0, (1.0,)) and LIF(4.0, 0.5).params == (0.25, (0.5,))
 
 
+def test_neurons_that_could_never_fire_are_refused():
+    with pytest.raises(ValueError, match="LIF: expected a finite tau with decay_input"):
+        LIF(math.inf)
+
+
+def test_the_plain_cell_takes_one_threshold():
+    with pytest.raises(ValueError, match="expected one threshold for the cell lif"):
+        MultiThreshold(4, neurons.lif)
+
+
+def test_the_number_of_thresholds_may_be_numpys():
+    assert MultiThreshold(np.int64(3)).thresholds == (1.0, 2.0, 3.0)
+
+
 @pytest.mark.parametrize(
     "option",
     [

@@ -10,16 +10,18 @@ import pytest
 from flax import nnx
 
 from spikejax import neurons
+from spikejax.encode import direct
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold, keep_membranes, neuron_layers
 from spikejax.models import resnet
 from spikejax.norm import td_batch_norm
 
-XS = jax.random.normal(jax.random.key(1), (2, 3, 8, 8, 3))
+# One image at both steps: what differs between them is the membranes' doing.
+XS = direct(jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), 2)
 # Inputs three thresholds wide, so that layers fire with the statistics of the start.
 wide_norm = partial(td_batch_norm, v_threshold=3.0)
 TINY = {
-    "plain": (resnet.plain, LIF),
-    "sew": (resnet.sew, partial(PLIF, v_reset=0.0, detach_reset=True)),
+    "plain": (resnet.plain, partial(LIF, decay_input=False)),
+    "sew": (resnet.sew, partial(PLIF, v_reset=0.0, decay_input=False)),
     "ms": (resnet.ms, partial(MultiThreshold, 2, neurons.cascade, learn_tau=True)),
 }
 
@@ -43,10 +45,6 @@ def pieces(model):
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 
 
-def run_whole(model):
-    return model(XS), {p: n.num_thresholds for p, n in neuron_layers(model).items()}
-
-
 def logits_and_gradient(model, run):
     graphdef, params, rest = pieces(model)
 
@@ -66,7 +64,7 @@ def whole(model):
 
 def stepwise(model):
     keep_membranes(model)
-    return jnp.concatenate([model(XS[:, t : t + 1]) for t in range(3)], 1)
+    return jnp.concatenate([model(XS[:, t : t + 1]) for t in range(2)], 1)
 
 
 @pytest.fixture(scope="module", params=TINY)
@@ -82,8 +80,8 @@ def results(network):
 def test_layer_by_layer_is_step_by_step(network, results):
     graphdef, params, rest = pieces(network)
     steps = jax.jit(lambda p: stepwise(nnx.merge(graphdef, p, rest)))(params)
-    assert results[0].shape == (2, 3, 5)
-    assert float(jnp.std(results[0], 1).min()) > 1e-3  # time matters
+    assert results[0].shape == (2, 2, 5)
+    assert not jnp.allclose(results[0][:, 0], results[0][:, 1], atol=1e-2)
     np.testing.assert_allclose(steps, results[0], atol=1e-6)
 
 
@@ -102,7 +100,7 @@ def test_gradients_layer_by_layer_are_those_step_by_step():
     )
 
 
-GOLDEN = {"plain": 0.0, "sew": 0.0, "ms": 0.0}
+GOLDEN = {"plain": 8.065504, "sew": 17.323719, "ms": 21.572695}
 
 
 def test_logits_stay_what_they_were(request, network, results):
@@ -113,7 +111,7 @@ def test_logits_stay_what_they_were(request, network, results):
 def test_bfloat16_computes_on_float32_parameters():
     model = tiny(resnet.sew, LIF, hidden=6, dtype=jnp.bfloat16)
     logits = nnx.jit(lambda model: model(XS))(model)
-    assert logits.dtype == jnp.bfloat16 and logits.shape == (2, 3, 5)
+    assert logits.dtype == jnp.bfloat16 and logits.shape == (2, 2, 5)
     assert jnp.isfinite(logits.astype(jnp.float32)).all()
     for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)):
         assert leaf.dtype == jnp.float32
@@ -156,7 +154,7 @@ def test_plain_block_fires_on_the_sum():
 @pytest.mark.parametrize("residual", [resnet.plain, resnet.sew, resnet.ms])
 def test_blocks_with_stride_and_bottleneck_project_the_shortcut(residual):
     block = make_block(residual, stride=2, bottleneck=True)
-    assert jax.eval_shape(block, XS[..., [0, 1, 2, 0]]).shape == (2, 3, 4, 4, 16)
+    assert jax.eval_shape(block, XS[..., [0, 1, 2, 0]]).shape == (2, 2, 4, 4, 16)
     assert [conv.strides for conv in block.convs] == [(1, 1), (2, 2), (1, 1)]
     assert block.shortcut_conv.strides == (2, 2)
     spiking = hasattr(block, "shortcut_neuron")
@@ -228,8 +226,7 @@ def test_plif_adds_one_parameter_a_layer(residual, layers):
 )
 def test_logits_have_time_and_classes(name, size):
     model = abstract(getattr(resnet, name), num_classes=7)
-    shapes = []
     logits = nnx.eval_shape(
         lambda model: model(jnp.zeros((2, 1, size, size, 3))), model
     )
-    assert logits.shape == (2, 1, 7), shapes
+    assert logits.shape == (2, 1, 7)

@@ -57,9 +57,9 @@ def norm(features, *, rngs, alpha=1.0):
     return td_batch_norm(features, rngs=rngs)
 
 
-def resnet(neuron=MultiThreshold, residual=ms, **options):
-    options |= {"neuron": neuron, "residual": residual, "norm": norm}
-    return ResNet((1, 1), (8, 16), CLASSES, rngs=nnx.Rngs(0), **options)
+def resnet(**options):
+    options = {"neuron": MultiThreshold, "residual": ms, "norm": norm} | options
+    return ResNet((1,), (16,), CLASSES, stem_width=8, rngs=nnx.Rngs(0), **options)
 
 
 class Folded(nnx.Module):
@@ -67,7 +67,7 @@ class Folded(nnx.Module):
 
     def __init__(self):
         rngs = nnx.Rngs(0)
-        self.stem = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.stem = nnx.Linear(3, 8, rngs=rngs)
         self.conv = nnx.Conv(8, 8, (3, 3), rngs=rngs)
         self.neurons = LIF()
         self.head = nnx.Linear(8, CLASSES, rngs=rngs)
@@ -310,9 +310,8 @@ def test_the_evaluation_step_passes_on_two_sums(runs):
 
 def test_a_scan_over_time_passes_on_nothing_larger_than_a_parameter():
     """Longer than what is unrolled; with Poisson spikes, max-pooling, plain sums."""
-    model = resnet(
-        partial(MultiThreshold, 2, cascade), residual=plain, imagenet_stem=True
-    )
+    neuron = partial(MultiThreshold, 2, cascade)
+    model = resnet(neuron=neuron, residual=plain, imagenet_stem=True)
     run = compiled(model, poisson(6), EIGHT, size=16)
     assert "while(" in run.train_step.as_text()
     assert too_large(run.train_step.as_text(), run.state["params"]) == []

@@ -1,0 +1,113 @@
+"""Losses against closed forms and against optax."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from spikejax import losses
+
+LOGITS = jax.random.normal(jax.random.key(0), (4, 3, 5))
+LABELS = jnp.array([0, 4, 2, 2])
+ALL = [losses.rate_cross_entropy, losses.tet, losses.mse_of_counts]
+
+
+def test_rate_cross_entropy_of_equal_logits_is_log_of_the_classes():
+    loss = losses.rate_cross_entropy(jnp.full((2, 3, 5), 7.0), LABELS[:2])
+    np.testing.assert_allclose(loss, [math.log(5)] * 2, rtol=1e-6)
+
+
+def test_rate_cross_entropy_by_hand():
+    logits = jnp.array([[[2.0, 0.0], [0.0, 0.0]]])  # mean (1, 0)
+    for label, expected in ((0, math.log1p(math.exp(-1))), (1, math.log1p(math.e))):
+        loss = losses.rate_cross_entropy(logits, jnp.array([label]))
+        np.testing.assert_allclose(loss, [expected], rtol=1e-6)
+
+
+def test_rate_cross_entropy_is_that_of_the_mean_and_not_the_mean():
+    expected = optax.softmax_cross_entropy_with_integer_labels(LOGITS.mean(1), LABELS)
+    loss = losses.rate_cross_entropy(LOGITS, LABELS)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    tet = losses.tet(LOGITS, LABELS, weight=0.0)
+    assert jnp.all(tet > loss)  # Jensen
+
+
+def test_gradient_of_rate_cross_entropy_is_softmax_minus_target():
+    gradient = jax.grad(lambda x: losses.rate_cross_entropy(x, LABELS).sum())(LOGITS)
+    expected = jax.nn.softmax(LOGITS.mean(1)) - jax.nn.one_hot(LABELS, 5)
+    for t in range(3):  # each step has a third of the mean
+        np.testing.assert_allclose(gradient[:, t], expected / 3, atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.5])
+def test_label_smoothing_is_that_of_optax(smoothing):
+    targets = optax.smooth_labels(jax.nn.one_hot(LABELS, 5), smoothing)
+    rate = losses.rate_cross_entropy(LOGITS, LABELS, label_smoothing=smoothing)
+    expected = optax.softmax_cross_entropy(LOGITS.mean(1), targets)
+    np.testing.assert_allclose(rate, expected, rtol=1e-6)
+    tet = losses.tet(LOGITS, LABELS, label_smoothing=smoothing, weight=0.0)
+    steps = [optax.softmax_cross_entropy(LOGITS[:, t], targets) for t in range(3)]
+    np.testing.assert_allclose(tet, sum(steps) / 3, rtol=1e-6)
+
+
+def test_tet_draws_logits_to_the_target():
+    loss = losses.tet(LOGITS, LABELS, weight=1.0, target=2.0)
+    expected = np.mean((np.asarray(LOGITS) - 2.0) ** 2, (1, 2))
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+def test_tet_weighs_its_parts():
+    parts = [losses.tet(LOGITS, LABELS, weight=w) for w in (0.0, 1.0, 0.25)]
+    np.testing.assert_allclose(0.75 * parts[0] + 0.25 * parts[1], parts[2], rtol=1e-6)
+    default = losses.tet(LOGITS, LABELS)
+    np.testing.assert_allclose(default, 0.999 * parts[0] + 0.001 * parts[1], rtol=1e-6)
+
+
+def test_tet_of_one_step_is_the_rate_loss():
+    once = LOGITS[:, :1]
+    tet = losses.tet(once, LABELS, weight=0.0)
+    np.testing.assert_allclose(tet, losses.rate_cross_entropy(once, LABELS), rtol=1e-6)
+
+
+def test_mse_of_counts_by_hand():
+    logits = jnp.array([[[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]])  # rates 1, 1/2, 0
+    for label, expected in ((0, 0.25), (1, 1 + 0.25), (2, 1 + 0.25 + 1)):
+        loss = losses.mse_of_counts(logits, jnp.array([label]))
+        np.testing.assert_allclose(loss, [expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_losses_are_float32_one_an_example_and_the_same_in_jit(loss):
+    value = loss(LOGITS.astype(jnp.bfloat16), LABELS)
+    assert value.shape == (4,) and value.dtype == jnp.float32
+    np.testing.assert_allclose(
+        jax.jit(loss)(LOGITS, LABELS), loss(LOGITS, LABELS), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_losses_fall_where_the_right_logit_rises_to_one(loss):
+    logits = jnp.zeros((1, 2, 5))
+    values = [
+        float(loss(logits.at[:, :, 3].set(v), jnp.array([3]))[0]) for v in (0, 0.5, 1)
+    ]
+    assert values[0] > values[1] > values[2]
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_logits_without_time_are_an_error(loss):
+    message = (
+        rf"{loss.__name__}: expected logits \[B, T, K\] and labels \[B\], got \(4, 5\) "
+        r"and \(4,\)\. .*logits\[:, None\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        loss(LOGITS[:, 0], LABELS)
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_labels_of_another_batch_are_an_error(loss):
+    with pytest.raises(ValueError, match=r"got \(4, 3, 5\) and \(3,\)"):
+        loss(LOGITS, LABELS[:3])

@@ -1,0 +1,56 @@
+"""Threshold-dependent batch normalisation: statistics, scale, running averages."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from spikejax.norm import td_batch_norm
+
+# [B, T, H, W, C]; mean and spread differ from channel to channel, and over time
+XS = jax.random.normal(jax.random.key(0), (3, 4, 5, 5, 2)) * jnp.array([2.0, 0.1])
+XS = XS + jnp.array([1.0, -3.0]) + jnp.arange(4.0)[:, None, None, None]
+AXES = (0, 1, 2, 3)
+
+
+def test_statistics_are_over_batch_time_and_space():
+    ys = td_batch_norm(2, rngs=nnx.Rngs(0))(XS)
+    np.testing.assert_allclose(ys.mean(AXES), 0, atol=1e-5)
+    np.testing.assert_allclose(ys.std(AXES), 1, atol=1e-4)
+    assert np.all(np.ptp(ys.mean((0, 2, 3)), 0) > 0.5)  # each step is not alone
+
+
+@pytest.mark.parametrize(("alpha", "v_threshold"), [(1.0, 0.5), (2**-0.5, 3.0)])
+def test_inputs_get_the_spread_of_the_threshold(alpha, v_threshold):
+    norm = td_batch_norm(2, alpha=alpha, v_threshold=v_threshold, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(norm.scale[...], alpha * v_threshold)
+    np.testing.assert_allclose(norm(XS).std(AXES), alpha * v_threshold, rtol=1e-3)
+
+
+def test_equals_the_equation():
+    norm = td_batch_norm(2, alpha=0.5, v_threshold=3.0, rngs=nnx.Rngs(0))
+    norm.bias[...] = jnp.array([0.25, -1.0])
+    x = np.asarray(XS, np.float64)
+    expected = 1.5 * (x - x.mean(AXES)) / np.sqrt(x.var(AXES) + 1e-5) + [0.25, -1]
+    np.testing.assert_allclose(norm(XS), expected, atol=2e-4)
+
+
+def test_running_statistics_move_by_a_tenth_and_are_used_in_evaluation():
+    norm = td_batch_norm(2, rngs=nnx.Rngs(0))
+    norm(XS)
+    mean, var = 0.1 * XS.mean(AXES), 0.9 + 0.1 * XS.var(AXES)
+    np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-4)
+    np.testing.assert_allclose(norm.var[...], var, rtol=1e-4)
+    norm.eval()
+    np.testing.assert_allclose(
+        norm(XS), (XS - mean) / jnp.sqrt(var + 1e-5), rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-4)  # and stay
+
+
+def test_evaluation_of_one_step_is_that_of_the_sequence():
+    norm = td_batch_norm(2, rngs=nnx.Rngs(0))
+    norm(XS)
+    norm.eval()
+    np.testing.assert_array_equal(norm(XS)[:, 1:2], norm(XS[:, 1:2]))

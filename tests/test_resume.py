@@ -1,0 +1,186 @@
+"""The real command, killed and started again, ends with the bits of a run left alone.
+
+``test_train.py`` has the finer cases, inside of one process.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS, EPOCH = 60, 5  # 1,500 images in batches of 300
+PATIENCE = 300  # seconds until a child counts as hanging
+
+
+def command(workdir):
+    return [
+        *(sys.executable, "-m", "experiments.digits", "--neuron", "mt-parallel"),
+        *("--workdir", str(workdir), "--steps", str(STEPS), "--save-every", "7"),
+        *("--batch-size", "300", "--warmup", "0.2"),
+    ]
+
+
+def surroundings():
+    """No shared cache of compiled code: a killed process could tear its entries."""
+    ours = {"JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS"}
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    return kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+class Child:
+    """The command as a process group of its own, which is gone after the with."""
+
+    def __init__(self, workdir):
+        self.workdir = workdir
+
+    def __enter__(self):
+        self.process = subprocess.Popen(
+            command(self.workdir),
+            cwd=ROOT,
+            env=surroundings(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.send(signal.SIGKILL)
+        self.process.communicate(timeout=PATIENCE)
+
+    def send(self, number):
+        os.killpg(self.process.pid, number)
+
+    def wait_for(self, condition):
+        """Stops the process where the condition holds."""
+        end = time.monotonic() + PATIENCE
+        while True:
+            while not condition(self.workdir):
+                if self.process.poll() is not None:
+                    pytest.fail(f"ended too early: {self.process.communicate()}")
+                assert time.monotonic() < end, "the condition never held"
+                time.sleep(0.0005)
+            self.send(signal.SIGSTOP)
+            time.sleep(0.01)
+            if condition(self.workdir):  # it may have passed meanwhile
+                return
+            self.send(signal.SIGCONT)
+
+    def finish(self):
+        """(exit code, stdout, stderr)"""
+        out, err = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, out, err
+
+
+def complete(workdir):
+    """Runs the command to its end; returns (result, stdout, stderr)."""
+    with Child(workdir) as child:
+        code, out, err = child.finish()
+    assert code == 0, err
+    assert "Traceback" not in err
+    return json.loads((workdir / "result.json").read_text()), out, err
+
+
+def kill(workdir, condition):
+    with Child(workdir) as child:
+        child.wait_for(condition)
+        child.send(signal.SIGKILL)
+        assert child.finish()[0] == -signal.SIGKILL
+
+
+def train_steps(workdir):
+    """Steps in metrics.jsonl, without the last line where it is half written."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    entries = [json.loads(line) for line in lines]
+    return [entry["step"] for entry in entries if "loss" in entry]
+
+
+def saved(workdir):
+    names = [path.name for path in (workdir / "checkpoints").iterdir()]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def first_step(workdir):
+    """Everything is set up, and the first step compiles."""
+    return (workdir / "metrics.jsonl").exists() and not train_steps(workdir)
+
+
+def saving(workdir):
+    found = [*workdir.glob("checkpoints/*.orbax-checkpoint-tmp*")]
+    return bool(found) and len(saved(workdir)) > 0
+
+
+def amid_an_epoch(workdir):
+    steps = train_steps(workdir)
+    return len(steps) > 2 * EPOCH and steps[-1] % EPOCH in (2, 3)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(folder, result) of a run left alone; work on copies."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    result, _, err = complete(folder)
+    assert result["steps"] == STEPS and "Warning" not in err
+    return folder, result
+
+
+def assert_same(workdir, result, undisturbed):
+    folder, expected = undisturbed
+    for name in ("parameters_sha256", "accuracy", "loss", "spikes_per_image", "steps"):
+        assert result[name] == expected[name], name
+    assert train_steps(workdir) == list(range(1, STEPS + 1))
+    config = (folder / "config.json").read_text()
+    assert (workdir / "config.json").read_text() == config
+
+
+@pytest.mark.parametrize("condition", [first_step, saving])
+def test_killed_the_command_goes_on(undisturbed, tmp_path, condition):
+    kill(tmp_path, condition)
+    assert not (tmp_path / "result.json").exists()
+    unfinished = list(tmp_path.glob("checkpoints/*.orbax-checkpoint-tmp*"))
+    assert bool(unfinished) == (condition is saving)
+    result, _, err = complete(tmp_path)
+    assert "Warning" not in err
+    assert_same(tmp_path, result, undisturbed)
+    assert not list(tmp_path.glob("checkpoints/*.orbax-checkpoint-tmp*"))
+
+
+def test_killed_and_terminated_amid_an_epoch_the_command_goes_on(undisturbed, tmp_path):
+    kill(tmp_path, amid_an_epoch)
+    killed_at, start = train_steps(tmp_path)[-1], saved(tmp_path)[-1]
+    assert 2 * EPOCH < killed_at < STEPS and start < killed_at
+    with Child(tmp_path) as child:
+        child.wait_for(lambda folder: train_steps(folder)[start:])  # its first step
+        child.send(signal.SIGTERM)
+        child.send(signal.SIGCONT)
+        code, out, err = child.finish()
+    stopped_at = saved(tmp_path)[-1]
+    assert code == 0 and err == ""
+    assert f"Stopped at step {stopped_at}, saved. The same command goes on" in out
+    assert start < stopped_at < STEPS and train_steps(tmp_path)[-1] == stopped_at
+    assert not (tmp_path / "result.json").exists()
+    result, _, _ = complete(tmp_path)
+    assert_same(tmp_path, result, undisturbed)
+
+
+def test_damage_is_told_on_stderr_and_costs_no_bits(undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path, dirs_exist_ok=True)
+    before, newest = saved(tmp_path)[-2:]
+    (leaves,) = (tmp_path / f"checkpoints/{newest}/state/d").iterdir()
+    content = bytearray(leaves.read_bytes())
+    content[len(content) // 2] ^= 1
+    leaves.write_bytes(content)
+    result, _, err = complete(tmp_path)
+    assert f"CheckpointWarning: checkpoint {newest} in " in err
+    assert "is damaged (" in err and f"going on from checkpoint {before};" in err
+    assert_same(tmp_path, result, undisturbed)
