@@ -2,7 +2,7 @@
 # Another interpreter: make test PYTHON=python3.13
 PYTHON ?= python3
 
-.PHONY: demo test test-oldest lint
+.PHONY: demo test test-oldest lint bench
 .NOTPARALLEL:
 
 demo: .venv/.experiments
@@ -13,6 +13,9 @@ test: .venv/.dev
 
 test-oldest: .venv-oldest/.test
 	.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal
+
+bench: .venv/.experiments
+	.venv/bin/python -m benchmarks.training_step --workdir runs/bench
 
 lint: .venv/.dev
 	.venv/bin/ruff format --check .

@@ -103,13 +103,18 @@ class Neuron(nnx.Module):
             thresholds = tuple(steps[k] for k in range(self.num_thresholds))
         return NeuronParams(leak, thresholds)
 
+    @property
+    def v_start(self) -> float:
+        """Membrane at rest, before the first step of a sequence."""
+        return self.v_reset or 0.0
+
     def _start(self, xs):
         """Membrane before the first step: held from the last call, or at rest."""
         shape = xs[:, 0].shape
         if self.cell is neurons.independent:
             shape = (self.num_thresholds, *shape)
         if self.membrane is None:
-            return jnp.full(shape, self.v_reset or 0.0, jnp.float32)
+            return jnp.full(shape, self.v_start, jnp.float32)
         held = self.membrane[...]
         if held.shape not in ((), shape):
             raise ValueError(
@@ -301,5 +306,5 @@ def keep_membranes(model: nnx.Module) -> nnx.Module:
             f"{type(model).__name__}."
         )
     for layer in layers.values():
-        layer.membrane = Membrane(jnp.float32(layer.v_reset or 0.0))
+        layer.membrane = Membrane(jnp.float32(layer.v_start))
     return model

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import glob
 import math
 import signal
 import threading
@@ -99,6 +100,7 @@ def fit(
     """
     mesh = sharding.data_mesh()
     sharding.check_batch_size(config.batch_size, mesh)
+    _check_folder(Path(workdir).absolute())
     steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
     optimizer = make_optimizer(config, steps)
     model.eval()
@@ -206,6 +208,15 @@ class _Run:
         size = self.config.batch_size
         self.metrics = evaluate(self.eval_step, state, eval_data, size, self.mesh)
         return self.metrics
+
+
+def _check_folder(path):
+    """ValueError where Orbax would write checkpoints that cannot be read back."""
+    if glob.has_magic(str(path)):
+        raise ValueError(
+            f"workdir: expected a path without *, ? and [, which Orbax takes for a "
+            f"pattern, got {path}. Take another --workdir."
+        )
 
 
 def _abstract(leaf):

@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,24 +28,25 @@ def command(workdir):
     ]
 
 
-def surroundings():
-    """No shared cache of compiled code: a killed process could tear its entries."""
+def surroundings(cache):
+    """No cache of compiled code but where it is given: a kill could tear entries."""
     ours = {"JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS"}
     kept = {name: value for name, value in os.environ.items() if name not in ours}
-    return kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    cached = {"JAX_COMPILATION_CACHE_DIR": str(cache)} if cache else {}
+    return kept | cached | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
 class Child:
     """The command as a process group of its own, which is gone after the with."""
 
-    def __init__(self, workdir):
-        self.workdir = workdir
+    def __init__(self, workdir, cache=None):
+        self.workdir, self.cache = workdir, cache
 
     def __enter__(self):
         self.process = subprocess.Popen(
             command(self.workdir),
             cwd=ROOT,
-            env=surroundings(),
+            env=surroundings(self.cache),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -83,7 +85,7 @@ class Child:
 
 def complete(workdir):
     """Runs the command to its end; returns (result, stdout, stderr)."""
-    with Child(workdir) as child:
+    with Child(workdir, workdir.parent / "cache") as child:
         code, out, err = child.finish()
     assert code == 0, err
     assert "Traceback" not in err
@@ -128,7 +130,7 @@ def amid_an_epoch(workdir):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """(folder, result) of a run left alone; work on copies."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+    folder = tmp_path_factory.mktemp("resume") / "undisturbed"
     result, _, err = complete(folder)
     assert result["steps"] == STEPS and "Warning" not in err
     return folder, result
@@ -143,44 +145,56 @@ def assert_same(workdir, result, undisturbed):
     assert (workdir / "config.json").read_text() == config
 
 
+@pytest.fixture
+def workdir(undisturbed, request):
+    """A new folder beside that of the undisturbed run."""
+    return undisturbed[0].with_name(re.sub(r"\W+", "-", request.node.name))
+
+
 @pytest.mark.parametrize("condition", [first_step, saving])
-def test_killed_the_command_goes_on(undisturbed, tmp_path, condition):
-    kill(tmp_path, condition)
-    assert not (tmp_path / "result.json").exists()
-    unfinished = list(tmp_path.glob("checkpoints/*.orbax-checkpoint-tmp*"))
+def test_killed_the_command_goes_on(undisturbed, workdir, condition):
+    kill(workdir, condition)
+    assert not (workdir / "result.json").exists()
+    unfinished = list(workdir.glob("checkpoints/*.orbax-checkpoint-tmp*"))
     assert bool(unfinished) == (condition is saving)
-    result, _, err = complete(tmp_path)
+    result, _, err = complete(workdir)
     assert "Warning" not in err
-    assert_same(tmp_path, result, undisturbed)
-    assert not list(tmp_path.glob("checkpoints/*.orbax-checkpoint-tmp*"))
+    assert_same(workdir, result, undisturbed)
+    assert not list(workdir.glob("checkpoints/*.orbax-checkpoint-tmp*"))
 
 
-def test_killed_and_terminated_amid_an_epoch_the_command_goes_on(undisturbed, tmp_path):
-    kill(tmp_path, amid_an_epoch)
-    killed_at, start = train_steps(tmp_path)[-1], saved(tmp_path)[-1]
+def test_killed_and_terminated_amid_an_epoch_the_command_goes_on(undisturbed, workdir):
+    kill(workdir, amid_an_epoch)
+    killed_at, start = train_steps(workdir)[-1], saved(workdir)[-1]
     assert 2 * EPOCH < killed_at < STEPS and start < killed_at
-    with Child(tmp_path) as child:
-        child.wait_for(lambda folder: train_steps(folder)[start:])  # its first step
+    old = (workdir / "metrics.jsonl").stat().st_ino
+
+    def going_on(workdir):
+        rewritten = (workdir / "metrics.jsonl").stat().st_ino != old
+        return rewritten and train_steps(workdir)[-1] > start
+
+    with Child(workdir) as child:
+        child.wait_for(going_on)
         child.send(signal.SIGTERM)
         child.send(signal.SIGCONT)
         code, out, err = child.finish()
-    stopped_at = saved(tmp_path)[-1]
+    stopped_at = saved(workdir)[-1]
     assert code == 0 and err == ""
     assert f"Stopped at step {stopped_at}, saved. The same command goes on" in out
-    assert start < stopped_at < STEPS and train_steps(tmp_path)[-1] == stopped_at
-    assert not (tmp_path / "result.json").exists()
-    result, _, _ = complete(tmp_path)
-    assert_same(tmp_path, result, undisturbed)
+    assert start < stopped_at < STEPS and train_steps(workdir)[-1] == stopped_at
+    assert not (workdir / "result.json").exists()
+    result, _, _ = complete(workdir)
+    assert_same(workdir, result, undisturbed)
 
 
-def test_damage_is_told_on_stderr_and_costs_no_bits(undisturbed, tmp_path):
-    shutil.copytree(undisturbed[0], tmp_path, dirs_exist_ok=True)
-    before, newest = saved(tmp_path)[-2:]
-    (leaves,) = (tmp_path / f"checkpoints/{newest}/state/d").iterdir()
+def test_damage_is_told_on_stderr_and_costs_no_bits(undisturbed, workdir):
+    shutil.copytree(undisturbed[0], workdir)
+    before, newest = saved(workdir)[-2:]
+    (leaves,) = (workdir / f"checkpoints/{newest}/state/d").iterdir()
     content = bytearray(leaves.read_bytes())
     content[len(content) // 2] ^= 1
     leaves.write_bytes(content)
-    result, _, err = complete(tmp_path)
+    result, _, err = complete(workdir)
     assert f"CheckpointWarning: checkpoint {newest} in " in err
     assert "is damaged (" in err and f"going on from checkpoint {before};" in err
-    assert_same(tmp_path, result, undisturbed)
+    assert_same(workdir, result, undisturbed)

@@ -485,3 +485,10 @@ def test_a_batch_that_the_devices_cannot_share_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=message):
         fit(tmp_path / "new", config)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["net[4]", "what?", "*"])
+def test_a_folder_that_orbax_takes_for_a_pattern_is_an_error(tmp_path, name):
+    with pytest.raises(ValueError, match=r"without \*, \? and \[, .*, got .*another"):
+        fit(tmp_path / name)
+    assert not (tmp_path / name).exists()

@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks.training_step``; ratios within one run."""
