@@ -146,7 +146,7 @@ class _Run:
         """Train from the newest checkpoint to the end; returns (state, finished)."""
         restored = checkpoints.restore(jax.tree.map(_abstract, state), train_data)
         start, state = restored or (0, state)
-        before = _seconds_before(workdir, start)
+        before, rate = _clock_before(workdir, start)
         began, late = time.perf_counter(), None
         clock = _Clock()
         with Progress(
@@ -171,8 +171,10 @@ class _Run:
                 accuracy = None
                 if evaluates:
                     scores = self._evaluate(state, eval_data)
-                    seconds = before + time.perf_counter() - began
-                    progress.evaluate(step, scores | {"seconds": seconds})
+                    rate = clock.rate() * self.config.batch_size or rate
+                    scores["images_per_second"] = rate
+                    scores["seconds"] = before + time.perf_counter() - began
+                    progress.evaluate(step, scores)
                     accuracy = scores["accuracy"]
                 checkpoints.save(step, state, train_data, metric=accuracy)
                 if self.terminated.now:
@@ -180,7 +182,7 @@ class _Run:
             if start >= self.steps:  # resumed at the very end
                 self._evaluate(state, eval_data)
         self.metrics["seconds"] = before + time.perf_counter() - began
-        self.metrics["images_per_second"] = clock.rate() * self.config.batch_size
+        self.metrics["images_per_second"] = rate
         return state, int(state["step"]) == self.steps
 
     def _report(self, progress, step, metrics):
@@ -223,10 +225,13 @@ def _abstract(leaf):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _seconds_before(workdir, start):
-    """Seconds that earlier processes of this run took, up to its checkpoint."""
-    entries = read_metrics(workdir, start)
-    return max((e["seconds"] for e in entries if "seconds" in e), default=0.0)
+def _clock_before(workdir, start):
+    """Seconds and images a second of this run's earlier processes, to its checkpoint."""
+    seconds, rate = 0.0, 0.0
+    for entry in read_metrics(workdir, start):
+        seconds = entry.get("seconds", seconds)
+        rate = entry.get("eval_images_per_second", rate)
+    return seconds, rate
 
 
 class _Clock:
