@@ -226,7 +226,7 @@ def _abstract(leaf):
 
 
 def _clock_before(workdir, start):
-    """Seconds and images a second of this run's earlier processes, to its checkpoint."""
+    """Seconds and images a second of the processes before, up to the checkpoint."""
     seconds, rate = 0.0, 0.0
     for entry in read_metrics(workdir, start):
         seconds = entry.get("seconds", seconds)
