@@ -4,8 +4,7 @@
 
 The full recipe, for a GPU or TPU, in place of the short default that suits a CPU:
 
-    python -m experiments.cifar10 --workdir runs/full --model resnet19 --epochs 300 \
-        --augment autoaugment
+    python -m experiments.cifar10 --model resnet19 --epochs 300 --augment autoaugment
 
 Results with their commands stand in docs/results.md. The recipe is our choice.
 """

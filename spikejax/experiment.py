@@ -51,7 +51,7 @@ class Experiment:
     data_dir: Path | None = None
     """Folder of the TFDS sets; TFDS's own default if not given."""
     model: str = "convnet"
-    """Network."""
+    """Network: convnet, vgg11, vgg16, resnet18, resnet19 or resnet20."""
     neuron: NeuronName = "mt-parallel"
     """Activation; relu trains the network that does not spike."""
     num_thresholds: int = 4

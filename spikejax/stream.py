@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spikejax.convert import Spy, places
 from spikejax.layers import Membrane, keep_membranes
 from spikejax.quant import QuantReLU, ScaledIF
+from spikejax.swap import Spy, places
 
 
 class Streamed(NamedTuple):
@@ -45,9 +45,12 @@ def _spied(model, kind):
     return run
 
 
-@partial(jax.jit, static_argnums=0)
-def _step(graphdef, membranes, rest, x):
-    """One step: (membranes, logits [B, K], spikes [B], {path: (input, output)})."""
+@partial(jax.jit, static_argnums=(0, 1))
+def _step(graphdef, watched, membranes, rest, x):
+    """One step: membranes, (logits [B, K], spikes [B], {path: (input, output)}).
+
+    The last is empty unless the layers are watched.
+    """
     model = nnx.merge(graphdef, membranes, rest)
     amplitudes = {path: n.amplitude for path, n in _spiking(model).items()}
     logits, seen = _spied(model, ScaledIF)(x)
@@ -55,7 +58,7 @@ def _step(graphdef, membranes, rest, x):
         jnp.round(z / amplitudes[path]).reshape(len(z), -1).sum(1)
         for path, (_, z) in seen.items()
     )
-    return nnx.state(model, Membrane), logits[:, 0], spikes, seen
+    return nnx.state(model, Membrane), (logits[:, 0], spikes, seen if watched else {})
 
 
 def _spiking(model) -> dict[str, ScaledIF]:
@@ -66,7 +69,7 @@ def _spiking(model) -> dict[str, ScaledIF]:
     }
 
 
-def _steps(who, model, xs, time_steps):
+def _steps(who, model, xs, time_steps, *, watched=False):
     """Yields (logits, spikes, seen) of each step on the same input."""
     if time_steps < 1:
         raise ValueError(f"{who}: expected at least 1 time step, got {time_steps}.")
@@ -83,13 +86,14 @@ def _steps(who, model, xs, time_steps):
     model = nnx.clone(model)
     model.eval()
     graphdef, membranes, rest = nnx.split(keep_membranes(model), Membrane, ...)
-    after, *_ = jax.eval_shape(partial(_step, graphdef), membranes, rest, xs)
+    step = partial(_step, graphdef, watched)
+    after, _ = jax.eval_shape(step, membranes, rest, xs)
     # From the first step on in their full shape: one compilation for all steps.
     membranes = jax.tree.map(
         lambda v, a: jnp.broadcast_to(v, a.shape), membranes, after
     )
     for _ in range(time_steps):
-        membranes, *answer = _step(graphdef, membranes, rest, xs)
+        membranes, answer = step(membranes, rest, xs)
         yield answer
 
 
@@ -224,7 +228,7 @@ def agreement(
     _, activations = _spied(ann, QuantReLU)(xs)
     neurons = _spiking(snn)
     total: Any = None
-    for _, _, seen in _steps("agreement", snn, xs, time_steps):
+    for _, _, seen in _steps("agreement", snn, xs, time_steps, watched=True):
         total = jax.tree.map(jnp.add, total, seen) if total else seen
     if set(activations) != set(total):
         raise ValueError(

@@ -14,6 +14,7 @@ CELLS = {"compat", "surrogate", "neurons", "unroll", "convolution"}
 LAYERS = CELLS | {"layers", "norm"}
 NETWORKS = LAYERS | {"encode", "losses", "models", "models.vgg", "models.resnet"}
 DATA = {"data", "data.augment", "data.sources", "data.images"}
+CONVERT = {"quant", "swap", "convert", "stream"}
 RUN = {"sharding", "checkpoint", "progress", "step", "train"}
 
 # Room -> the rooms of spikejax that it may import. Down only, and no side room
@@ -28,6 +29,7 @@ HOUSE = {
     "losses": {"compat"},
     "layers": CELLS,
     "norm": CELLS,
+    "quant": LAYERS,
     "models": {"models.vgg", "models.resnet"},
     "models.vgg": LAYERS,
     "models.resnet": LAYERS,
@@ -42,8 +44,11 @@ HOUSE = {
     "step": LAYERS,
     "train": LAYERS | {"sharding", "checkpoint", "checksum", "progress", "step"},
     "energy": LAYERS,
+    "swap": LAYERS | {"quant"},
+    "convert": LAYERS | {"quant", "swap"},
+    "stream": LAYERS | {"quant", "swap"},
     "plot": LAYERS,
-    "experiment": NETWORKS | DATA | RUN | {"", "energy", "plot"},
+    "experiment": NETWORKS | DATA | RUN | CONVERT | {"", "energy", "plot"},
 }
 EXPERIMENT = set(HOUSE) - {""}
 
