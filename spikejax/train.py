@@ -147,6 +147,7 @@ class _Run:
         restored = checkpoints.restore(jax.tree.map(_abstract, state), train_data)
         start, state = restored or (0, state)
         before, rate = _clock_before(workdir, start)
+        seconds = before
         began, late = time.perf_counter(), None
         clock = _Clock()
         with Progress(
@@ -172,8 +173,8 @@ class _Run:
                 if evaluates:
                     scores = self._evaluate(state, eval_data)
                     rate = clock.rate() * self.config.batch_size or rate
-                    scores["images_per_second"] = rate
-                    scores["seconds"] = before + time.perf_counter() - began
+                    seconds = before + time.perf_counter() - began
+                    scores |= {"images_per_second": rate, "seconds": seconds}
                     progress.evaluate(step, scores)
                     accuracy = scores["accuracy"]
                 checkpoints.save(step, state, train_data, metric=accuracy)
@@ -181,8 +182,7 @@ class _Run:
                     break
             if start >= self.steps:  # resumed at the very end
                 self._evaluate(state, eval_data)
-        self.metrics["seconds"] = before + time.perf_counter() - began
-        self.metrics["images_per_second"] = rate
+        self.metrics |= {"images_per_second": rate, "seconds": seconds}
         return state, int(state["step"]) == self.steps
 
     def _report(self, progress, step, metrics):
