@@ -5,11 +5,11 @@ membrane: see ``keep_membranes``. Membranes are float32 whatever the type of the
 """
 
 import math
-import numbers
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from spikejax import neurons, surrogate
@@ -264,7 +264,7 @@ class MultiThreshold(Neuron):
         learn_tau: bool = False,
         learn_thresholds: bool = False,
     ):
-        if isinstance(thresholds, numbers.Integral):
+        if isinstance(thresholds, int | np.integer):
             spaced = (
                 neurons.repeated_thresholds
                 if cell is neurons.cascade
