@@ -33,10 +33,18 @@ class Digits(Experiment):
     neuron: NeuronName | Literal["all"] = "all"
     """Activation; all trains each in turn and compares them."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.neuron == "all" and self.time_steps != 1:
+            raise ValueError(
+                f"time_steps: expected one --neuron with it, got {self.time_steps} for "
+                "all five networks, which have their own."
+            )
+
 
 DEFAULT = Digits(
     workdir=Path("runs/digits"),
-    train=TrainConfig(epochs=30.0, batch_size=50, warmup=0.1, evaluate_every=10.0),
+    train=TrainConfig(epochs=30.0, batch_size=48, warmup=0.1, evaluate_every=10.0),
 )
 
 
