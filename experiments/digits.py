@@ -12,9 +12,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from spikejax.progress import table
-
 from spikejax.experiment import Experiment, NeuronName, main, parse, reported, run
+from spikejax.progress import table
 from spikejax.step import TrainConfig
 
 NETWORKS: dict[str, tuple[NeuronName, int]] = {
