@@ -71,7 +71,7 @@ def test_a_module_that_hangs_twice_is_entered_once():
         (Gelu(), "Gelu"),
         (LIF(), "LIF"),
     ],
-    ids=str,
+    ids=["gelu", "tanh", "leaky_relu", "lambda", "module", "spiking"],
 )
 def test_an_activation_that_cannot_be_converted(other, name):
     message = f"test: expected nnx.relu or QuantReLU .*, got {name} at 'other', which"
