@@ -4,7 +4,7 @@
 
 Trains five networks that differ in their neurons alone, prints a table of accuracy,
 time, spikes and energy, and writes it as summary.json and digits.png. With --neuron it
-trains that one. Two minutes on two CPU cores; results in docs/results.md.
+trains that one. A minute on two CPU cores; results in docs/results.md.
 """
 
 import dataclasses
