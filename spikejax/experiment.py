@@ -52,6 +52,8 @@ class Experiment:
     """Folder of the TFDS sets; TFDS's own default if not given."""
     model: str = "convnet"
     """Network: convnet, vgg11, vgg16, resnet18, resnet19 or resnet20."""
+    residual: Literal["plain", "sew", "ms"] = "ms"
+    """Residual of the resnets: where their neurons stand (spikejax.models.resnet)."""
     neuron: NeuronName = "mt-parallel"
     """Activation; relu trains the network that does not spike."""
     num_thresholds: int = 4
@@ -131,9 +133,13 @@ def build_model(experiment: Experiment, image_set: images.ImageSet) -> nnx.Modul
             f"model: expected one of {', '.join(MODELS)}, got {experiment.model!r}."
         )
     norm = partial(td_batch_norm, v_threshold=1 / spacing(experiment))
+    make_model = MODELS[experiment.model]
+    if experiment.model.startswith("resnet"):
+        residuals = {"plain": resnet.plain, "sew": resnet.sew, "ms": resnet.ms}
+        make_model = partial(make_model, residual=residuals[experiment.residual])
 
     def make():
-        return MODELS[experiment.model](
+        return make_model(
             num_classes=image_set.num_classes,
             neuron=neuron_factory(experiment),
             norm=norm,
