@@ -21,7 +21,7 @@ from flax import nnx
 
 from spikejax import LIF, MultiThreshold, encode, losses, neurons, td_batch_norm
 from spikejax.compat import List
-from spikejax.experiment import parse, reported
+from spikejax.flags import parse, reported
 from spikejax.progress import table
 from spikejax.step import TrainConfig, initial_state, make_optimizer, make_train_step
 

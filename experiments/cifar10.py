@@ -11,7 +11,8 @@ Results with their commands stand in docs/results.md. The recipe is our choice.
 
 from pathlib import Path
 
-from spikejax.experiment import Experiment, main, parse, reported
+from spikejax.experiment import Experiment, main
+from spikejax.flags import parse, reported
 from spikejax.step import TrainConfig
 
 DEFAULT = Experiment(

@@ -8,7 +8,8 @@ and Cutout. It has not been run to its end yet. The recipe is our choice.
 
 from pathlib import Path
 
-from spikejax.experiment import Experiment, main, parse, reported
+from spikejax.experiment import Experiment, main
+from spikejax.flags import parse, reported
 from spikejax.step import TrainConfig
 
 DEFAULT = Experiment(

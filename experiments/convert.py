@@ -19,30 +19,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from spikejax import energy
 from spikejax.convert import calibrate, convert, least_error, percentile
 from spikejax.data import images
-from spikejax.experiment import (
-    Experiment,
-    build_model,
-    make_augment,
-    make_encode,
-    make_loss,
-    parse,
-    reported,
-)
-from spikejax.models import vgg
+from spikejax.experiment import Experiment, make_encode, read, train
+from spikejax.flags import parse, reported
 from spikejax.progress import table
 from spikejax.quant import QuantReLU
 from spikejax.step import TrainConfig
-from spikejax.stream import evaluate_steps
-from spikejax.train import fit
+from spikejax.stream import agreement, confidence_front, evaluate_steps, stream
 
 SHOWN = (1, 2, 4, 8, 16, 32)  # time steps of the table
-CALIBRATION_IMAGES = 256
-POOLS = {"avg": vgg.avg_pool, "max": vgg.max_pool}
+SAMPLE = 256  # training images for calibration and for the confidence of early exits
+ENERGY_IMAGES = 32
+LOSS = 0.005  # of accuracy, that early exits may cost on the sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +47,8 @@ class Conversion(Experiment):
     """Activation of the network that is trained first."""
     num_thresholds: int = 1
     """Thresholds of the spiking neurons: N do in T / N steps what one does in T."""
+    relu: Path | None = None
+    """Folder of a run with --neuron relu that is the start, instead of training one."""
     bits: int = 2
     """Of the quantised activations, 1 to 8."""
     noise: float = 1.0
@@ -65,8 +61,6 @@ class Conversion(Experiment):
     """Largest number of time steps that is evaluated."""
     sweep: bool = False
     """Compare bits, noise and thresholds instead of running one setting."""
-    pool: Literal["avg", "max"] = "avg"
-    """Pooling of VGG and convnet; of spikes the maximum is their OR, which is more."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -77,7 +71,9 @@ class Conversion(Experiment):
 
 DEFAULT = Conversion(
     workdir=Path("runs/convert"),
-    train=TrainConfig(epochs=30.0, batch_size=50, warmup=0.1, evaluate_every=10.0),
+    residual="plain",
+    pool="avg",
+    train=TrainConfig(epochs=30.0, batch_size=48, warmup=0.1, evaluate_every=10.0),
 )
 
 
@@ -86,70 +82,63 @@ class Conversions:
 
     def __init__(self, flags: Conversion):
         self.flags = flags
-        self.image_set = images.load(flags.data, flags.data_dir)
-        self.encode = make_encode(flags, self.image_set)
-        self.batch = flags.train.batch_size
-        first = range(min(CALIBRATION_IMAGES, len(self.image_set.train)))
-        raw = images.take(self.image_set.train, first)["image"]
-        self.sample = self.encode(jnp.asarray(raw), None)
+        names = [field.name for field in dataclasses.fields(Experiment)]
+        own = Experiment(**{name: getattr(flags, name) for name in names})
+        self.start = dataclasses.replace(own, workdir=flags.workdir / "relu")
+        if flags.relu:
+            self.start = read(flags.relu, flags.data_dir)
+        if self.start.neuron != "relu":
+            raise ValueError(
+                f"relu: expected a run with --neuron relu, got {flags.relu}, which has "
+                f"{self.start.neuron}."
+            )
+        self.image_set = images.load(self.start.data, flags.data_dir)
+        self.encode = make_encode(self.start, self.image_set)
+        first = range(min(SAMPLE, len(self.image_set.train)))
+        raw = images.take(self.image_set.train, first)
+        self.sample = self.encode(jnp.asarray(raw["image"]), jax.random.key(0))
+        self.labels = jnp.asarray(raw["label"])
 
-    def fit(self, name: str, model: nnx.Module, train: TrainConfig, settings: dict):
-        """Train a model in a folder of its own; returns what ``fit`` does."""
-        print(name)
-        train_data = images.train_batches(
-            self.image_set.train,
-            self.batch,
-            seed=train.seed,
-            augment=make_augment(self.flags),
-            workers=self.flags.workers,
-        )
-        fitted = fit(
-            train,
-            model,
-            make_loss(self.flags),
-            train_data,
-            images.eval_batches(self.image_set.test, self.batch),
-            encode=self.encode,
-            steps_per_epoch=max(1, len(self.image_set.train) // self.batch),
-            workdir=self.flags.workdir / name,
-            settings=settings
-            | {name: getattr(self.flags, name) for name in ("data", "model", "pool")},
-        )
+    def fit(self, experiment: Experiment, model: nnx.Module | None = None, **more):
+        """Train a network in a folder of its own, or go on there."""
+        print(experiment.workdir)
+        fitted = train(experiment, model, **more)
         if not fitted.finished:
             raise SystemExit(0)
         return fitted
 
     def relu(self):
         """The ReLU network, trained."""
-        model = build_model(self.flags, self.image_set)
-        if isinstance(model, vgg.VGG):
-            model.pool = POOLS[self.flags.pool]
-        return self.fit("relu", model, self.flags.train, {})
+        return self.fit(self.start)
 
     def quantised(self, relu: nnx.Module, bits: int, noise: float):
         """The ReLU network with quantised activations, trained on with noise."""
-        train = self.flags.train
-        rngs = nnx.Rngs(noise=train.seed)
+        recipe = self.flags.train
+        rngs = nnx.Rngs(noise=recipe.seed)
         neuron = partial(QuantReLU, bits, noise=noise, rngs=rngs)
         model = calibrate(relu, self.sample, rule=least_error, neuron=neuron).model
-        train = dataclasses.replace(
-            train,
-            epochs=self.flags.quant_epochs,
-            steps=None if train.steps is None else max(1, train.steps // 2),
-            learning_rate=self.flags.quant_learning_rate,
+        experiment = dataclasses.replace(
+            self.start,
+            workdir=self.flags.workdir / f"bits{bits}-noise{noise:g}",
+            train=dataclasses.replace(
+                recipe,
+                epochs=self.flags.quant_epochs,
+                steps=None if recipe.steps is None else max(1, recipe.steps // 2),
+                learning_rate=self.flags.quant_learning_rate,
+            ),
         )
-        settings = {
-            "bits": bits,
-            "noise": noise,
-            "start": dataclasses.asdict(self.flags.train),
-        }
-        return self.fit(f"bits{bits}-noise{noise:g}", model, train, settings)
+        before = dataclasses.asdict(self.start.train)
+        return self.fit(experiment, model, bits=bits, noise=noise, start=before)
 
     def row(self, name: str, ann: nnx.Module, accuracy: float, num_thresholds: int):
         """Convert a quantised network and evaluate it at every number of steps."""
-        batches = images.eval_batches(self.image_set.test, self.batch)
+        last = self.flags.max_steps
         snn, swaps = convert(ann, num_thresholds)
-        result = evaluate_steps(snn, batches, self.encode, self.flags.max_steps)
+        confidence = self.confidence(snn)
+        batches = images.eval_batches(self.image_set.test, self.flags.train.batch_size)
+        result = evaluate_steps(snn, batches, self.encode, last, confidence)
+        levels = max(1, round(swaps[0].levels / num_thresholds))
+        layers = agreement(ann, snn, self.sample, levels)
         return {
             "name": name,
             "num_thresholds": num_thresholds,
@@ -157,8 +146,34 @@ class Conversions:
             "ann_accuracy": accuracy,
             "accuracy": result.accuracy.tolist(),
             "spikes_per_image": result.spikes.tolist(),
+            "energy_nj": {steps: self.energy(snn, steps) for steps in shown(last)},
+            "early_exit": {
+                "confidence": confidence,
+                "accuracy": result.exit_accuracy,
+                "mean_steps": result.exit_steps,
+            },
+            "agreement_steps": levels,
+            "agreement": [layer._asdict() for layer in layers],
             "v_thresholds": {swap.path: swap.v_threshold for swap in swaps},
         }
+
+    def confidence(self, snn: nnx.Module) -> float:
+        """The fastest early exit that loses little on images of the training set."""
+        logits = stream(snn, self.sample, self.flags.max_steps).logits
+        front = confidence_front(logits, self.labels)
+        enough = front[-1][1] - LOSS
+        return next(c for c, accuracy, _ in front if accuracy >= enough)
+
+    def energy(self, snn: nnx.Module, steps: int) -> float:
+        """Nanojoule an image at a number of time steps."""
+        xs = self.sample[:ENERGY_IMAGES]
+        xs = jnp.broadcast_to(xs, (len(xs), steps, *xs.shape[2:]))
+        return energy.measure(snn, xs).energy_nj
+
+
+def shown(last: int) -> list[int]:
+    """The numbers of time steps that the table shows."""
+    return [steps for steps in SHOWN if steps <= last]
 
 
 def rows(flags: Conversion) -> Iterator[dict[str, Any]]:
@@ -209,16 +224,21 @@ def main(flags: Conversion) -> None:
     """Train, convert, print the table, write summary.json and convert.png."""
     found = list(rows(flags))
     (flags.workdir / "summary.json").write_text(json.dumps(found, indent=2))
-    shown = [steps for steps in SHOWN if steps <= flags.max_steps]
+    steps_shown = shown(flags.max_steps)
     table(
         "Accuracy of the converted network",
-        ["network", "quantised", *(f"T={steps}" for steps in shown), "spikes, last T"],
+        [
+            "network",
+            "quantised",
+            *(f"T={steps}" for steps in steps_shown),
+            "spikes, last T",
+        ],
         [
             [
                 row["name"],
                 f"{row['ann_accuracy']:.2%}",
-                *(f"{row['accuracy'][steps - 1]:.2%}" for steps in shown),
-                f"{row['spikes_per_image'][shown[-1] - 1]:,.0f}",
+                *(f"{row['accuracy'][steps - 1]:.2%}" for steps in steps_shown),
+                f"{row['spikes_per_image'][steps_shown[-1] - 1]:,.0f}",
             ]
             for row in found
         ],

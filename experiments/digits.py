@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from spikejax.experiment import Experiment, NeuronName, main, parse, reported, run
+from spikejax.experiment import Experiment, NeuronName, main, run
+from spikejax.flags import parse, reported
 from spikejax.progress import table
 from spikejax.step import TrainConfig
 

@@ -4,25 +4,17 @@ A script names its models and its recipe; ``run`` does the rest and may be calle
 notebook with the same ``Experiment``.
 """
 
-import contextlib
 import dataclasses
-import difflib
-import io
-import itertools
 import json
 import os
-import re
-import signal
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal
 
 import flax
 import jax
 import jax.numpy as jnp
-import tyro
 from flax import nnx
 
 import spikejax
@@ -32,12 +24,11 @@ from spikejax.layers import IF, LIF, PLIF, MultiThreshold
 from spikejax.models import resnet, vgg
 from spikejax.norm import td_batch_norm
 from spikejax.step import TrainConfig
-from spikejax.train import fit
+from spikejax.train import Fitted, fit
 
 ENERGY_IMAGES = 256  # test images over which spikes and energy are measured
 
 NeuronName = Literal["lif", "plif", "if", "mt-parallel", "mt-cascade", "relu"]
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +45,8 @@ class Experiment:
     """Network: convnet, vgg11, vgg16, resnet18, resnet19 or resnet20."""
     residual: Literal["plain", "sew", "ms"] = "ms"
     """Residual of the resnets: where their neurons stand (spikejax.models.resnet)."""
+    pool: Literal["max", "avg"] = "max"
+    """Pooling of convnet and vgg; the maximum of spikes is their OR."""
     neuron: NeuronName = "mt-parallel"
     """Activation; relu trains the network that does not spike."""
     num_thresholds: int = 4
@@ -133,18 +126,21 @@ def build_model(experiment: Experiment, image_set: images.ImageSet) -> nnx.Modul
             f"model: expected one of {', '.join(MODELS)}, got {experiment.model!r}."
         )
     norm = partial(td_batch_norm, v_threshold=1 / spacing(experiment))
-    make_model = MODELS[experiment.model]
     if experiment.model.startswith("resnet"):
         residuals = {"plain": resnet.plain, "sew": resnet.sew, "ms": resnet.ms}
-        make_model = partial(make_model, residual=residuals[experiment.residual])
+        options = {"residual": residuals[experiment.residual]}
+    else:
+        pools = {"max": vgg.max_pool, "avg": vgg.avg_pool}
+        options = {"pool": pools[experiment.pool]}
 
     def make():
-        return make_model(
+        return MODELS[experiment.model](
             num_classes=image_set.num_classes,
             neuron=neuron_factory(experiment),
             norm=norm,
             in_channels=image_set.shape[-1],
             rngs=nnx.Rngs(experiment.train.seed),
+            **options,
         )
 
     graphdef, _ = nnx.split(nnx.eval_shape(make))
@@ -180,13 +176,15 @@ def make_augment(experiment: Experiment) -> Callable | None:
     }[experiment.augment]
 
 
-def run(experiment: Experiment) -> dict[str, Any] | None:
-    """Train and evaluate; writes config.json, result.json and what ``fit`` writes.
+def train(experiment: Experiment, model: nnx.Module | None = None, **more) -> Fitted:
+    """Train the network of the flags in its folder, or go on where it stopped there.
 
-    Returns:
-        the content of result.json, or None where SIGTERM stopped the run.
+    Args:
+        experiment: the flags.
+        model: trained instead of the one that the flags name.
+        more: what else tells this run from another, as JSON has it.
     """
-    settings = _settings(experiment)
+    settings = _settings(experiment) | more
     _check_workdir(experiment.workdir, settings)
     image_set = images.load(experiment.data, experiment.data_dir)
     sharding.check_batch_size(experiment.train.batch_size, sharding.data_mesh())
@@ -198,30 +196,38 @@ def run(experiment: Experiment) -> dict[str, Any] | None:
         workers=experiment.workers,
     )
     eval_data = images.eval_batches(image_set.test, experiment.train.batch_size)
-    model = build_model(experiment, image_set)
-    to_input = make_encode(experiment, image_set)
+    model = build_model(experiment, image_set) if model is None else model
     experiment.workdir.mkdir(parents=True, exist_ok=True)
     _write(experiment.workdir / "config.json", settings)
-    fitted = fit(
+    return fit(
         experiment.train,
         model,
         make_loss(experiment),
         train_data,
         eval_data,
-        encode=to_input,
+        encode=make_encode(experiment, image_set),
         steps_per_epoch=max(1, len(image_set.train) // experiment.train.batch_size),
         workdir=experiment.workdir,
         settings=settings,
     )
+
+
+def run(experiment: Experiment) -> dict[str, Any] | None:
+    """Train and evaluate; writes config.json, result.json and what ``fit`` writes.
+
+    Returns:
+        the content of result.json, or None where SIGTERM stopped the run.
+    """
+    fitted = train(experiment)
     if not fitted.finished:
         steps = fitted.metrics["steps"]
         print(f"Stopped at step {steps}, saved. The same command goes on from there.")
         return None
+    image_set = images.load(experiment.data, experiment.data_dir)
     count = min(ENERGY_IMAGES, len(image_set.test))
     sample = images.take(image_set.test, range(count))["image"]
-    report = energy.measure(
-        fitted.model, to_input(jnp.asarray(sample), jax.random.key(0))
-    )
+    xs = make_encode(experiment, image_set)(jnp.asarray(sample), jax.random.key(0))
+    report = energy.measure(fitted.model, xs)
     result = fitted.metrics | {
         "spikes_per_image": report.spikes_per_image,
         "energy_nj": report.energy_nj,
@@ -236,6 +242,24 @@ def run(experiment: Experiment) -> dict[str, Any] | None:
     }
     _write(experiment.workdir / "result.json", result)
     return result
+
+
+def read(workdir: Path, data_dir: Path | None = None) -> Experiment:
+    """The experiment that a folder holds; ``train`` of it gives its trained model."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ValueError(
+            f"read: expected a folder with the config.json of a run, got {workdir}."
+        )
+    there = json.loads(path.read_text())
+
+    def known(kind):
+        return {
+            f.name: there[f.name] for f in dataclasses.fields(kind) if f.name in there
+        }
+
+    recipe = TrainConfig(**known(TrainConfig))
+    return Experiment(workdir, data_dir=data_dir, train=recipe, **known(Experiment))
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -267,70 +291,6 @@ def _check_workdir(workdir: Path, settings: dict[str, Any]) -> None:
             f"holds another: {name} is {there.get(name)!r} there and "
             f"{settings[name]!r} here. Take another --workdir, or delete it."
         )
-
-
-def parse(default: T, description: str | None) -> T:
-    """Flags of the command line over ``default``, a dataclass of typed fields.
-
-    Leaves with exit code 1 and one line on stderr where a flag or its value is wrong.
-    """
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            flags, unknown = tyro.cli(
-                type(default),
-                default=default,
-                description=description,
-                return_unknown_args=True,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except SystemExit as exit:
-        if not exit.code:  # --help
-            raise
-        lines = [line.strip(" │") for line in said.getvalue().splitlines()]
-        ruled = re.compile("[╭╮╰╯─-]*").fullmatch  # tyro's frame; the first is a title
-        lines = itertools.dropwhile(ruled, lines[1:])
-        fail("flags: " + " ".join(itertools.takewhile(lambda x: not ruled(x), lines)))
-    if unknown:
-        known = [f"--{f.name.replace('_', '-')}" for f in _fields(default)]
-        near = difflib.get_close_matches(unknown[0], known, 1)
-        hint = f"Did you mean {near[0]}?" if near else "--help lists them."
-        fail(f"flags: expected those of this script, got {unknown[0]}. {hint}")
-    return flags
-
-
-def _fields(config):
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from dataclasses.fields(value)
-        else:
-            yield field
-
-
-def fail(message: str) -> NoReturn:
-    """One line on stderr, and exit code 1."""
-    print(" ".join(str(message).split()), file=sys.stderr)
-    sys.exit(1)
-
-
-def reported(script: Callable[[T], None], flags: T) -> None:
-    """Run a script; what the user got wrong is one line and exit code 1.
-
-    SIGTERM leaves with exit code 0; ``fit`` saves first.
-    """
-    previous = signal.signal(signal.SIGTERM, _leave)
-    try:
-        script(flags)
-    except (ValueError, OSError) as error:  # OSError: a folder that cannot be written
-        fail(str(error))
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _leave(*_: object) -> NoReturn:
-    print("Stopped. The same command goes on from the last checkpoint.")
-    sys.exit(0)
 
 
 def main(experiment: Experiment) -> None:

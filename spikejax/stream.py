@@ -113,37 +113,6 @@ def stream(model: nnx.Module, xs: jax.Array, time_steps: int) -> Streamed:
     return Streamed(jnp.stack(logits) / steps[:, None, None], jnp.stack(spikes))
 
 
-class BySteps(NamedTuple):
-    """Accuracy (0 to 1) and spikes per image after t = 1..T steps, each [T]."""
-
-    accuracy: np.ndarray
-    spikes: np.ndarray
-
-
-def evaluate_steps(
-    model: nnx.Module, batches: Iterable[Any], encode: Callable, time_steps: int
-) -> BySteps:
-    """Accuracy and spikes of a converted network at every T up to ``time_steps``.
-
-    Args:
-        model: from ``convert``.
-        batches: host batches {"image": [B, ...], "label": [B]}.
-        encode: (images, rng) -> xs [B, 1, ...].
-        time_steps: the largest T.
-    """
-    correct, spikes, count = 0.0, 0.0, 0
-    for batch in batches:
-        xs = encode(jnp.asarray(batch["image"]), jax.random.key(0))
-        run = stream(model, xs, time_steps)
-        right = run.logits.argmax(-1) == jnp.asarray(batch["label"])
-        correct = correct + np.asarray(right.sum(1), np.float64)
-        spikes = spikes + np.asarray(run.spikes.sum(1), np.float64)
-        count += len(batch["label"])
-    if not count:
-        raise ValueError("evaluate_steps: expected at least one image, got none.")
-    return BySteps(np.asarray(correct) / count, np.asarray(spikes) / count)
-
-
 class Exit(NamedTuple):
     """Classes [B] that a network answered, and steps [B] after which it did."""
 
@@ -166,6 +135,57 @@ def early_exit(logits: jax.Array, confidence: float) -> Exit:
     last = sure.at[-1].set(True).argmax(0)
     classes = jnp.take_along_axis(logits.argmax(-1), last[None], 0)[0]
     return Exit(classes, last + 1)
+
+
+class BySteps(NamedTuple):
+    """What a converted network does after t = 1..T steps.
+
+    accuracy: [T], 0 to 1. spikes: [T], of all neurons, per image. exit_accuracy,
+    exit_steps: accuracy and mean number of steps with early exits.
+    """
+
+    accuracy: np.ndarray
+    spikes: np.ndarray
+    exit_accuracy: float
+    exit_steps: float
+
+
+def evaluate_steps(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    encode: Callable,
+    time_steps: int,
+    confidence: float = 1.0,
+) -> BySteps:
+    """Accuracy and spikes of a converted network at every T up to ``time_steps``.
+
+    Args:
+        model: from ``convert``.
+        batches: host batches {"image": [B, ...], "label": [B]}.
+        encode: (images, rng) -> xs [B, 1, ...].
+        time_steps: the largest T.
+        confidence: of the early exits, 0 to 1; 1 never stops early.
+    """
+    correct, spikes, exits, steps, count = 0.0, 0.0, 0.0, 0.0, 0
+    for batch in batches:
+        xs = encode(jnp.asarray(batch["image"]), jax.random.key(0))
+        labels = jnp.asarray(batch["label"])
+        run = stream(model, xs, time_steps)
+        right = run.logits.argmax(-1) == labels
+        correct = correct + np.asarray(right.sum(1), np.float64)
+        spikes = spikes + np.asarray(run.spikes.sum(1), np.float64)
+        exit = early_exit(run.logits, confidence)
+        exits += float((exit.classes == labels).sum())
+        steps += float(exit.steps.sum())
+        count += len(labels)
+    if not count:
+        raise ValueError("evaluate_steps: expected at least one image, got none.")
+    return BySteps(
+        np.asarray(correct) / count,
+        np.asarray(spikes) / count,
+        exits / count,
+        steps / count,
+    )
 
 
 def confidence_front(

@@ -20,9 +20,25 @@ def test_the_script_leaves_a_summary_and_a_picture(tmp_path, capsys):
     assert row["name"] == "3 bits, noise 1" and row["bits"] == 3
     assert len(row["accuracy"]) == len(row["spikes_per_image"]) == 3
     assert min(row["accuracy"]) >= 0 and max(row["accuracy"]) <= 1
-    assert len(row["v_thresholds"]) == 3
+    assert len(row["v_thresholds"]) == len(row["agreement"]) == 3
+    assert list(row["energy_nj"]) == ["1", "2"]
+    assert 0 < row["energy_nj"]["1"] < row["energy_nj"]["2"]
+    exits = row["early_exit"]
+    assert 0 <= exits["accuracy"] <= 1 <= exits["mean_steps"] <= 3
     assert (tmp_path / "convert.png").stat().st_size > 1000
     assert "T=2" in capsys.readouterr().out
+
+    # The same command finds both networks trained; another one starts from the first.
+    script.main(flags)
+    assert json.loads((tmp_path / "summary.json").read_text()) == [row]
+    assert "step 1/" not in capsys.readouterr().out
+    later = dataclasses.replace(
+        flags, workdir=tmp_path / "later", relu=tmp_path / "relu", data="fake"
+    )
+    script.main(later)
+    (again,) = json.loads((tmp_path / "later" / "summary.json").read_text())
+    assert again == row
+    assert not (tmp_path / "later" / "relu").exists()
 
 
 @pytest.mark.parametrize(
@@ -36,3 +52,12 @@ def test_the_script_leaves_a_summary_and_a_picture(tmp_path, capsys):
 def test_bad_flags(options, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(script.DEFAULT, **options)
+
+
+def test_the_start_must_be_a_relu_network(tmp_path):
+    with pytest.raises(ValueError, match="folder with the config.json of a run, got"):
+        script.main(dataclasses.replace(script.DEFAULT, relu=tmp_path))
+    settings = {"neuron": "lif", "steps": 3}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="a run with --neuron relu, got .* has lif"):
+        script.main(dataclasses.replace(script.DEFAULT, relu=tmp_path))

@@ -24,6 +24,7 @@ from spikejax import experiment, neurons
 from spikejax.checksum import by_path
 from spikejax.data import images
 from spikejax.experiment import Experiment
+from spikejax.flags import parse, reported
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold
 from spikejax.step import TrainConfig
 
@@ -50,7 +51,7 @@ NAMES = ("lif", "plif", "if", "mt-parallel", "mt-cascade", "relu")
 def command(monkeypatch, *flags, script=digits, main=digits.demo):
     """What `python -m experiments.NAME FLAGS` does, in this process."""
     monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
-    experiment.reported(main, experiment.parse(script.DEFAULT, script.__doc__))
+    reported(main, parse(script.DEFAULT, script.__doc__))
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +346,7 @@ def test_help_explains_every_flag(script, monkeypatch, capsys):
 )
 def test_flags_of_the_recipe_need_no_prefix(monkeypatch, flags, name, value):
     monkeypatch.setattr(sys, "argv", ["cifar10", *flags])
-    parsed = experiment.parse(cifar10.DEFAULT, None)
+    parsed = parse(cifar10.DEFAULT, None)
     assert getattr(parsed.train, name) == value
     rest = dataclasses.replace(parsed, train=cifar10.DEFAULT.train)
     assert rest == cifar10.DEFAULT
