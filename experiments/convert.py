@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax import energy
-from spikejax.convert import calibrate, convert, least_error, percentile
+from spikejax.conversion import calibrate, convert, least_error, percentile
 from spikejax.data import images
 from spikejax.experiment import Experiment, make_encode, read, train
 from spikejax.flags import parse, reported

@@ -1,9 +1,11 @@
 """Multi-threshold spiking neural networks in JAX and Flax."""
 
 from spikejax import encode, losses, neurons, surrogate
+from spikejax.conversion import calibrate, convert, fold_norms
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold, keep_membranes, neuron_layers
 from spikejax.neurons import NeuronParams, cascade, independent, lif, parallel
 from spikejax.norm import td_batch_norm
+from spikejax.quant import QuantReLU
 from spikejax.unroll import unroll
 
 __version__ = "0.1.0"
@@ -13,8 +15,12 @@ __all__ = [
     "PLIF",
     "MultiThreshold",
     "NeuronParams",
+    "QuantReLU",
+    "calibrate",
     "cascade",
+    "convert",
     "encode",
+    "fold_norms",
     "independent",
     "keep_membranes",
     "lif",

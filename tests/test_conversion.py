@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from spikejax import energy
-from spikejax.convert import (
+from spikejax.conversion import (
     calibrate,
     convert,
     fold_norms,

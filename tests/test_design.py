@@ -14,13 +14,13 @@ CELLS = {"compat", "surrogate", "neurons", "unroll", "convolution"}
 LAYERS = CELLS | {"layers", "norm"}
 NETWORKS = LAYERS | {"encode", "losses", "models", "models.vgg", "models.resnet"}
 DATA = {"data", "data.augment", "data.sources", "data.images"}
-CONVERT = {"quant", "swap", "convert", "stream"}
+CONVERT = {"quant", "swap", "conversion", "stream"}
 RUN = {"sharding", "checkpoint", "progress", "step", "train"}
 
 # Room -> the rooms of spikejax that it may import. Down only, and no side room
 # (train, energy, plot, data) another one.
 HOUSE = {
-    "": NETWORKS | {"sharding", "energy"},
+    "": NETWORKS | CONVERT | {"sharding", "energy"},
     "compat": set(),
     "surrogate": set(),
     "neurons": {"surrogate"},
@@ -45,9 +45,10 @@ HOUSE = {
     "train": LAYERS | {"sharding", "checkpoint", "checksum", "progress", "step"},
     "energy": LAYERS,
     "swap": LAYERS | {"quant"},
-    "convert": LAYERS | {"quant", "swap"},
+    "conversion": LAYERS | {"quant", "swap"},
     "stream": LAYERS | {"quant", "swap"},
     "plot": LAYERS,
+    "flags": set(),
     "experiment": NETWORKS | DATA | RUN | CONVERT | {"", "energy", "plot"},
 }
 EXPERIMENT = set(HOUSE) - {""}
@@ -62,7 +63,7 @@ OPTIONAL = {
     "matplotlib": {"plot"},
     "rich": {"progress"},
     "tensorboardX": {"progress"},
-    "tyro": {"experiment"},
+    "tyro": {"flags"},
     "tonic": set(),
     "nir": set(),
     "tensorflow": set(),

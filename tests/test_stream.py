@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from spikejax import energy, stream
-from spikejax.convert import convert
+from spikejax.conversion import convert
 from spikejax.models.vgg import POOL, VGG
 from spikejax.quant import QuantReLU
 from spikejax.stream import (
