@@ -59,14 +59,20 @@ class Conversion(Experiment):
     """At its peak, with quantised activations."""
     max_steps: int = 32
     """Largest number of time steps that is evaluated."""
+    test_images: int | None = None
+    """Evaluate the spiking networks on the first test images only; all by default."""
     sweep: bool = False
     """Compare bits, noise and thresholds instead of running one setting."""
 
     def __post_init__(self):
         super().__post_init__()
         QuantReLU(self.bits, noise=self.noise, rngs=nnx.Rngs(0))  # checks them
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps: expected at least 1, got {self.max_steps}.")
+        for name, value in {
+            "max_steps": self.max_steps,
+            "test_images": self.test_images,
+        }.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}.")
 
 
 DEFAULT = Conversion(
@@ -132,11 +138,10 @@ class Conversions:
 
     def row(self, name: str, ann: nnx.Module, accuracy: float, num_thresholds: int):
         """Convert a quantised network and evaluate it at every number of steps."""
-        last = self.flags.max_steps
+        last = max(1, self.flags.max_steps // num_thresholds)
         snn, swaps = convert(ann, num_thresholds)
-        confidence = self.confidence(snn)
-        batches = images.eval_batches(self.image_set.test, self.flags.train.batch_size)
-        result = evaluate_steps(snn, batches, self.encode, last, confidence)
+        confidence = self.confidence(snn, last)
+        result = evaluate_steps(snn, self.test(), self.encode, last, confidence)
         levels = max(1, round(swaps[0].levels / num_thresholds))
         layers = agreement(ann, snn, self.sample, levels)
         return {
@@ -157,9 +162,20 @@ class Conversions:
             "v_thresholds": {swap.path: swap.v_threshold for swap in swaps},
         }
 
-    def confidence(self, snn: nnx.Module) -> float:
+    def test(self) -> Iterator[dict[str, Any]]:
+        """Batches of the test images."""
+        left = self.flags.test_images or len(self.image_set.test)
+        for batch in images.eval_batches(
+            self.image_set.test, self.start.train.batch_size
+        ):
+            yield {name: values[:left] for name, values in batch.items()}
+            left -= len(batch["label"])
+            if left <= 0:
+                return
+
+    def confidence(self, snn: nnx.Module, last: int) -> float:
         """The fastest early exit that loses little on images of the training set."""
-        logits = stream(snn, self.sample, self.flags.max_steps).logits
+        logits = stream(snn, self.sample, last).logits
         front = confidence_front(logits, self.labels)
         enough = front[-1][1] - LOSS
         return next(c for c, accuracy, _ in front if accuracy >= enough)
@@ -169,6 +185,10 @@ class Conversions:
         xs = self.sample[:ENERGY_IMAGES]
         xs = jnp.broadcast_to(xs, (len(xs), steps, *xs.shape[2:]))
         return energy.measure(snn, xs).energy_nj
+
+
+def _at(values: list[float], steps: list[int]) -> list[float]:
+    return [values[t - 1] for t in steps if t <= len(values)]
 
 
 def shown(last: int) -> list[int]:
@@ -202,43 +222,29 @@ def rows(flags: Conversion) -> Iterator[dict[str, Any]]:
 
 def figure(found: list[dict[str, Any]]):
     """Accuracy against time steps, one line a row."""
-    from matplotlib.figure import Figure
+    from spikejax import chart
 
-    picture = Figure(figsize=(7, 4), layout="constrained")
-    axes = picture.subplots()
-    for row in found:
-        steps = range(1, len(row["accuracy"]) + 1)
-        style = "--" if row.get("noise") == 0 else "-"
-        axes.plot(steps, [100 * a for a in row["accuracy"]], style, label=row["name"])
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(SHOWN, map(str, SHOWN))
-    axes.set_xlabel("time steps")
-    axes.set_ylabel("accuracy, %")
-    axes.legend(frameon=False)
-    axes.grid(color="#dddddd")
-    axes.spines[["top", "right"]].set_visible(False)
-    return picture
+    lines = {row["name"]: row["accuracy"] for row in found}
+    return chart.accuracy_by_steps(lines).figure
 
 
 def main(flags: Conversion) -> None:
     """Train, convert, print the table, write summary.json and convert.png."""
-    found = list(rows(flags))
-    (flags.workdir / "summary.json").write_text(json.dumps(found, indent=2))
+    found = []
+    for row in rows(flags):
+        found.append(row)
+        (flags.workdir / "summary.json").write_text(json.dumps(found, indent=2))
     steps_shown = shown(flags.max_steps)
     table(
         "Accuracy of the converted network",
-        [
-            "network",
-            "quantised",
-            *(f"T={steps}" for steps in steps_shown),
-            "spikes, last T",
-        ],
+        ["network", "quantised", *(f"T={t}" for t in steps_shown), "early exit"],
         [
             [
                 row["name"],
                 f"{row['ann_accuracy']:.2%}",
-                *(f"{row['accuracy'][steps - 1]:.2%}" for steps in steps_shown),
-                f"{row['spikes_per_image'][steps_shown[-1] - 1]:,.0f}",
+                *(f"{a:.2%}" for a in _at(row["accuracy"], steps_shown)),
+                *("" for t in steps_shown if t > len(row["accuracy"])),
+                "{accuracy:.2%} at {mean_steps:.1f}".format(**row["early_exit"]),
             ]
             for row in found
         ],

@@ -2,6 +2,9 @@
 
     python -m experiments.prepare cifar10 [--data-dir DIR]
 
+imagenet2012 is made from ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, which
+have to lie in DIR/downloads/manual.
+
 This step alone needs TensorFlow: pip install 'spikejax[prepare]'.
 """
 
@@ -14,8 +17,15 @@ import tyro
 
 def prepare(name: str, data_dir: str | None = None) -> str:
     """Downloads and prepares a set, unless that is done; returns its folder."""
+    from spikejax.data.files import TINY, TINY_ADDRESS
     from spikejax.data.sources import check_name
 
+    if name in ("tiny_imagenet", "folder"):
+        files = f"{TINY} ({TINY_ADDRESS})" if name == "tiny_imagenet" else "its images"
+        raise ValueError(
+            f"prepare {name}: expected a TFDS set, got one that is read from {files} "
+            f"as it is. Train at once: --data {name} --data-dir FOLDER"
+        )
     check_name(name)
     if importlib.util.find_spec("tensorflow") is None:
         raise ValueError(
@@ -25,7 +35,10 @@ def prepare(name: str, data_dir: str | None = None) -> str:
     import tensorflow_datasets as tfds
 
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except AssertionError as error:  # archives that one has to fetch by hand
+        raise ValueError(f"prepare {name}: {' '.join(str(error).split())}") from error
     return str(builder.data_dir)
 
 

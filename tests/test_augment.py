@@ -11,6 +11,7 @@ EVERY = {
     "flip": augment.random_flip(),
     "cutout": augment.cutout(16),
     "autoaugment": augment.autoaugment_cifar(),
+    "autoaugment_imagenet": augment.autoaugment_imagenet(),
     "all": augment.compose(
         augment.random_crop(), augment.autoaugment_cifar(), augment.cutout(8)
     ),
@@ -97,14 +98,21 @@ def test_cutout_larger_than_twice_the_image_paints_all_of_it():
     assert np.all(out == 128)
 
 
-def test_the_policy_has_25_pairs_of_known_operations():
-    assert len(augment.CIFAR_POLICY) == 25
-    for pair in augment.CIFAR_POLICY:
+POLICIES = (augment.CIFAR_POLICY, augment.IMAGENET_POLICY)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_has_25_pairs_of_known_operations(policy):
+    assert len(policy) == 25
+    for pair in policy:
         assert len(pair) == 2
         for name, probability, magnitude in pair:
             assert name in augment.OPERATIONS
             assert 0 <= probability <= 1 and 0 <= magnitude <= 9
-    used = {name for pair in augment.CIFAR_POLICY for name, _, _ in pair}
+
+
+def test_every_operation_is_in_a_policy():
+    used = {name for policy in POLICIES for pair in policy for name, _, _ in pair}
     assert used == set(augment.OPERATIONS)
 
 
@@ -131,7 +139,9 @@ def operation(name, image, magnitude, sign=1.0):
     return np.asarray(result)
 
 
-@pytest.mark.parametrize("name", ["shear_y", "translate_x", "translate_y", "rotate"])
+@pytest.mark.parametrize(
+    "name", ["shear_x", "shear_y", "translate_x", "translate_y", "rotate"]
+)
 def test_geometry_at_magnitude_0_is_the_image_and_the_sign_turns_it_round(name):
     image = some_images(1)[0]
     assert np.array_equal(operation(name, image, 0), image)
@@ -155,6 +165,12 @@ def test_shear_moves_each_column_further():
     rows = operation("shear_y", image, 9)[..., 0].argmax(0)
     assert rows[0] == 15 and rows[-1] == 15 - 9  # 0.3 * 30
     assert np.all(np.diff(rows) <= 0)
+
+
+def test_shear_of_rows_is_that_of_columns_turned():
+    image = some_images(1)[0]
+    turned = operation("shear_y", image.transpose(1, 0, 2), 6, -1.0)
+    assert np.array_equal(operation("shear_x", image, 6, -1.0).swapaxes(0, 1), turned)
 
 
 def test_solarize_and_posterize_grow_with_the_magnitude():
@@ -182,6 +198,8 @@ def test_brightness_runs_from_a_tenth_to_nearly_twice():
 def test_autoaugment_refuses_grey_images():
     with pytest.raises(ValueError, match=r"expected colour images .* \(2, 8, 8, 1\)"):
         augment.autoaugment_cifar()(some_images(2, (8, 8, 1)), rng())
+    with pytest.raises(ValueError, match=r"autoaugment_imagenet: expected colour"):
+        augment.autoaugment_imagenet()(some_images(2, (8, 8, 1)), rng())
 
 
 def test_sizes_out_of_range_are_refused():

@@ -11,20 +11,26 @@ from spikejax.step import TrainConfig
 TRAIN = TrainConfig(steps=2, batch_size=16)
 
 
-def test_the_script_leaves_a_summary_and_a_picture(tmp_path, capsys):
+def test_the_script_leaves_a_summary_and_a_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script, "SAMPLE", 32)
     flags = dataclasses.replace(
-        script.DEFAULT, workdir=tmp_path, bits=3, max_steps=3, train=TRAIN
+        script.DEFAULT,
+        workdir=tmp_path,
+        bits=3,
+        max_steps=2,
+        test_images=100,
+        train=TRAIN,
     )
     script.main(flags)
     (row,) = json.loads((tmp_path / "summary.json").read_text())
     assert row["name"] == "3 bits, noise 1" and row["bits"] == 3
-    assert len(row["accuracy"]) == len(row["spikes_per_image"]) == 3
+    assert len(row["accuracy"]) == len(row["spikes_per_image"]) == 2
     assert min(row["accuracy"]) >= 0 and max(row["accuracy"]) <= 1
     assert len(row["v_thresholds"]) == len(row["agreement"]) == 3
     assert list(row["energy_nj"]) == ["1", "2"]
     assert 0 < row["energy_nj"]["1"] < row["energy_nj"]["2"]
     exits = row["early_exit"]
-    assert 0 <= exits["accuracy"] <= 1 <= exits["mean_steps"] <= 3
+    assert 0 <= exits["accuracy"] <= 1 <= exits["mean_steps"] <= 2
     assert (tmp_path / "convert.png").stat().st_size > 1000
     assert "T=2" in capsys.readouterr().out
 
@@ -47,6 +53,7 @@ def test_the_script_leaves_a_summary_and_a_picture(tmp_path, capsys):
         ({"bits": 9}, "expected 1 to 8 bits, got 9"),
         ({"noise": -1.0}, "expected noise of 0 or more, got -1.0"),
         ({"max_steps": 0}, "max_steps: expected at least 1, got 0"),
+        ({"test_images": 0}, "test_images: expected at least 1, got 0"),
     ],
 )
 def test_bad_flags(options, message):

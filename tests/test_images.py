@@ -8,15 +8,17 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from sklearn.datasets import load_digits
 
-from spikejax.data import augment, sources
+from spikejax.data import augment
+from spikejax.data.crop import center_crop, inception_crop
 from spikejax.data.images import eval_batches, load, train_batches
+from spikejax.data.split import ArrayImages, EncodedImages
 
 
 def numbered(count, shape=(2, 2, 1)):
     """Images whose pixels are their number, and so are the labels."""
     values = np.arange(count, dtype=np.uint8)
     pixels = np.broadcast_to(values[:, None, None, None], (count, *shape))
-    return sources.ArrayImages(pixels.copy(), values.astype(np.int32))
+    return ArrayImages(pixels.copy(), values.astype(np.int32))
 
 
 def labels(batches, count=None):
@@ -104,13 +106,20 @@ def test_the_seed_decides():
     assert not set(epochs(3)) & set(epochs(4))
 
 
-def test_shards_divide_every_epoch():
-    source = numbered(60)
+@pytest.mark.parametrize("crop", [None, inception_crop(9)])
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_batches_of_all_processes_are_that_of_one(count, crop):
+    source, options = numbered(60, (6, 7, 3)), {"augment": noise, "crop": crop}
+    whole = train_batches(source, 8 * count, seed=1, **options)
     shards = [
-        labels(train_batches(source, 4, seed=1, shard=(i, 3)), 10) for i in range(3)
+        train_batches(source, 8, seed=1, shard=(i, count), **options)
+        for i in range(count)
     ]
-    whole = labels(train_batches(source, 12, seed=1), 10)
-    assert np.array_equal(np.stack(shards, 1).reshape(-1), whole)
+    for expected in itertools.islice(whole, 5):  # over the end of an epoch
+        got = [next(shard) for shard in shards]
+        for key in ("image", "label"):
+            assert np.array_equal(np.concatenate([b[key] for b in got]), expected[key])
+    assert len({bytes(image) for image in expected["image"]}) == 8 * count
 
 
 def test_shards_of_a_set_that_they_do_not_divide_lose_nothing():
@@ -120,6 +129,19 @@ def test_shards_of_a_set_that_they_do_not_divide_lose_nothing():
     ]
     counts = np.bincount(np.concatenate(shards))
     assert np.array_equal(counts, np.full(7, 4))
+
+
+def test_a_crop_draws_anew_for_each_image_batch_and_seed():
+    source = ArrayImages(np.tile(numbered(1).images, (8, 8, 9, 1)), np.arange(8))
+    source.images[:] = np.random.default_rng(0).integers(0, 256, (1, 16, 18, 1))
+
+    def cropped(seed):
+        batches = train_batches(source, 8, seed=seed, crop=inception_crop(6))
+        images = [next(batches)["image"] for _ in range(2)]
+        return [image.tobytes() for image in np.concatenate(images)]
+
+    assert len({*cropped(0), *cropped(1)}) == 32
+    assert cropped(0) == cropped(0)
 
 
 def test_augmentation_differs_between_batches_seeds_and_shards():
@@ -233,7 +255,30 @@ def test_evaluation_shards_take_every_nth():
 
 def test_evaluation_may_be_one_small_batch():
     assert [len(b["label"]) for b in eval_batches(numbered(3), 100)] == [3]
-    assert list(eval_batches(numbered(1), 100, shard=(1, 2))) == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("examples", [5, 8, 9, 11])
+def test_evaluation_has_as_many_batches_in_every_process(examples, count):
+    shards = [
+        list(eval_batches(numbered(examples), 2, shard=(i, count)))
+        for i in range(count)
+    ]
+    assert len({len(batches) for batches in shards}) == 1
+    seen = np.concatenate([labels(batches) for batches in shards])
+    assert np.array_equal(np.sort(seen), np.arange(examples))
+
+
+def test_a_process_without_an_example_left_has_an_empty_batch():
+    *_, last = eval_batches(numbered(5), 2, shard=(1, 2), crop=center_crop(4))
+    assert last["image"].shape == (0, 4, 4, 1) and last["image"].dtype == np.uint8
+    assert last["label"].shape == (0,) and last["label"].dtype == np.int32
+
+
+def test_evaluation_crops():
+    batch = next(iter(eval_batches(numbered(5), 5, crop=center_crop(7))))
+    assert batch["image"].shape == (5, 7, 7, 1)
+    assert np.array_equal(batch["image"][:, 3, 3, 0], np.arange(5))
 
 
 # What is refused
@@ -242,7 +287,8 @@ def test_evaluation_may_be_one_small_batch():
 @pytest.mark.parametrize("batches", [train_batches, eval_batches])
 def test_batch_sizes_and_shards_out_of_range_are_refused(batches):
     more = {"seed": 0} if batches is train_batches else {}
-    with pytest.raises(ValueError, match=r"expected batch_size >= 1, got 0\. "):
+    who = batches.__name__
+    with pytest.raises(ValueError, match=rf"{who}: expected batch_size >= 1, got 0\. "):
         batches(numbered(9), 0, **more)
     for shard in ((1, 1), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match=r"0 <= index < count, got \("):
@@ -255,6 +301,22 @@ def test_a_batch_larger_than_the_set_is_refused():
         train_batches(numbered(9), 10, seed=0)
     with pytest.raises(ValueError, match=r"batch_size 5 x 2 processes and 9 examples"):
         train_batches(numbered(9), 5, seed=0, shard=(1, 2))
+
+
+def test_more_processes_than_examples_are_refused():
+    assert len(list(eval_batches(numbered(4), 2, shard=(3, 4)))) == 1
+    with pytest.raises(
+        ValueError, match=r"each of the 5 processes, got 4\. Take fewer"
+    ):
+        eval_batches(numbered(4), 2, shard=(0, 5))
+
+
+@pytest.mark.parametrize("batches", [train_batches, eval_batches])
+def test_images_of_any_size_need_a_crop(batches):
+    more = {"seed": 0} if batches is train_batches else {}
+    source = EncodedImages("photographs", [0] * 9, (None, None, 3), 2)
+    with pytest.raises(ValueError, match=r"expected a crop for photographs.* got none"):
+        batches(source, 2, **more)
 
 
 def test_negative_seeds_and_workers_are_refused():

@@ -11,7 +11,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from experiments import prepare
-from spikejax.data import images, sources
+from spikejax.data import images, split
+from spikejax.data.crop import center_crop, inception_crop
 from spikejax.data.images import eval_batches, load, train_batches
 
 GREY = {
@@ -24,6 +25,9 @@ def png(array):
     file = io.BytesIO()
     Image.fromarray(array).save(file, "PNG")
     return file.getvalue()
+
+
+VARYING = {**GREY, "image": tfds.features.Image(shape=(None, None, 1))}
 
 
 def grey(count, seed=0, label=None):
@@ -113,7 +117,7 @@ def test_a_large_split_is_decoded_batch_by_batch_to_the_same(prepared, monkeypat
     pets = load("tiny_pets", prepared)
     expected = pets.train.in_memory.images
     drawn = next(train_batches(pets.train, 8, seed=0))
-    monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 20 * 6 * 5 - 1)
+    monkeypatch.setattr(split, "IN_MEMORY_BYTES", 20 * 6 * 5 - 1)
     again = load("tiny_pets", prepared)
     got = list(eval_batches(again.train, 8))
     assert [len(b["label"]) for b in got] == [8, 8, 4]
@@ -155,6 +159,47 @@ def test_one_of_several_configurations_has_to_be_named(tmp_path):
     assert len(load("tiny_pets/small", tmp_path).train) == 20
 
 
+# Images with sizes of their own
+
+
+def test_images_of_any_size_are_cropped(tmp_path):
+    sizes = [(4, 9), (7, 7), (20, 3)]
+    pets = [{"image": png(np.full(s, 50 + s[0], np.uint8)), "label": 1} for s in sizes]
+    write(tmp_path, VARYING, {"train": grey(9), "validation": pets})
+    found = load("tiny_pets", tmp_path)
+    assert found.shape == (None, None, 1)
+    assert (found.mean, found.std) == images.PHOTOGRAPHS
+    batch = next(iter(eval_batches(found.test, 3, crop=center_crop(8))))
+    assert batch["image"].shape == (3, 8, 8, 1)
+    assert sorted(batch["image"][:, 0, 0, 0]) == [54, 57, 70]
+    assert np.all(batch["image"] == batch["image"][:, :1, :1])
+
+
+def test_a_split_without_labels_gives_way_to_the_validation_split(tmp_path):
+    hidden = grey(3, label=-1)
+    splits = {"train": grey(3), "test": hidden, "validation": grey(5, seed=2)}
+    write(tmp_path, splits=splits)
+    assert len(load("tiny_pets", tmp_path).test) == 5
+    write(tmp_path / "shown", splits=splits | {"test": grey(4)})
+    assert len(load("tiny_pets", tmp_path / "shown").test) == 4
+
+
+def test_workers_read_what_is_not_in_memory(tmp_path):
+    write(tmp_path, VARYING)
+    train = load("tiny_pets", tmp_path).train
+    here, there = (
+        train_batches(train, 8, seed=0, crop=inception_crop(4), workers=workers)
+        for workers in (0, 1)
+    )
+    try:
+        for _ in range(3):
+            one, other = next(here), next(there)
+            assert np.array_equal(one["image"], other["image"])
+            assert np.array_equal(one["label"], other["label"])
+    finally:
+        there.close()
+
+
 # Sets that cannot be read
 
 
@@ -176,7 +221,11 @@ def refused(match, name, data_dir):
     ],
 )
 def test_an_unknown_name_is_refused_with_the_closest(name, hint, tmp_path):
-    refused(rf"expected digits, fake or a TFDS set.*{hint}", name, tmp_path)
+    refused(
+        rf"expected digits, fake, tiny_imagenet, folder or a TFDS set.*{hint}",
+        name,
+        tmp_path,
+    )
 
 
 def test_a_set_that_is_not_prepared_says_what_to_run(tmp_path):
@@ -197,7 +246,11 @@ def test_without_a_folder_tfds_default_is_meant(tmp_path, monkeypatch):
 
 def test_a_preparation_that_was_broken_off_does_not_count(tmp_path):
     write(tmp_path).rename(tmp_path / "tiny_pets/incomplete.X1_1.0.0")
-    refused("expected digits, fake or a TFDS set", "tiny_pets", tmp_path)
+    refused(
+        "expected digits, fake, tiny_imagenet, folder or a TFDS set",
+        "tiny_pets",
+        tmp_path,
+    )
 
 
 def file_of(folder, split):
@@ -279,17 +332,16 @@ def test_labels_out_of_range_are_refused(tmp_path):
     refused(r"expected labels from 0 to 2, got -1 at index 0", "tiny_pets", tmp_path)
 
 
-def test_a_set_of_varying_shapes_needs_a_resize(tmp_path):
-    features = {**GREY, "image": tfds.features.Image(shape=(None, None, 1))}
-    write(tmp_path, features)
-    refused(r"one shape, got \(None, None, 1\).* needs a resize", "tiny_pets", tmp_path)
+def test_a_set_of_varying_shapes_needs_a_crop(tmp_path):
+    write(tmp_path, VARYING)
+    refused(r"tiny_pets/1.0.0, split 'train', whose images have", "tiny_pets", tmp_path)
 
 
-def test_an_image_of_another_shape_than_the_info_says_needs_a_resize(tmp_path):
+def test_an_image_of_another_shape_than_the_info_says_needs_a_crop(tmp_path):
     odd = {"image": png(np.zeros((4, 4), np.uint8)), "label": 0}
     write(tmp_path, splits={"train": [*grey(3), odd], "test": grey(3)})
     refused(
-        r"one shape \(6, 5, 1\), got \(4, 4, 1\).* needs a resize",
+        r"one shape \(6, 5, 1\), got \(4, 4, 1\) at index \d\. .* needs a crop",
         "tiny_pets",
         tmp_path,
     )
@@ -341,6 +393,23 @@ def test_what_is_prepared_can_be_loaded(tmp_path, monkeypatch, capsys):
     prepare.main("tiny_pets", str(tmp_path))
     assert "tiny_pets is prepared in" in capsys.readouterr().out
     assert len(load("tiny_pets", tmp_path).train) == 5
+
+
+@pytest.mark.parametrize("name", ["tiny_imagenet", "folder"])
+def test_what_needs_no_preparing_says_so(name):
+    with pytest.raises(SystemExit, match=rf"as it is\. Train at once: --data {name} "):
+        prepare.main(name)
+
+
+def test_archives_that_are_fetched_by_hand_are_asked_for_in_one_line(monkeypatch):
+    class Builder:
+        def download_and_prepare(self):
+            raise AssertionError("Manual directory\n  is empty.")
+
+    monkeypatch.setattr(tfds, "builder", lambda name, **options: Builder())
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(SystemExit, match=r"^prepare mnist: Manual directory is empty"):
+        prepare.main("mnist")
 
 
 def test_a_download_that_fails_is_one_line(monkeypatch):

@@ -1,8 +1,8 @@
-"""Augmentation of image batches in numpy: crop, flip, Cutout, AutoAugment for CIFAR.
+"""Augmentation of image batches in numpy: crop, flip, Cutout, AutoAugment.
 
 Every function here makes an augmentation: a function (images uint8 [B, H, W, C], rng)
 to images of the same shape. It leaves its argument as it is, and all its randomness
-comes from rng.
+comes from rng. Training calls it with 8 images at a time.
 """
 
 from collections.abc import Callable, Sequence
@@ -97,28 +97,42 @@ def autoaugment_cifar() -> Augment:
     draw the sign of a shear, shift or turn, and let a larger magnitude solarize or
     posterize more.
     """
+    return _autoaugment("autoaugment_cifar", CIFAR_POLICY)
 
+
+def autoaugment_imagenet() -> Augment:
+    """One of the 25 sub-policies that AutoAugment found on ImageNet, for each image.
+
+    Goes after crop and flip; timm calls it "original", and there a larger magnitude
+    solarizes and posterizes less. All else is as in autoaugment_cifar.
+
+    Reference: Cubuk et al. 2018, arXiv:1805.09501, tables 6 and 9.
+    """
+    return _autoaugment("autoaugment_imagenet", IMAGENET_POLICY)
+
+
+def _autoaugment(who: str, policy: Sequence[tuple]) -> Augment:
     def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(
-                f"autoaugment_cifar: expected colour images [B, H, W, 3], got shape "
+                f"{who}: expected colour images [B, H, W, 3], got shape "
                 f"{images.shape}. Leave it out for this set."
             )
         count = len(images)
-        policies = rng.integers(0, len(CIFAR_POLICY), count).tolist()
+        chosen = rng.integers(0, len(policy), count).tolist()
         chances = rng.random((count, 2)).tolist()
         signs = rng.choice((-1.0, 1.0), (count, 2)).tolist()
         out = images.copy()
-        for i, policy in enumerate(policies):
-            steps = zip(CIFAR_POLICY[policy], chances[i], signs[i], strict=True)
-            chosen = [
+        for i, sub_policy in enumerate(chosen):
+            steps = zip(policy[sub_policy], chances[i], signs[i], strict=True)
+            drawn = [
                 (OPERATIONS[name], magnitude / LEVELS, sign)
                 for (name, probability, magnitude), chance, sign in steps
                 if chance < probability
             ]
-            if chosen:
+            if drawn:
                 image = Image.fromarray(images[i])
-                for operation, strength, sign in chosen:
+                for operation, strength, sign in drawn:
                     image = operation(image, strength, sign)
                 out[i] = np.asarray(image)
         return out
@@ -140,6 +154,7 @@ def _enhance(enhancer) -> Callable:
 
 # name: (image, strength in 0..1, sign -1 or 1) -> image
 OPERATIONS: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
+    "shear_x": lambda im, m, sign: _affine(im, 1, sign * 0.3 * m, 0, 0, 1, 0),
     "shear_y": lambda im, m, sign: _affine(im, 1, 0, 0, sign * 0.3 * m, 1, 0),
     "translate_x": lambda im, m, sign: _affine(
         im, 1, 0, int(sign * m * im.width * 150 / 331), 0, 1, 0
@@ -186,4 +201,33 @@ CIFAR_POLICY = (
     (("auto_contrast", 0.9, 2), ("solarize", 0.8, 3)),
     (("equalize", 0.8, 8), ("invert", 0.1, 3)),
     (("translate_y", 0.7, 9), ("auto_contrast", 0.9, 1)),
+)
+
+# Table 9.
+IMAGENET_POLICY = (
+    (("posterize", 0.4, 8), ("rotate", 0.6, 9)),
+    (("solarize", 0.6, 5), ("auto_contrast", 0.6, 5)),
+    (("equalize", 0.8, 8), ("equalize", 0.6, 3)),
+    (("posterize", 0.6, 7), ("posterize", 0.6, 6)),
+    (("equalize", 0.4, 7), ("solarize", 0.2, 4)),
+    (("equalize", 0.4, 4), ("rotate", 0.8, 8)),
+    (("solarize", 0.6, 3), ("equalize", 0.6, 7)),
+    (("posterize", 0.8, 5), ("equalize", 1.0, 2)),
+    (("rotate", 0.2, 3), ("solarize", 0.6, 8)),
+    (("equalize", 0.6, 8), ("posterize", 0.4, 6)),
+    (("rotate", 0.8, 8), ("color", 0.4, 0)),
+    (("rotate", 0.4, 9), ("equalize", 0.6, 2)),
+    (("equalize", 0.0, 7), ("equalize", 0.8, 8)),
+    (("invert", 0.6, 4), ("equalize", 1.0, 8)),
+    (("color", 0.6, 4), ("contrast", 1.0, 8)),
+    (("rotate", 0.8, 8), ("color", 1.0, 2)),
+    (("color", 0.8, 8), ("solarize", 0.8, 7)),
+    (("sharpness", 0.4, 7), ("invert", 0.6, 8)),
+    (("shear_x", 0.6, 5), ("equalize", 1.0, 9)),
+    (("color", 0.4, 0), ("equalize", 0.6, 3)),
+    (("equalize", 0.4, 7), ("solarize", 0.2, 4)),
+    (("solarize", 0.6, 5), ("auto_contrast", 0.6, 5)),
+    (("invert", 0.6, 4), ("equalize", 1.0, 8)),
+    (("color", 0.6, 4), ("contrast", 1.0, 8)),
+    (("equalize", 0.8, 8), ("equalize", 0.6, 3)),
 )

@@ -1,42 +1,47 @@
-"""Image sets by name (any prepared TFDS set, digits, fake) and Grain batches of them.
+"""Image sets by name (TFDS's, Tiny-ImageNet, folders) and Grain batches of them.
 
 Reading needs no TensorFlow; preparing a TFDS set does: see experiments/prepare.py.
 """
 
 import dataclasses
 import os
-from collections.abc import Sequence
+import sys
 
 import grain
 import numpy as np
 
 from spikejax.data.augment import Augment
-from spikejax.data.sources import (
-    ArrayImages,
-    Source,
-    TfdsImages,
-    check_files,
-    prepared_builder,
-)
+from spikejax.data.crop import Crop
+from spikejax.data.files import FileSet, image_folder, tiny_imagenet
+from spikejax.data.sources import prepared_builder, tfds_split
+from spikejax.data.split import ArrayImages, EncodedImages, Source, take
 
 # Mean and standard deviation of the channels of the training images, in 0..1.
+PHOTOGRAPHS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, as is usual
 STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 
 
+# Each 8 images have random numbers of their own, wherever they are made: one by one
+# would be slower, and larger groups would seldom divide the batch of a process.
+AUGMENTED_AT_ONCE = 8
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
     """A labelled image set: two splits and what a model has to know about them.
 
-    mean and std are of the training images, per channel, where white is 1.
+    shape is [H, W, C]; H and W are None where images have sizes of their own, and
+    batches need a crop. mean and std are of the training images, per channel, where
+    white is 1.
     """
 
     name: str
     train: Source
     test: Source
-    shape: tuple[int, int, int]
+    shape: tuple[int | None, int | None, int]
     num_classes: int
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
@@ -48,18 +53,26 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageSet:
 
     Args:
         name: "digits" (scikit-learn's, 8x8x1, mixed once: 1,500 to train, 297 to test),
-            "fake" (made up, 32x32x3), or a TFDS image-classification set
-            prepared as array_record: "cifar10", "mnist", "mnist_corrupted/spatter".
-        data_dir: TFDS's folder; None is TFDS's default.
+            "fake" (made up, 32x32x3), "tiny_imagenet" (its zip), "folder" (of JPEGs:
+            train/CLASS/*.JPEG, val/CLASS/*.JPEG), or a TFDS image-classification set
+            prepared as array_record: "cifar10", "imagenet2012", "mnist_corrupted/fog".
+        data_dir: the folder of the zip, of train and val, or TFDS's; None is TFDS's
+            default.
 
     Returns:
-        The set. mean and std are the known ones of CIFAR-10 and CIFAR-100, for others
-        those of up to 2,048 training images, evenly spread.
+        The set. mean and std are the known ones of CIFAR-10 and CIFAR-100, ImageNet's
+        where images have sizes of their own, and else those of up to 2,048 training
+        images, evenly spread. A test split whose labels are kept back (as ImageNet's)
+        gives way to the validation split.
     """
     if name == "digits":
         return _digits()
     if name == "fake":
         return _fake()
+    if name == "tiny_imagenet":
+        return _files(name, tiny_imagenet(data_dir))
+    if name == "folder":
+        return _files(name, image_folder(data_dir))
     return _tfds(name, data_dir)
 
 
@@ -68,29 +81,33 @@ def train_batches(
     batch_size: int,
     *,
     seed: int,
+    crop: Crop | None = None,
     augment: Augment | None = None,
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
 ) -> "TrainBatches":
-    """Endless shuffled batches, a function of seed and shard alone.
+    """Endless shuffled batches, a function of seed and place alone.
 
-    Each epoch is a new order of the whole set, of which shard (index, count) takes
-    every count-th example; a batch may reach from one epoch into the next. A split
-    that fits is decoded here, so that what is wrong with it is said at once.
+    Each epoch is a new order of the whole set; a batch may reach from one epoch into
+    the next. The batches of all processes, one below the other, are the batch that one
+    process would draw, so a run may go on with more or fewer; augmented too, if each
+    has a multiple of 8 examples. A split that fits is decoded here, so that what is
+    wrong with it is said at once.
 
     Args:
         source: the examples, by index.
         batch_size: examples a batch in this process.
-        seed: of order and augmentation, >= 0.
-        augment: see spikejax.data.augment.
-        workers: processes beside this one; 0 makes them in a thread. Worth
+        seed: of order, crop and augmentation, >= 0.
+        crop: of each image, see spikejax.data.crop; needed where sizes vary.
+        augment: of the cropped images, see spikejax.data.augment.
+        workers: processes beside this one; 0 makes batches in a thread. Worth
             their start of seconds only where decoding or augmentation is slow.
         shard: (process index, number of processes).
 
     Returns:
         An iterator over {"image": uint8 [B, H, W, C], "label": int32 [B]}.
     """
-    _check(source, batch_size, shard)
+    _check("train_batches", source, batch_size, crop, shard)
     index, count = shard
     if batch_size * count > len(source):
         raise ValueError(
@@ -103,60 +120,60 @@ def train_batches(
             f"train_batches: expected seed and workers >= 0, got {seed} and {workers}."
         )
     source = _ready(source)
+    # Grain shuffles epoch e by seed + e: unmixed, seeds 0 and 1 would share epochs.
+    order = grain.MapDataset.range(len(source)).shuffle(_mix(seed)).repeat()
 
-    def make(indices: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        batch = take(source, indices)
+    def make(step: int) -> dict[str, np.ndarray]:
+        first = (step * count + index) * batch_size  # place in the stream
+        places = range(first, first + batch_size)
+        rngs = [np.random.default_rng((seed, 1, p)) for p in places if crop]
+        batch = take(source, np.array([order[p] for p in places]), crop, rngs)
         if augment is not None:
-            batch["image"] = augment(batch["image"], rng)
+            batch["image"] = _augmented(batch["image"], augment, seed, first)
         return batch
 
-    # Grain shuffles epoch e by seed + e: unmixed, seeds 0 and 1 would share epochs.
-    order_seed, augment_seed = _mix(seed), _mix(seed, index + 1)
-    order = grain.MapDataset.range(len(source)).shuffle(order_seed).repeat()
-    batches = order[index::count].batch(batch_size)
-    return TrainBatches(batches.random_map(make, seed=augment_seed), workers)
+    return TrainBatches(grain.MapDataset.range(sys.maxsize).map(make), workers)
 
 
 def eval_batches(
-    source: Source, batch_size: int, *, shard: tuple[int, int] = (0, 1)
+    source: Source,
+    batch_size: int,
+    *,
+    crop: Crop | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> grain.IterDataset[dict[str, np.ndarray]]:
     """Batches of each example once, in order; the last one may be smaller.
 
+    Every process has the same number of batches. The last of some may therefore have
+    an example less than that of others, and so even none ([0, H, W, C]).
+
     Args:
-        source: the examples, by index.
+        source: the examples, by index; at least one for each process.
         batch_size: examples a batch in this process.
-        shard: (process index, number of processes); takes every count-th example, so
-            the last processes may have one example, and so one batch, less.
+        crop: of each image, see spikejax.data.crop; needed where sizes vary.
+        shard: (process index, number of processes); takes every count-th example.
 
     Returns:
         An iterable, as often as wanted, over batches as of train_batches.
     """
-    _check(source, batch_size, shard)
-    source = _ready(source)
+    _check("eval_batches", source, batch_size, crop, shard)
     index, count = shard
-    order = grain.MapDataset.range(index, len(source), count)
-    batches = order.batch(batch_size).map(lambda indices: take(source, indices))
-    return batches.to_iter_dataset(_READ_AHEAD)
-
-
-def take(source: Source, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-    """The examples at these indices as one batch."""
-    if isinstance(source, ArrayImages):
-        return {"image": source.images[indices], "label": source.labels[indices]}
-    if isinstance(source, TfdsImages):
-        examples = source.examples(indices)
-    else:
-        examples = [source[int(i)] for i in indices]
-    shapes = {example["image"].shape for example in examples}
-    if len(shapes) > 1:
+    if len(source) < count:
         raise ValueError(
-            f"take: expected images of one shape, got {sorted(shapes)}. "
-            "Resize them first."
+            f"eval_batches: expected an example or more for each of the {count} "
+            f"processes, got {len(source)}. Take fewer processes."
         )
-    return {
-        "image": np.stack([example["image"] for example in examples]),
-        "label": np.array([example["label"] for example in examples], np.int32),
-    }
+    source = _ready(source)
+
+    def make(step: int) -> dict[str, np.ndarray]:
+        mine = range(index, len(source), count)
+        indices = mine[step * batch_size : (step + 1) * batch_size]
+        if indices:
+            return take(source, indices, crop)
+        return {name: a[:0] for name, a in take(source, [0], crop).items()}
+
+    steps = -(-len(source) // (batch_size * count))
+    return grain.MapDataset.range(steps).map(make).to_iter_dataset(_READ_AHEAD)
 
 
 class TrainBatches(grain.DatasetIterator):
@@ -214,26 +231,51 @@ _READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 def _ready(source: Source) -> Source:
     """The source to draw batches from: in memory, if it fits there."""
-    if isinstance(source, TfdsImages) and source.fits:
+    if isinstance(source, EncodedImages) and source.fits:
         return source.in_memory
     return source
 
 
-def _mix(*entropy: int) -> int:
-    """32 bits that depend on all the numbers."""
-    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+def _augmented(
+    images: np.ndarray, augment: Augment, seed: int, first: int
+) -> np.ndarray:
+    """The augmented images, of which the first has this place in the stream."""
+    parts = [
+        augment(
+            images[i : i + AUGMENTED_AT_ONCE],
+            np.random.default_rng((seed, 2, first + i)),
+        )
+        for i in range(0, len(images), AUGMENTED_AT_ONCE)
+    ]
+    return np.concatenate(parts)
 
 
-def _check(source: Source, batch_size: int, shard: tuple[int, int]) -> None:
+def _mix(seed: int) -> int:
+    """32 bits that depend on all of the seed."""
+    return int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
+def _check(
+    who: str,
+    source: Source,
+    batch_size: int,
+    crop: Crop | None,
+    shard: tuple[int, int],
+) -> None:
     index, count = shard
+    if isinstance(source, EncodedImages) and source.varies and crop is None:
+        raise ValueError(
+            f"{who}: expected a crop for {source.name}, whose images have sizes of "
+            "their own, got none. Give an image size, such as 224."
+        )
     if batch_size < 1:
         raise ValueError(
-            f"batches: expected batch_size >= 1, got {batch_size}. Take 1 to "
+            f"{who}: expected batch_size >= 1, got {batch_size}. Take 1 to "
             f"{len(source)}."
         )
     if not 0 <= index < count:
         raise ValueError(
-            f"batches: expected shard (index, count) with 0 <= index < count, got "
+            f"{who}: expected shard (index, count) with 0 <= index < count, got "
             f"{shard}. For one process: shard=(0, 1)."
         )
 
@@ -279,19 +321,26 @@ def _in_memory(name: str, train: ArrayImages, test: ArrayImages) -> ImageSet:
     return ImageSet(name, train, test, shape, 10, names, *_statistics(train))
 
 
+def _files(name: str, found: FileSet) -> ImageSet:
+    train, test, names = found
+    mean, std = PHOTOGRAPHS if train.varies else _statistics(train)
+    return ImageSet(name, train, test, train.shape, len(names), names, mean, std)
+
+
 def _tfds(name: str, data_dir: str | os.PathLike[str] | None) -> ImageSet:
     builder = prepared_builder(name, data_dir)
-    splits = builder.info.splits
-    held_out = "test" if "test" in splits else "validation"
-    for split in ("train", held_out):
-        if split not in splits:
-            raise ValueError(
-                f"{name}: expected the splits train and test or validation, got "
-                f"{', '.join(splits) or 'none'}. Take another set."
-            )
-        check_files(name, builder, split)
-    train, test = TfdsImages(builder, "train"), TfdsImages(builder, held_out)
+    there = [s for s in ("train", "test", "validation") if s in builder.info.splits]
+    if "train" not in there or len(there) < 2:
+        raise ValueError(
+            f"{name}: expected the splits train and test or validation, got "
+            f"{', '.join(builder.info.splits) or 'none'}. Take another set."
+        )
+    train, test, *more = (tfds_split(name, builder, split) for split in there)
+    if more and test.records.read([0])[0].label < 0:
+        test = more[0]
     label = builder.info.features["label"]
-    mean, std = STATISTICS.get(builder.name) or _statistics(train)
+    mean, std = STATISTICS.get(builder.name) or (
+        PHOTOGRAPHS if train.varies else _statistics(train)
+    )
     names = tuple(label.names)
     return ImageSet(name, train, test, train.shape, label.num_classes, names, mean, std)

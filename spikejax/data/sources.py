@@ -1,44 +1,27 @@
-"""Labelled images by index: arrays in memory, and splits of prepared TFDS sets.
+"""Splits of prepared TFDS sets.
 
 Reading needs no TensorFlow; preparing a TFDS set does: see experiments/prepare.py.
 """
 
 import contextlib
-import dataclasses
 import difflib
-import functools
-import io
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-IN_MEMORY_BYTES = 400 * 2**20  # a split up to this size is decoded once, into RAM
+from spikejax.data.split import EncodedImages, Record
+
+OWN = ("digits", "fake", "tiny_imagenet", "folder")  # sets that are not TFDS's
 NAME = re.compile(r"\w+(/[\w.+-]+)?")
 CATALOG = "https://www.tensorflow.org/datasets/catalog"
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
-@dataclasses.dataclass(frozen=True)
-class ArrayImages:
-    """Labelled images in memory: images uint8 [N, H, W, C], labels int32 [N]."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.images[index], "label": int(self.labels[index])}
-
-
-class TfdsImages:
-    """One split of a prepared TFDS image set, decoded when it is read.
+class TfdsRecords:
+    """One split of a prepared TFDS image set; images are left encoded.
 
     Args:
         builder: a read-only TFDS builder with features 'image' and 'label'.
@@ -48,79 +31,37 @@ class TfdsImages:
     def __init__(self, builder: Any, split: str):
         import tensorflow_datasets as tfds
 
-        features = builder.info.features
         self.name = f"{builder.info.full_name}, split {split!r}"
-        self.shape: tuple[int, int, int] = features["image"].shape
-        self.num_classes: int = features["label"].num_classes
-        # Decoding is done here: TFDS would go through every feature, and slower.
-        self._records = builder.as_data_source(
+        # Decoding is done elsewhere: TFDS would go through every feature, and slower.
+        self._source = builder.as_data_source(
             split, decoders={"image": tfds.decode.SkipDecoding()}
         )
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._source)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.examples([index])[0]
-
-    @property
-    def fits(self) -> bool:
-        """Whether the decoded split is small enough to stay in memory."""
-        return len(self) * int(np.prod(self.shape)) <= IN_MEMORY_BYTES
-
-    @functools.cached_property
-    def in_memory(self) -> ArrayImages:
-        """The whole split, decoded by a pool of threads."""
-        images = np.empty((len(self), *self.shape), np.uint8)
-        labels = np.empty(len(self), np.int32)
-
-        def fill(start: int) -> None:
-            rows = range(start, min(start + 1000, len(self)))
-            for row, example in zip(rows, self.examples(rows), strict=True):
-                images[row], labels[row] = example["image"], example["label"]
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(fill, range(0, len(self), 1000)))
-        return ArrayImages(images, labels)
-
-    def examples(self, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
-        """The examples at these indices, each checked."""
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """The records at these indices."""
         try:
-            records = self._records.__getitems__([int(i) for i in indices])
+            found = self._source.__getitems__(list(indices))
         except RuntimeError as error:  # array_record's checksums
             raise ValueError(
                 f"{self.name}: expected readable array_record files, got a damaged "
                 f"one: {error}. Delete the set's folder and prepare it again."
             ) from error
         return [
-            {
-                "image": self._image(record["image"], index),
-                "label": self._label(record["label"], index),
-            }
-            for record, index in zip(records, indices, strict=True)
+            Record(record["image"], int(record["label"]), f"index {index}")
+            for record, index in zip(found, indices, strict=True)
         ]
 
-    def _image(self, encoded: bytes, index: int) -> np.ndarray:
-        mode = {1: "L", 3: "RGB", 4: "RGBA"}[self.shape[-1]]
-        image = np.asarray(Image.open(io.BytesIO(encoded)).convert(mode))
-        image = image.reshape(*image.shape[:2], -1)
-        if image.shape != self.shape:
-            raise ValueError(
-                f"{self.name}: expected images of one shape {self.shape}, got "
-                f"{image.shape} at index {index}. Such a set needs a resize first."
-            )
-        return image
 
-    def _label(self, label: int, index: int) -> int:
-        if not 0 <= label < self.num_classes:
-            raise ValueError(
-                f"{self.name}: expected labels from 0 to {self.num_classes - 1}, got "
-                f"{label} at index {index}. Leave out examples without a label."
-            )
-        return int(label)
-
-
-Source = ArrayImages | TfdsImages | Sequence[dict[str, Any]]
+def tfds_split(name: str, builder: Any, split: str) -> EncodedImages:
+    """A split of a prepared set, whose files are whole."""
+    check_files(name, builder, split)
+    records = TfdsRecords(builder, split)
+    features = builder.info.features
+    shape, num_classes = features["image"].shape, features["label"].num_classes
+    return EncodedImages(records.name, records, shape, num_classes)
 
 
 def prepared_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
@@ -179,10 +120,10 @@ def check_name(name: str) -> None:
 
     known = tfds.list_builders(with_community_datasets=False)
     if name.split("/")[0] not in known:
-        close = difflib.get_close_matches(name, [*known, "digits", "fake"], n=3)
+        close = difflib.get_close_matches(name, [*known, *OWN], n=3)
         hint = f"Did you mean {' or '.join(close)}?" if close else f"See {CATALOG}"
         raise ValueError(
-            f"data: expected digits, fake or a TFDS set, got {name!r}. {hint}"
+            f"data: expected {', '.join(OWN)} or a TFDS set, got {name!r}. {hint}"
         )
 
 
@@ -225,11 +166,6 @@ def _check_features(name: str, features: Any) -> None:
                 "Take another set."
             )
     image = features["image"]
-    if None in image.shape:
-        raise ValueError(
-            f"{name}: expected images of one shape, got {image.shape}, where None "
-            "varies. Such a set needs a resize first, which is not supported yet."
-        )
     if image.np_dtype != np.uint8:
         raise ValueError(
             f"{name}: expected uint8 images, got {np.dtype(image.np_dtype).name}. "

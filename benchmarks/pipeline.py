@@ -1,0 +1,140 @@
+"""What the input pipeline makes: images a second of one core, set by set.
+
+    python -m benchmarks.pipeline --workdir runs/pipeline --cifar10 TFDS_FOLDER \\
+        --tiny-imagenet FOLDER_OF_THE_ZIP --photographs ZIP_OF_JPEGS
+
+Batches of 64 as training draws them, 8 bits a channel. Counted is the processor time of
+all threads of one process, so other work on the machine matters little. Sets that are
+not given are left out. Prints a table and writes pipeline.json.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import PIL
+from PIL import Image
+
+from spikejax.data import augment, crop, images
+from spikejax.data.files import FileRecords, open_zip, tiny_imagenet
+from spikejax.data.split import EncodedImages
+from spikejax.flags import parse, reported
+from spikejax.progress import table
+
+CROP_FLIP = augment.compose(augment.random_crop(4), augment.random_flip())
+BATCH_SIZE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """What to measure."""
+
+    workdir: Path = Path("runs/pipeline")
+    """Folder for pipeline.json."""
+    cifar10: Path | None = None
+    """Folder of TFDS's CIFAR-10."""
+    tiny_imagenet: Path | None = None
+    """Folder of tiny-imagenet-200.zip."""
+    photographs: Path | None = None
+    """Zip of JPEG files of any size, such as some of ImageNet's."""
+    seconds: float = 5.0
+    """Processor time that each row takes."""
+
+
+def whole(made: crop.Crop) -> crop.Crop:
+    """The crop of an image that is decoded at full size first."""
+
+    def cropped(image: Image.Image, rng) -> Image.Image:
+        image.load()
+        return made(image, rng)
+
+    return cropped
+
+
+def of_zip(path: Path) -> EncodedImages:
+    """The JPEG files of a zip, without labels."""
+    with open_zip(path) as archive:
+        names = [n for n in archive.namelist() if n.lower().endswith((".jpeg", ".jpg"))]
+    records = FileRecords(path, names, [0] * len(names))
+    return EncodedImages(path.name, records, (None, None, 3), 1)
+
+
+def pipelines(given: Pipeline) -> Iterator[tuple[str, images.TrainBatches]]:
+    """What each row is called, and its batches."""
+
+    def batches(source, **options):
+        size = min(BATCH_SIZE, len(source))
+        return images.train_batches(source, size, seed=0, **options)
+
+    flip = augment.random_flip()
+    if given.cifar10:
+        train = images.load("cifar10", given.cifar10).train
+        yield "CIFAR-10 in memory, crop and flip", batches(train, augment=CROP_FLIP)
+        policy = augment.compose(
+            CROP_FLIP, augment.autoaugment_cifar(), augment.cutout(16)
+        )
+        yield "CIFAR-10 in memory, AutoAugment", batches(train, augment=policy)
+    if given.tiny_imagenet:
+        train = tiny_imagenet(given.tiny_imagenet).train
+        inception = {"crop": crop.inception_crop(64), "augment": flip}
+        yield "Tiny-ImageNet in memory, inception 64", batches(train, **inception)
+        train = EncodedImages(
+            train.name, train.records, (None, None, 3), train.num_classes
+        )
+        yield "Tiny-ImageNet from its zip, inception 64", batches(train, **inception)
+    if given.photographs:
+        photographs = of_zip(given.photographs)
+        for name, made in (
+            ("inception 224", crop.inception_crop(224)),
+            ("inception 224, decoded whole", whole(crop.inception_crop(224))),
+            ("inception 64", crop.inception_crop(64)),
+            ("inception 64, decoded whole", whole(crop.inception_crop(64))),
+            ("center 224", crop.center_crop(224)),
+        ):
+            yield f"photographs, {name}", batches(photographs, crop=made, augment=flip)
+
+
+def measure(given: Pipeline) -> list[dict]:
+    """One row a pipeline: images a second of processor time."""
+    rows = []
+    for name, batches in pipelines(given):
+        next(batches)  # opens files, starts the thread
+        began, wall, count = time.process_time(), time.perf_counter(), 0
+        while time.process_time() - began < given.seconds:
+            count += len(next(batches)["label"])
+        rows.append(
+            {
+                "workload": name,
+                "library": "spikejax",
+                "images_per_core_second": count / (time.process_time() - began),
+                "images_per_second": count / (time.perf_counter() - wall),
+                "images": count,
+                "pillow": PIL.__version__,
+            }
+        )
+        batches.close()
+    if not rows:
+        raise ValueError(
+            "pipeline: expected --cifar10, --tiny-imagenet or --photographs, got none."
+        )
+    return rows
+
+
+def main(given: Pipeline) -> None:
+    """Measure, print the table, write pipeline.json."""
+    rows = measure(given)
+    given.workdir.mkdir(parents=True, exist_ok=True)
+    path = given.workdir / "pipeline.json"
+    path.write_text(json.dumps(rows, indent=2))
+    table(
+        "Input pipeline",
+        ["", "images/s of one core"],
+        [[row["workload"], f"{row['images_per_core_second']:,.0f}"] for row in rows],
+    )
+    print(f"Written: {path}")
+
+
+if __name__ == "__main__":
+    reported(main, parse(Pipeline(), __doc__))

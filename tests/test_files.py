@@ -1,0 +1,253 @@
+"""Sets of plain files, written here, small: their labels, and what is refused."""
+
+import io
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spikejax.data.crop import center_crop
+from spikejax.data.files import FileRecords
+from spikejax.data.images import PHOTOGRAPHS, eval_batches, load, take, train_batches
+
+WNIDS = ("n02", "n01", "n03")  # not in order, as in the real wnids.txt
+WORDS = "n01\tgoldfish, Carassius\nn02\tpizza\nn03\talp\nn99\tnot in the set\n"
+
+
+def jpeg(grey, size=(64, 64)):
+    file = io.BytesIO()
+    Image.new("RGB", size, (grey, grey, grey)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def tiny_files(root="tiny-imagenet-200/"):
+    """Member -> content; the grey level is 60 times the label, plus the number."""
+    files = {"wnids.txt": "\n".join(WNIDS) + "\n", "words.txt": WORDS}
+    annotations = []
+    for label, wnid in enumerate(sorted(WNIDS)):
+        files[f"train/{wnid}/{wnid}_boxes.txt"] = f"{wnid}_0.JPEG\t0\t0\t62\t62\n"
+        for i in range(4):
+            files[f"train/{wnid}/images/{wnid}_{i}.JPEG"] = jpeg(60 * label + i)
+        files[f"val/images/val_{label}.JPEG"] = jpeg(60 * label + 9)
+        annotations.append(f"val_{label}.JPEG\t{wnid}\t0\t0\t62\t62\n")
+    files["val/val_annotations.txt"] = "".join(reversed(annotations))
+    files["test/images/test_0.JPEG"] = jpeg(255)
+    return {root + name: content for name, content in files.items()}
+
+
+def write_zip(path, files):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    write_zip(tmp_path / "tiny-imagenet-200.zip", tiny_files())
+    return tmp_path
+
+
+def folder(root, held_out="val"):
+    for split, count in (("train", 5), (held_out, 2)):
+        for label, name in enumerate(("cat", "dog")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                file = root / split / name / f"{i}.{'JPEG' if i else 'jpg'}"
+                file.write_bytes(jpeg(60 * label + i, (20 + i, 30 - i)))
+            (root / split / name / "README.txt").write_text("not an image")
+    return root
+
+
+def refused(match, name, data_dir):
+    with pytest.raises(ValueError, match=match) as caught:
+        train_batches(load(name, data_dir).train, 2, seed=0, crop=center_crop(8))
+    assert "\n" not in str(caught.value)
+
+
+# Tiny-ImageNet
+
+
+def test_tiny_imagenet_is_read_from_its_zip(tiny):
+    found = load("tiny_imagenet", tiny)
+    assert found.shape == (64, 64, 3) and found.num_classes == 3
+    assert found.class_names == ("goldfish", "pizza", "alp")
+    assert (len(found.train), len(found.test)) == (12, 3)
+    for source, numbers in ((found.train, range(4)), (found.test, [9])):
+        batch = take(source, range(len(source)))
+        levels = sorted(batch["image"][:, 5, 5, 0])
+        assert levels == [60 * label + i for label in range(3) for i in numbers]
+        assert np.array_equal(batch["image"][:, 0, 0, 0] // 60, batch["label"])
+    assert np.allclose(found.mean, 61.5 / 255)
+
+
+@pytest.mark.parametrize("root", ["", "a/b/", "tiny-imagenet-10/"])
+def test_any_single_zip_of_the_layout_will_do(tmp_path, root):
+    write_zip(tmp_path / "pets.zip", tiny_files(root))
+    found = load("tiny_imagenet", tmp_path)
+    assert len(found.train) == 12 and len(found.test) == 3
+
+
+def test_the_zip_of_the_official_name_comes_first(tiny):
+    (tiny / "another.zip").write_bytes(b"")
+    assert len(load("tiny_imagenet", tiny).train) == 12
+
+
+def test_the_records_of_a_zip_go_to_another_process(tiny):
+    train = load("tiny_imagenet", tiny).train
+    first = train[0]["image"]  # the zip is open now
+    again = pickle.loads(pickle.dumps(train))
+    assert np.array_equal(again[0]["image"], first)
+    assert len(pickle.dumps(train)) < 2000  # names, not images
+
+
+def test_tiny_imagenet_without_a_zip_says_where_to_get_it(tmp_path):
+    refused(r"expected --data-dir, the folder of tiny-imag", "tiny_imagenet", None)
+    refused(rf"in {tmp_path}, got no zip\. Download http", "tiny_imagenet", tmp_path)
+    for name in ("a.zip", "b.zip"):
+        (tmp_path / name).touch()
+    refused(r"expected tiny-.*, got a\.zip, b\.zip\. ", "tiny_imagenet", tmp_path)
+
+
+def test_a_zip_of_another_layout_is_refused(tmp_path):
+    write_zip(tmp_path / "a.zip", {"train/cat/1.JPEG": b""})
+    refused(r"a\.zip, got a zip of another layout", "tiny_imagenet", tmp_path)
+
+
+def test_a_truncated_zip_is_refused(tiny):
+    path = tiny / "tiny-imagenet-200.zip"
+    path.write_bytes(path.read_bytes()[:-40])
+    refused(rf"a whole zip in {path}, got: .*\. Copy", "tiny_imagenet", tiny)
+
+
+def test_a_flipped_byte_in_a_zip_names_the_file(tmp_path):
+    stored = tmp_path / "a.zip"
+    with zipfile.ZipFile(stored, "w") as archive:
+        for name, content in tiny_files().items():
+            archive.writestr(name, content)
+    content = bytearray(stored.read_bytes())
+    start = content.index(b"train/n03/images/n03_2.JPEG")
+    content[start + 200] ^= 1
+    stored.write_bytes(content)
+    refused(
+        r"readable file tiny.*/n03_2\.JPEG in .*a\.zip, got: Bad CRC.*Copy it again",
+        "tiny_imagenet",
+        tmp_path,
+    )
+
+
+def test_a_damaged_image_in_a_zip_is_named(tmp_path):
+    files = tiny_files()
+    name = "tiny-imagenet-200/train/n03/images/n03_2.JPEG"
+    write_zip(tmp_path / "a.zip", files | {name: files[name][:-20]})
+    refused(
+        rf"^tiny_imagenet, train: .* image at {name} in .*a\.zip, got: .*truncated",
+        "tiny_imagenet",
+        tmp_path,
+    )
+
+
+def test_images_without_a_known_class_are_refused(tmp_path):
+    files = tiny_files("")
+    files["train/n07/images/n07_0.JPEG"] = jpeg(1)
+    write_zip(tmp_path / "a.zip", files)
+    refused(r"classes of wnids.txt, got n07 for train/n07", "tiny_imagenet", tmp_path)
+
+
+def test_a_missing_test_image_is_noticed(tmp_path):
+    files = tiny_files("")
+    del files["val/images/val_1.JPEG"]
+    write_zip(tmp_path / "a.zip", files)
+    refused(r"and 3 to test on in .*got 12 and 2\. ", "tiny_imagenet", tmp_path)
+
+
+# Folders
+
+
+@pytest.mark.parametrize("held_out", ["val", "validation", "test"])
+def test_a_folder_of_photographs_is_a_set(tmp_path, held_out):
+    found = load("folder", folder(tmp_path, held_out))
+    assert found.shape == (None, None, 3) and found.class_names == ("cat", "dog")
+    assert (found.mean, found.std) == PHOTOGRAPHS
+    assert (len(found.train), len(found.test)) == (10, 4)
+    batch = next(iter(eval_batches(found.train, 10, crop=center_crop(8))))
+    assert batch["image"].shape == (10, 8, 8, 3)
+    assert list(batch["image"][:, 0, 0, 0]) == [*range(5), *range(60, 65)]
+    assert list(batch["label"]) == [0] * 5 + [1] * 5
+
+
+def test_a_class_may_have_no_test_image(tmp_path):
+    folder(tmp_path)
+    for file in (tmp_path / "val/dog").iterdir():
+        file.unlink()
+    assert len(load("folder", tmp_path).test) == 2
+
+
+def test_names_of_files_may_be_any(tmp_path):
+    folder(tmp_path)
+    (tmp_path / "train/cat/été 日本.JPEG").write_bytes(jpeg(33, (9, 9)))
+    train = load("folder", tmp_path).train
+    assert 33 in take(train, range(11), center_crop(4))["image"]
+
+
+def test_a_folder_of_another_layout_is_refused(tmp_path):
+    refused(r"folder: expected --data-dir, the folder of train/CLASS", "folder", None)
+    refused(rf"expected the folder {tmp_path}/train, got none", "folder", tmp_path)
+    (tmp_path / "train/cat").mkdir(parents=True)
+    refused(rf"expected the folder {tmp_path}/val, got none", "folder", tmp_path)
+    (tmp_path / "val/cat").mkdir(parents=True)
+    refused(rf"images in {tmp_path}/train/CLASS, got none", "folder", tmp_path)
+
+
+def test_a_class_to_test_on_that_is_not_trained_on_is_refused(tmp_path):
+    (folder(tmp_path) / "val/owl").mkdir()
+    refused(rf"got also owl in {tmp_path}/val\. Move", "folder", tmp_path)
+
+
+def test_a_file_that_went_away_is_named(tmp_path):
+    train = load("folder", folder(tmp_path)).train
+    (tmp_path / "train/cat/1.JPEG").unlink()
+    with pytest.raises(ValueError, match=r"readable file train/cat/1\.JPEG in .*got:"):
+        take(train, range(10), center_crop(4))
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    found = load("folder", folder(tmp_path))
+    file = tmp_path / "val/dog/1.JPEG"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"^folder, val: .* at val/dog/1\.JPEG in "):
+        take(found.test, range(4), center_crop(4))
+
+
+def test_a_folder_and_a_zip_of_it_hold_the_same(tmp_path):
+    root = folder(tmp_path / "files")
+    names = [str(p.relative_to(root)) for p in sorted(root.glob("train/*/*.J*"))]
+    files = {name: (root / name).read_bytes() for name in names}
+    zipped = FileRecords(write_zip(tmp_path / "a.zip", files), names, [3] * 8)
+    plain = FileRecords(root, names, [3] * 8)
+    for a, b in zip(zipped.read([0, 5]), plain.read([0, 5]), strict=True):
+        assert a.encoded == b.encoded and a.label == b.label == 3
+        assert a.place == b.place.replace(str(root), str(tmp_path / "a.zip"))
+
+
+# The real thing
+
+
+def test_ten_classes_of_tiny_imagenet(data_dir):
+    path = data_dir.parent / "tiny_imagenet_10"
+    if not path.is_dir():
+        pytest.skip(f"no Tiny-ImageNet: {path} is not there")
+    found = load("tiny_imagenet", path)
+    assert (len(found.train), len(found.test)) == (5000, 500)
+    assert found.class_names[:3] == ("goldfish", "king penguin", "Persian cat")
+    assert found.num_classes == 10
+    assert np.array_equal(np.bincount(found.train.records.labels), [500] * 10)
+    assert np.array_equal(np.bincount(found.test.records.labels), [50] * 10)
+    batch = take(found.train, range(0, 5000, 25))  # some of them are grey
+    assert batch["image"].shape == (200, 64, 64, 3)
+    colour = batch["image"].mean((1, 2))
+    means = [colour[batch["label"] == k].mean(0) for k in (0, 9)]
+    assert means[0][0] > means[0][2] + 30  # goldfish are gold
+    assert means[1][2] > means[1][0]  # alps are not
