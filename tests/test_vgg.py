@@ -128,6 +128,21 @@ def test_known_numbers_of_parameters(make, number):
     assert number_of_parameters(make, num_classes=10) == number
 
 
+def test_networks_for_events_have_the_layers_of_their_papers():
+    options = {"num_classes": 10, "in_channels": 2}
+    widths = (64, 128, 256, 256, 512, 512, 512, 512)
+    norms_and_head = 2 * sum(widths) + 512 * 10 + 10
+    convs = sum(9 * a * b for a, b in zip((2, *widths), widths, strict=False))
+    assert number_of_parameters(vgg.vggsnn, **options) == convs + norms_and_head
+    convs = 9 * 128 * (2 + 3 * 128)
+    dense = 129 * 512 + 513 * 10
+    plif = number_of_parameters(vgg.plif_net, PLIF, **options)
+    assert plif == convs + 4 * 2 * 128 + dense + 5  # and five leaks
+    for make in (vgg.vggsnn, vgg.plif_net):
+        model, xs = abstract(make, **options), jnp.zeros((2, 1, 48, 48, 2))
+        assert nnx.eval_shape(lambda m, xs=xs: m(xs), model).shape == (2, 1, 10)
+
+
 def test_the_relu_twin_has_the_same_parameters():
     options = {"num_classes": 10, "hidden": (32,)}
     lif = number_of_parameters(vgg.vgg11, **options)

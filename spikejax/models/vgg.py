@@ -100,3 +100,16 @@ vgg16 = partial(
     (64, 64, POOL, 128, 128, POOL, 256, 256, 256, POOL, 512, 512, 512, POOL)
     + (512, 512, 512, POOL),
 )
+
+# For frames of events. Both end in a global mean where the papers flatten the last
+# maps, and have no dropout: our choice, so that any size of frame will do.
+
+# Deng et al. 2022, arXiv:2202.11946, for frames 48x48.
+vggsnn = partial(
+    VGG,
+    (64, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL),
+    pool=avg_pool,
+)
+# Fang et al. 2021, arXiv:2007.05785, for DVS-CIFAR10, without the vote of ten neurons a
+# class; its neurons are PLIF.
+plif_net = partial(VGG, (128, POOL) * 4, hidden=(512,))

@@ -1,0 +1,324 @@
+"""Sets of recordings: how they may lie, which split, what is kept, batches of them."""
+
+import itertools
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spikejax.data import frames, recordings
+from spikejax.data.events import EventSet, Framing, load
+from spikejax.data.images import eval_batches, train_batches
+
+
+def write(path: Path, seed=0, count=40, step=100, size=(6, 8)):
+    """A recording of `count` events, `step` microseconds apart; the first says seed."""
+    rng = np.random.default_rng(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {
+        "x": rng.integers(0, size[1], count),
+        "y": rng.integers(0, size[0], count),
+        "t": 50 + step * np.arange(count),
+        "p": rng.integers(0, 2, count),
+    }
+    np.savez(path, height=size[0], width=size[1], **columns)
+    return recordings.read(path).events
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Loads a set with its frames kept beside the test."""
+
+    def make(name="set", **framing) -> EventSet:
+        framing = Framing(**{"time_steps": 2} | framing)
+        path = str(tmp_path / name)
+        return load(path, framing, cache_dir=tmp_path / "cache")
+
+    return make
+
+
+def class_folders(root, classes=("ant", "bee"), count=12):
+    return {
+        (name, n): write(root / name / f"{name}_{n}.npz", 100 * k + n)
+        for k, name in enumerate(classes)
+        for n in range(count)
+    }
+
+
+# How recordings may lie
+
+
+def test_a_folder_for_each_class(tmp_path, made):
+    events = class_folders(tmp_path / "set")
+    data = made()
+    assert data.class_names == ("ant", "bee") and data.num_classes == 2
+    assert data.shape == (6, 8, 2) and data.sensor == (6, 8)
+    assert data.split == "the last tenth of each class, in the order of the names"
+    # of 0..11 the last two in the order of numbers, not of letters
+    assert data.train.labels.tolist() == [0] * 10 + [1] * 10
+    assert data.test.labels.tolist() == [0, 0, 1, 1]
+    for n, key in enumerate([("ant", 10), ("ant", 11), ("bee", 10), ("bee", 11)]):
+        expected = frames.by_number(events[key], (6, 8), 2)
+        assert np.array_equal(data.test.images[n], expected)
+
+
+def test_train_and_test_folders_are_the_split(tmp_path, made):
+    class_folders(tmp_path / "set/Train", count=3)
+    class_folders(tmp_path / "set/Test", count=2)
+    data = made()
+    assert (len(data.train), len(data.test)) == (6, 4)
+    assert data.split == "Test, as given"
+
+
+def test_one_long_recording_for_each_class_is_cut(tmp_path, made):
+    events = write(tmp_path / "set/ant.npz", 0, count=41, step=150)
+    write(tmp_path / "set/bee.npz", 1, count=27, step=150)
+    data = made(kind="duration", window=400)
+    assert data.split == "the last fifth of each recording"
+    # 15 windows of 400 us and 9; 12 and 8 of them to train on
+    assert data.train.labels.tolist() == [0] * 12 + [1] * 8
+    assert data.test.labels.tolist() == [0, 0, 0, 1]
+    for counts, k in ((data.train.images[1], 1), (data.test.images[0], 12)):
+        start = 50 + 400 * k
+        part = events[(events["t"] >= start) & (events["t"] < start + 400)]
+        expected = frames.by_duration(part, (6, 8), 2, span=(start, start + 400))
+        assert np.array_equal(counts, expected)
+    assert data.train.images[1].sum((1, 2, 3)).tolist() == [1, 2]  # at 50, 200, 350 us
+
+
+def test_many_recordings_in_one_file(tmp_path, made):
+    (tmp_path / "set").mkdir()
+    for part, labels in (("train", [2, 0]), ("test", [1])):
+        n = 5 * len(labels)
+        np.savez(
+            tmp_path / f"set/{part}.npz",
+            x=np.arange(n),
+            y=np.zeros(n, int),
+            p=np.ones(n, bool),
+            dt=np.full(n, 60_000, np.uint16),
+            offsets=np.arange(0, n + 1, 5),
+            labels=labels,
+        )
+    data = made()
+    assert data.class_names == ("0", "1", "2") and data.split == "test.npz, as given"
+    assert data.train.labels.tolist() == [2, 0]
+    assert data.sensor == (1, 10)  # as no file says it: what the events need
+    seen = made(kind="duration", time_steps=5).train.images[1]
+    assert np.argwhere(seen)[:, [0, 2]].tolist() == [[k, 5 + k] for k in range(5)]
+
+
+# Sets by name, in Tonic's folders
+
+
+def test_cifar10_dvs_is_split_nine_to_one(tmp_path):
+    class_folders(tmp_path / "CIFAR10DVS", ("airplane", "bird"), 20)
+    data = load("cifar10-dvs", Framing(2), tmp_path, tmp_path / "cache")
+    assert (len(data.train), len(data.test)) == (36, 4)
+    assert data.class_names == ("airplane", "bird")
+    assert "last tenth of each class" in data.split
+
+
+def test_dvs128_gesture_has_its_authors_split(tmp_path):
+    rows = np.array([[3, 4, 1, 2], [5, 6, 0, 7]])  # x, y, p, milliseconds
+    for part, label in (("Train", 0), ("Train", 10), ("Test", 3)):
+        path = tmp_path / f"DVSGesture/ibmGesture{part}/user01_led/{label}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, rows)
+    data = load("dvs128-gesture", Framing(1), tmp_path, tmp_path / "cache")
+    assert data.train.labels.tolist() == [0, 10] and data.test.labels.tolist() == [3]
+    assert data.num_classes == 11 and data.sensor == (128, 128)
+    assert np.argwhere(data.test.images[0]).tolist() == [[0, 4, 3, 1], [0, 6, 5, 0]]
+
+
+def test_nmnist_as_tonic_reads_it(data_dir, tmp_path):
+    tonic = pytest.importorskip("tonic")
+    archive = data_dir.parent / "event_formats/nmnist_bin.tar.xz"
+    if not archive.exists():
+        pytest.skip(f"no {archive}")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "NMNIST", filter="data")
+
+    class Local(tonic.datasets.NMNIST):
+        def _check_exists(self):
+            return True
+
+    Local.__name__ = "NMNIST"  # of its folder
+    data = load("nmnist", Framing(4), tmp_path, tmp_path / "cache")
+    assert (len(data.train), len(data.test)) == (20, 10)
+    to_frame = tonic.transforms.ToFrame(sensor_size=(34, 34, 2), n_time_bins=1)
+    for part, is_train in ((data.train, True), (data.test, False)):
+        tonics = Local(str(tmp_path), train=is_train, transform=to_frame)
+        assert part.labels.tolist() == tonics.targets
+        for counts, (expected, _) in zip(part.images, tonics, strict=True):
+            expected = expected[0].transpose(1, 2, 0)
+            assert abs(counts.sum(0).astype(int) - expected).sum() <= 1
+
+
+def test_the_local_slice_of_nmnist(data_dir, tmp_path):
+    path = data_dir.parent / "nmnist_small"
+    if not path.is_dir():
+        pytest.skip(f"no {path}")
+    data = load(str(path), Framing(2, side=17), cache_dir=tmp_path)
+    assert data.train.images.shape == (900, 2, 17, 17, 2) and len(data.test) == 100
+    assert data.sensor == (34, 34) and data.num_classes == 10
+    with np.load(path / "test.npz") as arrays:
+        assert np.array_equal(data.test.labels, arrays["labels"])
+        counts = np.diff(arrays["offsets"])
+    assert np.array_equal(data.test.images.sum((1, 2, 3, 4), dtype=int), counts)
+
+
+# Frames
+
+
+@pytest.mark.parametrize(
+    "kind, make",
+    [
+        ("duration", frames.by_duration),
+        ("voxel", frames.voxel_grid),
+        ("surface", frames.time_surface),
+    ],
+)
+def test_kinds_of_frames_and_their_size(tmp_path, made, kind, make):
+    events = class_folders(tmp_path / "set")["ant", 0]
+    data = made(kind=kind, side=4, time_steps=3)
+    expected = make(frames.resized(events, (6, 8), (4, 4)), (4, 4), 3)
+    assert data.shape == (4, 4, expected.shape[-1])
+    assert data.train.images.dtype == expected.dtype
+    assert np.array_equal(data.train.images[0], expected)
+
+
+def test_frames_are_kept_until_a_file_or_setting_changes(tmp_path, made, monkeypatch):
+    class_folders(tmp_path / "set")
+    first = made()
+
+    def kept():
+        return sorted(path.name for path in (tmp_path / "cache").iterdir())
+
+    assert len(kept()) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(recordings, "read", None)  # the files are not read again
+        assert np.array_equal(made().train.images, first.train.images)
+    made(kind="duration")
+    assert len(kept()) == 2
+    write(tmp_path / "set/ant/ant_3.npz", 99)
+    os.utime(tmp_path / "set/ant/ant_3.npz", ns=(1, 1))
+    assert not np.array_equal(made().train.images, first.train.images)
+    assert len(kept()) == 3
+
+
+def test_what_is_interrupted_is_not_kept(tmp_path, made, monkeypatch):
+    class_folders(tmp_path / "set")
+    read, calls = recordings.read, []
+
+    def interrupted(path):
+        calls.append(path)
+        if len(calls) > 5:
+            raise KeyboardInterrupt
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recordings, "read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            made()
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert len(made().train) == 20
+
+
+def test_frames_are_kept_where_the_system_keeps_such(tmp_path, monkeypatch):
+    class_folders(tmp_path / "set")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    load(str(tmp_path / "set"), Framing(2))
+    assert len(list((tmp_path / "xdg/spikejax").iterdir())) == 1
+
+
+# Batches
+
+
+def test_batches_are_those_of_images(tmp_path, made):
+    class_folders(tmp_path / "set")
+    data = made()
+    augment = frames.roll(2)
+
+    def stream():
+        return train_batches(data.train, 8, seed=1, augment=augment)
+
+    batches = stream()
+    taken = [next(batches) for _ in range(4)]
+    assert taken[0]["image"].shape == (8, 2, 6, 8, 2)
+    state = json.loads(json.dumps(batches.get_state()))
+    more = [next(batches)["image"] for _ in range(3)]
+    again = stream()
+    for batch, expected in zip(itertools.islice(again, 4), taken, strict=True):
+        assert np.array_equal(batch["image"], expected["image"])
+        assert np.array_equal(batch["label"], expected["label"])
+    other = stream()
+    other.set_state(state)
+    assert np.array_equal([next(other)["image"] for _ in more], more)
+    assert [len(b["label"]) for b in eval_batches(data.test, 3)] == [3, 1]
+
+
+# What is refused
+
+
+def refused(text, *args, **options):
+    with pytest.raises(ValueError, match=text) as info:
+        load(*args, **options)
+    assert "\n" not in str(info.value)
+
+
+def test_names_and_folders_that_are_not_there(tmp_path):
+    refused(r"data: expected cifar10-dvs, nmnist, .* got 'gone'", "gone", Framing(2))
+    refused(
+        r"CIFAR10DVS, got none there.*tonic\.datasets\.CIFAR10DVS\(save_to='",
+        *("cifar10-dvs", Framing(2), tmp_path),
+    )
+    refused(r"again with train=False\.", "nmnist", Framing(2), tmp_path)
+    refused(r"got 0 and 0\. docs/events\.md", str(tmp_path), Framing(2))
+
+
+def test_classes_that_differ_and_cameras_that_differ(tmp_path, made):
+    class_folders(tmp_path / "set/train", count=2)
+    class_folders(tmp_path / "set/test", ("ant", "wasp"), 2)
+    with pytest.raises(ValueError, match=r"the same classes in .* \('ant', 'wasp'\)"):
+        made()
+    class_folders(tmp_path / "other")
+    write(tmp_path / "other/bee/bee_3.npz", size=(6, 7))
+    with pytest.raises(
+        ValueError, match=r"one camera, .* \(6, 8\) and \(6, 7\)\. Give"
+    ):
+        made("other")
+    assert not any((tmp_path / "cache").iterdir())
+
+
+def test_a_damaged_recording_is_named(tmp_path, made):
+    class_folders(tmp_path / "set")
+    path = tmp_path / "set/bee/bee_7.npz"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"bee_7\.npz: expected whole data, got"):
+        made()
+
+
+def test_files_of_many_recordings_are_checked(tmp_path, made):
+    (tmp_path / "set").mkdir()
+    good = {"x": [1, 2], "y": [1, 2], "p": [0, 1], "t": [5, 6]}
+    good |= {"offsets": [0, 2], "labels": [0]}
+    for wrong, text in (
+        ({"t": [6, 5]}, r"train\.npz, recording 0: expected times that do not fall"),
+        ({"offsets": [0, 1, 2]}, r"one more than labels, got 3 and 1 labels"),
+        ({"labels": None}, r"offsets and labels, got x, y, p, t, offsets\."),
+    ):
+        for part in ("train", "test"):
+            arrays = {k: v for k, v in (good | wrong).items() if v is not None}
+            np.savez(tmp_path / f"set/{part}.npz", **arrays)
+        with pytest.raises(ValueError, match=text):
+            made()
+
+
+def test_framing_out_of_range():
+    with pytest.raises(ValueError, match="one of number, duration, .* got 'frames'"):
+        Framing(2, "frames")
+    with pytest.raises(ValueError, match="1 us each, got 0 in 100000 us"):
+        Framing(0)

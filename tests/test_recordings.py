@@ -1,0 +1,457 @@
+"""Readers of event recordings: event by event as others read them; what is damaged.
+
+The long run of the fuzzer, 10,000 inputs a format:
+
+    SPIKEJAX_FUZZ=10000 python -m pytest tests/test_recordings.py -k any_damage
+"""
+
+import io
+import lzma
+import os
+import struct
+import tarfile
+import zlib
+from functools import partial
+
+import numpy as np
+import pytest
+
+from spikejax.data import recordings
+from spikejax.data.recordings import EVENTS, extent, read
+
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
+lz4 = pytest.importorskip("lz4.frame")
+
+FUZZ = int(os.environ.get("SPIKEJAX_FUZZ", "40"))
+fuzzed = hypothesis.settings(
+    max_examples=FUZZ,
+    deadline=None,
+    derandomize=FUZZ == 40,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+
+
+def made_up(count=50, size=(34, 34), step=500):
+    """Events at random places, some at the same time."""
+    rng = np.random.default_rng(1)
+    events = np.empty(count, EVENTS)
+    events["y"] = rng.integers(0, size[0], count)
+    events["x"] = rng.integers(0, size[1], count)
+    events["t"] = 7 + np.cumsum(rng.integers(0, step, count))
+    events["p"] = rng.integers(0, 2, count)
+    return events
+
+
+# Writers, from the formats' descriptions
+
+
+def aedat2(e):
+    address = (127 - e["y"].astype(int)) << 8 | (127 - e["x"].astype(int)) << 1 | e["p"]
+    header = b"#!AER-DAT2.0\r\n# AEChip: ch.unizh.ini.jaer.chip.retina.DVS128\r\n"
+    return header + np.stack([address, e["t"]], 1).astype(">u4").tobytes()
+
+
+XML = """<dv version="2.0"><node name="outInfo" path="/">
+<node name="0" path="/0/"><attr key="typeIdentifier" type="string">FRME</attr></node>
+<node name="1" path="/1/"><attr key="typeIdentifier" type="string">EVTS</attr>
+<node name="info" path="/1/info/"><attr key="sizeX" type="int">{1}</attr>
+<attr key="sizeY" type="int">{0}</attr></node></node></node></dv>"""
+
+
+def flatbuffer(vtable, fields, rest=b""):
+    """Length, offset of the table, name, vtable, table, what it points to."""
+    table = struct.pack("<HH", 4 + 2 * len(vtable), 4 + len(fields))
+    table += struct.pack(f"<{len(vtable)}H", *vtable)
+    start = 8 + len(table)  # after the offset and the name
+    body = struct.pack("<I4s", start, b"NAME") + table
+    body += struct.pack("<i", start - 8) + fields + rest
+    return struct.pack("<I", len(body)) + body
+
+
+def aedat4(e, compress=lz4.compress, compression=1, table=None, size=(34, 34)):
+    xml = XML.format(*size).encode()
+    types = {"t": "<i8", "x": "<i2", "y": "<i2", "p": "u1", "padding": "V3"}
+    packed = np.zeros(len(e), list(types.items()))
+    for name in "txyp":
+        packed[name] = e[name]
+    packets = b""
+    for part in np.array_split(packed, 2):
+        vector = struct.pack("<I", len(part)) + part.tobytes()
+        data = compress(flatbuffer([4], struct.pack("<I", 4), vector))
+        other = compress(b"a packet of another stream")
+        packets += struct.pack("<ii", 0, len(other)) + other
+        packets += struct.pack("<ii", 1, len(data)) + data
+    text = struct.pack("<I", len(xml)) + xml
+    for _ in range(2):  # the place of the table is known once the length is
+        fields = struct.pack("<iqI", compression, -1 if table is None else table, 4)
+        header = flatbuffer([4, 8, 16], fields, text)
+        if table is not None:
+            table = 14 + len(header) + len(packets)
+    return b"#!AER-DAT4.0\r\n" + header + packets + (b"" if table is None else b"table")
+
+
+def evt2(e, header=b"% Date 2020\n% evt 2.0\n% geometry 34x34\n"):
+    words, high = [0xA0000001], None  # a trigger from outside
+    for x, y, t, p in e.tolist():
+        if t >> 6 != high:
+            high = t >> 6
+            words.append(8 << 28 | high)
+        words.append(p << 28 | (t & 63) << 22 | x << 11 | y)
+    return header + np.array(words, "<u4").tobytes()
+
+
+def dat(e, header=b"% Version 2\n% Height 34\n% Width 34\n"):
+    pixel = e["p"].astype(np.int64) << 28 | e["y"].astype(np.int64) << 14 | e["x"]
+    return header + b"\x0c\x08" + np.stack([e["t"], pixel], 1).astype("<u4").tobytes()
+
+
+def nmnist(e):
+    t = e["t"]
+    rows = [e["x"], e["y"], e["p"] * 128 | t >> 16, t >> 8 & 255, t & 255]
+    return np.stack(rows, 1).astype(np.uint8).tobytes()
+
+
+def npz(e, **more):
+    file = io.BytesIO()
+    columns = {"height": 34, "width": 34} | {n: e[n] for n in "xytp"} | more
+    np.savez(file, **{k: v for k, v in columns.items() if v is not None})
+    return file.getvalue()
+
+
+def gesture(e):
+    file = io.BytesIO()
+    np.save(file, np.stack([e["x"], e["y"], e["p"], e["t"] // 1000], 1).astype(float))
+    return file.getvalue()
+
+
+WRITERS = {
+    "a.aedat": aedat2,
+    "a.aedat4": aedat4,
+    "a.raw": evt2,
+    "a.dat": dat,
+    "a.bin": nmnist,
+    "a.npz": npz,
+    "a.npy": gesture,
+}
+
+
+@pytest.fixture(params=WRITERS, scope="session")
+def file(request, tmp_path_factory):
+    """A path, and the writer of its format."""
+    return tmp_path_factory.mktemp("recording") / request.param, WRITERS[request.param]
+
+
+def written(path, data):
+    path.write_bytes(data)
+    return path
+
+
+# Each format
+
+
+def test_what_was_written_is_read(file):
+    path, write = file
+    events = made_up()
+    recording = read(written(path, write(events)))
+    if path.suffix == ".npy":  # it has milliseconds only
+        events["t"] = events["t"] // 1000 * 1000
+    assert recording.events.dtype == EVENTS
+    assert np.array_equal(recording.events, events)
+    dvs128 = path.suffix in (".aedat", ".npy")
+    assert recording.size == ((128, 128) if dvs128 else (34, 34))
+
+
+def test_a_dvs128_word_by_hand(tmp_path):
+    # y = 127 - 1, x = 127 - 2, ON; then a mark of the cable, which is no event
+    words = struct.pack(">IIII", 1 << 8 | 2 << 1 | 1, 5, 0x8000, 6)
+    path = written(tmp_path / "a.aedat", b"#!AER-DAT2.0\r\n" + words)
+    assert read(path).events.tolist() == [(125, 126, 5, True)]
+
+
+def test_evt2_words_by_hand(tmp_path):
+    # without a time; then high part 3, so t = 3 * 64 + 5, x = 9, y = 4, OFF
+    words = struct.pack("<III", 1 << 28, 8 << 28 | 3, 5 << 22 | 9 << 11 | 4)
+    path = written(tmp_path / "a.raw", b"% evt 2.0\n" + words)
+    recording = read(path)
+    assert recording.events.tolist() == [(9, 4, 197, False)]
+    assert recording.size is None and extent(recording.events) == (5, 10)
+
+
+def test_the_clock_of_nmnist_runs_over(tmp_path):
+    rows = [(1, 2, 128, 0, 9), (0, 240, 0, 0, 0), (3, 4, 0, 0, 9)]
+    path = written(tmp_path / "a.bin", np.array(rows, np.uint8).tobytes())
+    assert read(path).events.tolist() == [(1, 2, 9, True), (3, 4, 9 + 8192, False)]
+
+
+def test_npz_may_hold_differences_of_time_and_no_size(tmp_path):
+    e = made_up()
+    dt = np.diff(e["t"], prepend=0).astype(np.uint16)
+    data = npz(e, t=None, dt=dt, p=np.where(e["p"], 1, -1), height=None)
+    recording = read(written(tmp_path / "a.npz", data))
+    assert np.array_equal(recording.events, e) and recording.size is None
+
+
+@pytest.mark.parametrize("name", ["none", "lz4", "zstandard"])
+def test_aedat4_has_three_compressions_and_may_lack_its_table(tmp_path, name):
+    zstandard = pytest.importorskip("zstandard")
+    compress, number = {
+        "none": (bytes, 0),
+        "lz4": (lz4.compress, 2),
+        "zstandard": (zstandard.ZstdCompressor().compress, 3),
+    }[name]
+    for table in (None, 0):
+        data = aedat4(made_up(), compress, number, table)
+        recording = read(written(tmp_path / "a.aedat4", data))
+        assert np.array_equal(recording.events, made_up())
+
+
+# Others read the same
+
+
+@pytest.fixture(scope="module")
+def formats(data_dir):
+    path = data_dir.parent / "event_formats"
+    if not path.is_dir():
+        pytest.skip(f"no recordings in {path}")
+    return path
+
+
+def assert_same(events, x, y, t, p):
+    for name, column in zip("xytp", (x, y, t, p), strict=True):
+        assert np.array_equal(events[name], column), name
+
+
+@pytest.mark.parametrize(
+    "name, encoding, count", [("ncars.dat", "dat", 2009), ("evt2.raw", "evt2", 521252)]
+)
+def test_prophesee_files_as_expelliarmus_reads_them(
+    formats, tmp_path, name, encoding, count
+):
+    expelliarmus = pytest.importorskip("expelliarmus")
+    path = formats / name
+    if name == "evt2.raw":
+        path = written(
+            tmp_path / name, lzma.decompress((formats / "evt2.raw.xz").read_bytes())
+        )
+    expected = expelliarmus.Wizard(encoding=encoding).read(path)
+    events = read(path).events
+    assert len(events) == count
+    assert_same(events, *(expected[n] for n in "xytp"))
+
+
+def test_aedat4_as_the_package_aedat_reads_it(formats):
+    aedat = pytest.importorskip("aedat")
+    path = formats / "qvga.aedat4"
+    parts = [p["events"] for p in aedat.Decoder(str(path)) if "events" in p]
+    expected = np.concatenate(parts)
+    recording = read(path)
+    assert recording.size == (240, 320) and len(expected) == 111954
+    assert_same(recording.events, *(expected[n] for n in ("x", "y", "t", "on")))
+
+
+def test_nmnist_files_as_tonic_reads_them(formats, tmp_path):
+    io_of_tonic = pytest.importorskip("tonic.io")
+    with tarfile.open(formats / "nmnist_bin.tar.xz") as tar:
+        names = [m.name for m in tar.getmembers() if m.isfile()]
+        tar.extractall(tmp_path, filter="data")
+    assert len(names) == 30
+    for name in names:
+        expected = io_of_tonic.read_mnist_file(tmp_path / name, EVENTS)
+        assert np.array_equal(read(tmp_path / name).events, expected)
+
+
+def test_aedat2_files_as_tonic_reads_them(data_dir, tmp_path):
+    io_of_tonic = pytest.importorskip("tonic.io")
+    archive = data_dir.parent / "dvs128_aedat2/recordings.tar.xz"
+    if not archive.exists():
+        pytest.skip(f"no {archive}")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    paths = sorted(tmp_path.glob("**/*.aedat"))
+    assert len(paths) == 7
+    for path in paths:
+        version, start, _ = io_of_tonic.read_aedat_header_from_file(str(path))
+        raw = io_of_tonic.get_aer_events_from_file(str(path), version, start)
+        address = raw["address"].astype(int)
+        x, y = 127 - (address >> 1 & 127), 127 - (address >> 8 & 127)
+        assert_same(read(path).events, x, y, raw["timeStamp"], address & 1)
+
+
+# What is refused
+
+
+def refused(path):
+    """The one line that says what is wrong with the file."""
+    with pytest.raises(ValueError) as info:
+        read(path)
+    message = str(info.value)
+    assert "\n" not in message and len(message) < 600
+    assert message.startswith((f"{path}: expected", "recording: expected"))
+    return message
+
+
+def test_empty_files_and_recordings(file):
+    path, write = file
+    for data in (b"", write(made_up(0))):
+        message = refused(written(path, data))
+        assert "got an empty" in message or "expected arrays" in message
+
+
+def test_truncated_files(file):
+    path, write = file
+    data = write(made_up())
+    message = refused(written(path, data[:-3]))
+    whole = path.suffix in (".npz", ".npy")  # read by numpy
+    assert ("damaged" if whole else "it is truncated") in message
+
+
+def test_unsorted_recordings(file):
+    path, write = file
+    events = made_up()
+    events["t"][20:] -= 5000
+    assert "it is unsorted" in refused(written(path, write(events)))
+
+
+def test_an_address_out_of_range(tmp_path):
+    data = bytearray(aedat2(made_up()))
+    data[-7] = 1  # the 17th bit
+    assert "got 0x1" in refused(written(tmp_path / "a.aedat", data))
+
+
+@pytest.mark.parametrize("axis", "xy")
+def test_events_out_of_range(file, axis):
+    path, write = file
+    if path.suffix == ".aedat":
+        pytest.skip("its 7 bits for each axis cannot say more")
+    side = 128 if path.suffix == ".npy" else 34
+    events = made_up()
+    events[axis][20] = side
+    message = refused(written(path, write(events)))
+    assert "out of range" in message and "at event 20" in message
+    assert f"camera {side}x{side}, got x=" in message and f"{axis}={side}" in message
+
+
+def test_columns_of_different_lengths_and_kinds(tmp_path):
+    e = made_up()
+    path = tmp_path / "a.npz"
+    assert "got 49, 50, 50 and 50" in refused(written(path, npz(e, x=e["x"][:-1])))
+    assert "row of whole numbers, got float64" in refused(
+        written(path, npz(e, t=e["t"] * 1.0))
+    )
+    assert "got height, p, width, x, y" in refused(written(path, npz(e, t=None)))
+
+
+@pytest.mark.parametrize(
+    "name, data, expected",
+    [
+        ("a.aedat", b"#!AER-DAT3.1\r\n", "got version 3.1"),
+        ("a.aedat", b"AEDAT", "got no such first line"),
+        ("a.aedat", b"#!AER-DAT2.0\r\n# AEChip: DAVIS240C\r\n", "got one of DAVIS240C"),
+        ("a.aedat", b"#!AER-DAT2.0", "got one without an end"),
+        ("a.raw", b"% evt 3.0\n", "got EVT 3.0"),
+        ("a.raw", b"\0\0\0\0", "got no line that says so"),
+        ("a.raw", b"% evt 2.0\n\0\0\0\x30", "got the kind 3 at word 0"),
+        ("a.dat", b"% Version 1\n\x0c\x08", "got 1"),
+        ("a.dat", b"% Version 2\n\x01\x08", "got kind 1 of 8 bytes"),
+        ("a.dat", b"% Version 2\n", "got the end"),
+        ("a.aedat4", b"#!AER-DAT4.0\n", "got another"),
+        ("a.npy", b"\x93NUMPY", "damaged"),
+        ("a.txt", b"", "expected a file .aedat, .aedat4, .raw"),
+    ],
+)
+def test_other_formats(tmp_path, name, data, expected):
+    assert expected in refused(written(tmp_path / name, data))
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    assert "got none at" in refused(tmp_path / "a.bin")
+
+
+# Any damage is one ValueError, or a sound recording
+
+
+def outcome(path, data):
+    """Reads it; sound events, or one line."""
+    path.write_bytes(data)
+    try:
+        events, size = read(path)
+    except ValueError as error:
+        message = str(error)
+        assert "\n" not in message and message.startswith(f"{path}: expected")
+        return
+    assert len(events) and events.dtype == EVENTS
+    assert (np.diff(events["t"]) >= 0).all()
+    height, width = size or extent(events)
+    assert events["x"].min() >= 0 and events["x"].max() < width
+    assert events["y"].min() >= 0 and events["y"].max() < height
+
+
+def with_right_sums(data):
+    """A zip file whose members' checksums are made right, so that they are read."""
+    out, at = bytearray(data), 0
+    while (at := data.find(b"PK\x03\x04", at)) >= 0 and at + 30 <= len(data):
+        length, _, name, extra = struct.unpack_from("<IIHH", data, at + 18)
+        start = at + 30 + name + extra
+        crc = zlib.crc32(data[start : start + length])
+        struct.pack_into("<I", out, at + 14, crc)
+        at += 4
+    at = 0
+    while (at := data.find(b"PK\x01\x02", at)) >= 0 and at + 46 <= len(data):
+        (local,) = struct.unpack_from("<I", data, at + 42)
+        if local + 18 <= len(out):
+            out[at + 16 : at + 20] = out[local + 14 : local + 18]
+        at += 4
+    return bytes(out)
+
+
+@fuzzed
+@hypothesis.given(data=st.data())
+def test_any_damage_is_one_line_or_a_sound_recording(file, data):
+    path, write = file
+    if path.suffix == ".aedat4" and data.draw(st.booleans()):
+        write = partial(aedat4, compress=bytes, compression=0)  # damage goes deeper
+    whole = bytearray(write(made_up(data.draw(st.integers(0, 20)))))
+    kind = data.draw(st.sampled_from(["bytes", "cut", "insert", "random", "head"]))
+    if kind == "random":
+        whole = bytearray(data.draw(st.binary(max_size=200)))
+    elif kind == "head":
+        head = len(whole) // data.draw(st.integers(1, 4))
+        whole = whole[:head] + data.draw(st.binary(max_size=100))
+    elif kind == "cut":
+        whole = whole[: data.draw(st.integers(0, len(whole)))]
+    else:
+        for _ in range(data.draw(st.integers(1, 6))):
+            at = data.draw(st.integers(0, len(whole) - 1)) if whole else 0
+            some = data.draw(st.binary(min_size=1, max_size=4))
+            whole[at : at + (len(some) if kind == "bytes" else 0)] = some
+    if path.suffix == ".npz" and data.draw(st.booleans()):
+        whole = with_right_sums(bytes(whole))
+    outcome(path, bytes(whole))
+
+
+@fuzzed
+@hypothesis.given(
+    rows=st.lists(
+        st.tuples(
+            st.integers(0, 33),
+            st.integers(0, 33),
+            st.integers(0, 8_000_000),
+            st.booleans(),
+        ),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_any_recording_comes_back_as_it_was(file, rows):
+    path, write = file
+    events = np.array(sorted(rows, key=lambda row: row[2]), EVENTS)
+    recording = read(written(path, write(events)))
+    if path.suffix == ".npy":
+        events["t"] = events["t"] // 1000 * 1000
+    assert np.array_equal(recording.events, events)
+
+
+def test_all_formats_have_a_writer_here():
+    assert {os.path.splitext(name)[1] for name in WRITERS} == set(recordings.READERS)
