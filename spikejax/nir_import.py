@@ -1,0 +1,114 @@
+"""Networks from NIR, written here or by another library.
+
+    model = from_nir("network.nir", dt=1e-4, dialect=SNNTORCH)
+
+NIR's text leaves open how its equations become steps and how neurons reset, and the
+libraries differ: a ``Dialect`` says what a library means by what it writes.
+"""
+
+import math
+from pathlib import Path
+
+import nir
+
+from spikejax import neurons
+from spikejax.graph import Edge, Graph
+from spikejax.nir_layers import read_layer
+from spikejax.nir_neurons import EXPONENTIAL, Dialect, read_neurons
+from spikejax.nodes import late_reset
+
+# As NIR's text has it, and to_nir and SpikingJelly write it.
+STANDARD = Dialect()
+# Leaky with reset_mechanism="subtract", which acts one step later; its dt is 1e-4.
+SNNTORCH = Dialect(soft_reset=late_reset)
+# LIFBox, LIBox and IAF. to_nir(..., dt=1.0) of Norse 1.1 writes true time constants;
+# its default writes them 1000 times too small, and wants dt=1e-6 here.
+NORSE = Dialect(per_step=True)
+# IAF, LIF and ExpLeak with one spike a step. Its unit of time is the step: dt=1.
+SINABS = Dialect(EXPONENTIAL, neurons.lif, per_step=True)
+
+
+def from_nir(
+    graph: nir.NIRGraph | str | Path, *, dt: float, dialect: Dialect = STANDARD
+) -> Graph:
+    """A network [B, T, H, W, C] -> [B, T, K] that answers as the graph does.
+
+    Images are channels-last here, also where the graph's input is [C, H, W]. Neurons
+    become IF, LIF or LI, or ``NodeNeuron`` where parameters differ from neuron to
+    neuron; they start from their reset value or from rest, and where edges close a loop
+    the values in it take one time step. A graph inside of a graph becomes part of it.
+
+    Args:
+        graph: with one input and one output, or the file that holds it.
+        dt: seconds in a time step, > 0; that of the library that wrote the graph.
+        dialect: STANDARD, SNNTORCH, NORSE, SINABS, or what you know of the writer.
+    """
+    if not 0 < dt < math.inf:
+        raise ValueError(f"from_nir: expected dt > 0 in seconds, got {dt}.")
+    if isinstance(graph, str | Path):
+        graph = nir.read(graph, type_check=False)
+    nodes, edges = _flat(graph, "")
+    source, target = (_only(kind, nodes) for kind in (nir.Input, nir.Output))
+    _check_reached(nodes, edges, source, target)
+    modules = {}
+    for name, node in nodes.items():
+        if name in (source, target):
+            continue
+        module = read_layer(name, node) or read_neurons(name, node, dt, dialect)
+        if module is None:
+            raise ValueError(
+                f"from_nir: expected nodes that spikejax has, got {name!r}, a "
+                f"{type(node).__name__}. It has Affine, Linear, Scale, Conv1d, Conv2d, "
+                "SumPool2d, AvgPool2d, Flatten, Threshold, I, IF, LI and LIF."
+            )
+        modules[name] = module
+    return Graph(modules, edges, source, target)
+
+
+def _only(kind, nodes) -> str:
+    found = [name for name, node in nodes.items() if isinstance(node, kind)]
+    if len(found) != 1:
+        raise ValueError(
+            f"from_nir: expected a graph with one {kind.__name__} node, got "
+            f"{len(found)}: {', '.join(found) or 'none'}."
+        )
+    return found[0]
+
+
+def _flat(graph, prefix) -> tuple[dict[str, nir.NIRNode], tuple[Edge, ...]]:
+    """Nodes and edges of a graph, with those of the graphs in it in their place."""
+    nodes: dict[str, nir.NIRNode] = {}
+    edges = [(prefix + str(a), prefix + str(b)) for a, b in graph.edges]
+    for key, node in graph.nodes.items():
+        name = prefix + str(key)
+        if not isinstance(node, nir.NIRGraph):
+            nodes[name] = node
+            continue
+        inside, links = _flat(node, f"{name}.")
+        first, last = (_only(kind, inside) for kind in (nir.Input, nir.Output))
+        starts = [b for a, b in links if a == first]
+        ends = [a for a, b in links if b == last]
+        into = [(a, s) for a, b in edges if b == name for s in starts]
+        out = [(e, b) for a, b in edges if a == name for e in ends]
+        kept = [edge for edge in edges if name not in edge]
+        kept += [edge for edge in links if first not in edge and last not in edge]
+        edges = [*kept, *into, *out]
+        nodes |= {k: n for k, n in inside.items() if k not in (first, last)}
+    return nodes, tuple(dict.fromkeys(edges))
+
+
+def _check_reached(nodes, edges, source, target):
+    """ValueError unless edges join nodes that exist, all of which the input reaches."""
+    unknown = {name for edge in edges for name in edge} - set(nodes)
+    reached, todo = {source}, [source]
+    while todo:
+        name = todo.pop()
+        new = {b for a, b in edges if a == name} - reached
+        reached |= new
+        todo += new
+    lost = (set(nodes) - reached) | unknown
+    if lost:
+        raise ValueError(
+            f"from_nir: expected edges that lead from {source!r} to every node and on "
+            f"to {target!r}, got none to {', '.join(map(repr, sorted(lost)))}."
+        )

@@ -1,0 +1,165 @@
+"""Neurons and weights of SpikingJelly and snnTorch."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from golden.seeded import images, weights
+
+from spikejax.importer import load_resnet, snntorch_neuron, spikingjelly_neuron
+from spikejax.layers import IF, LIF, PLIF
+from spikejax.models.resnet import ResNet, ms, resnet18, sew
+from spikejax.nodes import NodeNeuron, late_reset
+
+GOLDEN = np.load(Path(__file__).parent / "golden/sew_resnet.npz")
+SEED, NAMES = int(GOLDEN["seed"]), list(map(str, GOLDEN["names"]))
+SHAPES = [tuple(map(int, shape.split())) for shape in GOLDEN["shapes"]]
+NEURONS = {
+    "spikingjelly": partial(
+        spikingjelly_neuron, tau=float(GOLDEN["tau"]), v_reset=None
+    ),
+    "snntorch": partial(snntorch_neuron, float(GOLDEN["beta"])),
+}
+XS = jax.random.uniform(jax.random.key(0), (1, 20, 3), maxval=1.5)
+
+
+@pytest.fixture(scope="module")
+def state():
+    return weights(NAMES, SHAPES, SEED)
+
+
+def empty(classes=10, model=resnet18, residual=sew, neuron=NEURONS["spikingjelly"]):
+    """The network with shapes for weights."""
+    return nnx.eval_shape(
+        lambda: model(classes, neuron=neuron, residual=residual, rngs=nnx.Rngs(0))
+    )
+
+
+@pytest.mark.parametrize("library", NEURONS)
+def test_sew_resnet_18_answers_as_there(library, state):
+    model = load_resnet(empty(neuron=NEURONS[library]), state)
+    expected = np.moveaxis(GOLDEN[f"{library}/logits"], 0, 1)
+    assert GOLDEN[f"{library}/rates"].min() > 0.005 and np.abs(expected).max() > 0.5
+    graphdef, arrays = nnx.split(model)
+    answer = jax.jit(lambda arrays, xs: nnx.merge(graphdef, arrays)(xs))
+    xs = jnp.asarray(np.moveaxis(images(SEED), 2, -1))
+    np.testing.assert_allclose(answer(arrays, xs), expected, atol=1e-5)
+
+
+def test_neurons_of_spikingjelly():
+    layer = spikingjelly_neuron()
+    assert (layer.tau, layer.v_reset, layer.decay_input) == (2.0, 0.0, True)
+    layer = spikingjelly_neuron(tau=None, v_reset=None)
+    assert layer.tau == np.inf and layer.v_reset is None
+    np.testing.assert_array_equal(layer(XS), IF()(XS))
+
+
+def test_neurons_of_snntorch():
+    layer = snntorch_neuron(0.75, reset_mechanism="zero")
+    assert isinstance(layer, LIF) and layer.tau == 4 and layer.v_reset == 0
+    assert not layer.decay_input
+    layer = snntorch_neuron(0.75, 0.5, reset_delay=False)
+    assert layer.v_reset is None and layer.thresholds == (0.5,)
+    late = snntorch_neuron(0.75)
+    assert isinstance(late, NodeNeuron) and late.cell is late_reset
+    assert (late(XS) != snntorch_neuron(0.75, reset_delay=False)(XS)).any()
+
+
+def test_without_a_leak_late_is_as_early():
+    np.testing.assert_array_equal(snntorch_neuron(1.0)(XS), IF()(XS))
+
+
+def test_betas_of_their_own():
+    betas = np.array([0.5, 0.7, 0.9])
+    both = snntorch_neuron(betas, reset_mechanism="zero")(XS)
+    ones = [snntorch_neuron(b, reset_mechanism="zero")(XS) for b in betas]
+    expected = jnp.stack([one[..., k] for k, one in enumerate(ones)], -1)
+    assert expected.sum() > 5
+    np.testing.assert_array_equal(both, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"beta": 1.5}, "expected 0 <= beta <= 1, got 1.5"),
+        ({"beta": 0.5, "reset_mechanism": "none"}, "readout that never resets, take"),
+        ({"beta": 0.0}, "expected beta > 0 with a reset that comes one step later"),
+    ],
+)
+def test_neurons_that_snntorch_has_and_we_have_not(arguments, message):
+    with pytest.raises(ValueError, match=f"snntorch_neuron: .*{message}"):
+        snntorch_neuron(**arguments)
+
+
+def test_what_the_state_says_of_neurons_is_taken(state):
+    more = {"sn1.w": np.float32(0.5), "sn1.num_batches_tracked": np.zeros(1)}
+    model = load_resnet(empty(neuron=PLIF), state | more)
+    assert float(model.stage_neuron.leak_logit[...]) == 0.5
+    more = {"layer1.0.sn2.beta": 0.25, "layer1.0.sn2.threshold": np.float32(2)}
+    model = load_resnet(empty(neuron=NEURONS["snntorch"]), state | more)
+    changed = model.blocks[0].neurons[1]
+    assert changed.cell is late_reset
+    assert changed.params.leak == 0.75 and changed.params.thresholds == (2.0,)
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "message"),
+    [
+        ({"residual": ms}, {}, "expected a residual network, plain or sew, with"),
+        ({"classes": 9}, {}, r"expected shape \(9, 512\) for 'fc.weight', got \(10,"),
+        ({}, {"fc.bias": None}, "expected 'fc.bias' in the state dict, got none"),
+        ({}, {"conv9.weight": np.ones(3)}, "got 1 more: conv9.weight"),
+        ({}, {"layer4.2.bn1.bias": np.ones(512)}, "expected 8 blocks, got 9"),
+        (
+            {},
+            {"sn1.w": np.ones(())},
+            "expected neurons that learn tau at 'sn1', got LIF",
+        ),
+    ],
+)
+def test_weights_of_another_network_are_refused(state, options, change, message):
+    given = {k: v for k, v in (state | change).items() if v is not None}
+    with pytest.raises(ValueError, match=f"load_resnet: .*{message}"):
+        load_resnet(empty(**options), given)
+
+
+def test_the_names_are_those_of_any_depth():
+    small = partial(ResNet, (1, 2), (4, 8), imagenet_stem=True, bottleneck=True)
+    model = empty(3, model=small)
+    names, shapes = ["conv1.weight"], [(4, 3, 7, 7)]
+    for name, width, inputs in [
+        ("layer1.0", 4, 4),
+        ("layer2.0", 8, 16),
+        ("layer2.1", 8, 32),
+    ]:
+        kernels = [
+            (width, inputs, 1, 1),
+            (width, width, 3, 3),
+            (4 * width, width, 1, 1),
+        ]
+        names += [f"{name}.conv{k}.weight" for k in (1, 2, 3)]
+        shapes += kernels
+        if name.endswith("0"):
+            names.append(f"{name}.downsample.0.weight")
+            shapes.append((4 * width, inputs, 1, 1))
+    for name, shape in list(zip(names, shapes, strict=True)):
+        norm = name.removesuffix(".weight").replace("conv", "bn")
+        norm = norm.replace("downsample.0", "downsample.1")
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            names.append(f"{norm}.{key}")
+            shapes.append(shape[:1])
+    names += ["fc.weight", "fc.bias"]
+    shapes += [(3, 32), (3,)]
+    given = weights(names, shapes, 0)
+    load_resnet(model, given)
+    kernel = model.blocks[2].convs[1].kernel[...]
+    np.testing.assert_array_equal(
+        kernel[0, 2, 3, 1], given["layer2.1.conv2.weight"][1, 3, 0, 2]
+    )
+    np.testing.assert_array_equal(
+        model.blocks[1].norms[2].mean[...], given["layer2.0.bn3.running_mean"]
+    )

@@ -1,0 +1,201 @@
+"""Neurons as equations of NIR: the numbers, and what each reads back as."""
+
+import math
+
+import jax.numpy as jnp
+import nir
+import numpy as np
+import pytest
+
+from spikejax import neurons
+from spikejax.layers import IF, LIF, PLIF, MultiThreshold
+from spikejax.nir_neurons import (
+    EULER,
+    EXPONENTIAL,
+    Dialect,
+    loop,
+    node,
+    read_neurons,
+    specs,
+    write,
+)
+from spikejax.nodes import LI, NodeNeuron, late_reset
+from spikejax.quant import ScaledIF
+
+DT = 1e-3
+
+
+def part(layer, *, factor=1.0, soft_reset=loop, integration=EULER, shape=(2,)):
+    (spec,) = specs("n", layer, shape, factor)
+    return write("n", spec, DT, integration, soft_reset)
+
+
+def parameters(made):
+    names = "tau", "r", "v_leak", "v_threshold", "v_reset"
+    return {k: float(getattr(made, k)[0]) for k in names if hasattr(made, k)}
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind", "expected"),
+    [
+        (
+            LIF(4.0, 0.5, v_reset=0.0),
+            nir.LIF,
+            dict(tau=4e-3, r=1, v_leak=0, v_threshold=0.5, v_reset=0),
+        ),
+        (
+            LIF(4.0, 0.5, v_reset=-0.25, decay_input=False),
+            nir.LIF,
+            dict(tau=4e-3, r=4, v_leak=-0.25, v_threshold=0.5, v_reset=-0.25),
+        ),
+        (
+            PLIF(5.0, v_reset=0.0),
+            nir.LIF,
+            dict(tau=5e-3, r=1, v_leak=0, v_threshold=1, v_reset=0),
+        ),
+        (IF(2.0, v_reset=-1.0), nir.IF, dict(r=1e3, v_threshold=2, v_reset=-1)),
+        (LI(4.0), nir.LI, dict(tau=4e-3, r=1, v_leak=0)),
+        (LI(math.inf, decay_input=False), nir.I, dict(r=1e3)),
+    ],
+)
+def test_one_node_says_it_all(layer, kind, expected):
+    made = part(layer)
+    assert made.entries == ("n",) and made.outputs == (("n", 1.0),)
+    assert type(made.nodes["n"]) is kind and not made.edges
+    assert parameters(made.nodes["n"]) == pytest.approx(expected, rel=1e-6)
+    assert made.nodes["n"].r.shape == (2,)
+
+
+def test_a_factor_of_the_input_is_in_r():
+    made = part(LIF(4.0, v_reset=0.0, decay_input=False), factor=0.5).nodes["n"]
+    assert parameters(made)["r"] == pytest.approx(2)
+
+
+def test_soft_reset_is_a_loop():
+    made = part(LIF(4.0, 0.5))
+    assert parameters(made.nodes["n.membrane"]) == pytest.approx(
+        dict(tau=4e-3, r=1, v_leak=0)
+    )
+    assert made.nodes["n.threshold_1"].threshold[0] == 0.5
+    # one step later: u[t+1] = 3/4 (u - 0.5 z) + x/4, so -0.5 z comes as -1.5 z
+    assert made.nodes["n.reset_1"].scale[0] == pytest.approx(-1.5)
+    assert made.edges == [
+        ("n.membrane", "n.threshold_1"),
+        ("n.threshold_1", "n.reset_1"),
+        ("n.reset_1", "n.membrane"),
+    ]
+    assert made.outputs == (("n.threshold_1", 1.0),)
+
+
+def test_soft_reset_as_a_node_is_said_in_its_metadata():
+    made = part(LIF(4.0, 0.5), soft_reset=node).nodes["n"]
+    assert type(made) is nir.LIF and made.metadata == {"reset": "subtract"}
+    made = part(ScaledIF(0.5), soft_reset=node).nodes["n"]
+    assert made.metadata == {"reset": "subtract", "v_start": 0.25}
+    assert parameters(made) == dict(r=1e3, v_threshold=0.5, v_reset=0)
+
+
+def test_several_thresholds_share_a_membrane():
+    layer = MultiThreshold((0.25, 0.5, 1.0), tau=2.0)
+    made = part(layer)
+    assert len(made.nodes) == 1 + 2 * 3
+    thresholds = [made.nodes[f"n.threshold_{k}"].threshold[0] for k in (1, 2, 3)]
+    resets = [made.nodes[f"n.reset_{k}"].scale[0] for k in (1, 2, 3)]
+    assert thresholds == [0.25, 0.5, 1.0] and resets == [-0.25, -0.25, -0.5]
+    assert [weight for _, weight in made.outputs] == [1, 1, 2]
+    assert part(layer, soft_reset=node).nodes.keys() == made.nodes.keys()
+
+
+def test_a_cascade_carries_each_spike_to_the_next_threshold():
+    made = part(MultiThreshold((1.0, 0.5), neurons.cascade))
+    assert made.nodes["n.carry_1"].scale[0] == -1
+    assert ("n.threshold_1", "n.carry_1") in made.edges
+    assert ("n.carry_1", "n.threshold_2") in made.edges
+    assert [weight for _, weight in made.outputs] == [1, 0.5]
+
+
+def test_independent_thresholds_are_a_membrane_each():
+    layer = MultiThreshold((0.5, 1.0), neurons.independent, v_reset=0.0)
+    first, second = specs("n", layer, (2,), 1.0)
+    assert (first.thresholds, second.thresholds) == ((0.5,), (1.0,))
+
+
+def test_several_thresholds_cannot_set_one_membrane():
+    with pytest.raises(ValueError, match="expected soft reset for the 3 thresholds of"):
+        part(MultiThreshold(3, v_reset=0.0))
+
+
+def test_neurons_of_other_kinds_are_refused():
+    with pytest.raises(
+        ValueError, match="expected neurons of spikejax at 'n', got Nod"
+    ):
+        part(NodeNeuron(late_reset, leak=0.5))
+
+
+@pytest.mark.parametrize("integration", [EULER, EXPONENTIAL])
+@pytest.mark.parametrize("leak", [0.01, 0.5, 0.9])
+def test_leaks_become_time_constants_and_leaks_again(integration, leak):
+    tau = integration.tau(DT, leak)
+    assert integration.leak(DT, tau) == pytest.approx(leak, rel=1e-12)
+
+
+def test_exponential_decay_is_the_solution_of_the_equation():
+    tau = EXPONENTIAL.tau(DT, 0.5)
+    assert math.exp(-DT / tau) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="expected neurons of tau > 1, got 1.0"):
+        part(LIF(1.0, v_reset=0.0), integration=EXPONENTIAL)
+
+
+@pytest.mark.parametrize("integration", [EULER, EXPONENTIAL])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        LIF(3.0, 0.3, v_reset=0.0),
+        LIF(7.0, 0.3, v_reset=-0.25, decay_input=False),
+        IF(0.3, v_reset=-0.25),
+        LI(3.0),
+        LI(math.inf, decay_input=False),
+    ],
+)
+def test_plain_layers_come_back_as_they_were(layer, integration):
+    made = part(layer, integration=integration).nodes["n"]
+    back = read_neurons("n", made, DT, Dialect(integration))
+    assert type(back) is type(layer) and back.cell is layer.cell
+    assert back.tau == pytest.approx(layer.tau, rel=1e-12)
+    assert back.thresholds == pytest.approx(layer.thresholds)
+    assert back.v_reset == layer.v_reset and back.decay_input == layer.decay_input
+
+
+def test_a_node_is_read_by_its_text():
+    # every neuron its own: the equations in numpy
+    rng = np.random.default_rng(0)
+    tau, r = rng.uniform(2e-3, 9e-3, 4), rng.uniform(1, 3, 4)
+    v_leak, v_reset = rng.uniform(-0.3, 0.3, 4), rng.uniform(-0.5, 0.2, 4)
+    threshold = rng.uniform(0.4, 0.8, 4)
+    made = nir.LIF(tau, r, v_leak, threshold, v_reset)
+    xs = rng.uniform(-0.5, 1.5, (30, 4)).astype(np.float32)
+    v, expected = v_reset, []
+    for x in xs:
+        v = v + DT / tau * (v_leak - v + r * x)
+        z = v > threshold
+        v = np.where(z, v_reset, v)
+        expected.append(z)
+    layer = read_neurons("n", made, DT, Dialect())
+    assert isinstance(layer, NodeNeuron) and 0.1 < np.mean(expected) < 0.9
+    np.testing.assert_array_equal(layer(jnp.asarray(xs)[None])[0], expected)
+
+
+def test_a_leaky_integrator_rests_where_its_node_does():
+    made = nir.LI(np.full(1, 2e-3), np.full(1, 3.0), np.full(1, 0.5))
+    ys = read_neurons("n", made, DT, Dialect())(jnp.asarray([[[0.0], [1.0]]]))
+    np.testing.assert_allclose(ys.ravel(), [0.5, 2.0])
+
+
+def test_other_nodes_are_none_and_a_wrong_dt_is_told():
+    assert read_neurons("n", nir.Linear(np.eye(2)), DT, Dialect()) is None
+    made = part(LIF(4.0, v_reset=0.0)).nodes["n"]
+    with pytest.raises(ValueError, match="expected a positive tau of at least dt=1 s"):
+        read_neurons("n", made, 1, Dialect())
+    below = nir.IF(np.ones(1), np.ones(1), np.full(1, 1.5))
+    with pytest.raises(ValueError, match="expected v_reset below|above the reset"):
+        read_neurons("n", below, DT, Dialect())
