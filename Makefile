@@ -2,7 +2,7 @@
 # Another interpreter: make test PYTHON=python3.13
 PYTHON ?= python3
 
-.PHONY: demo test test-oldest lint bench
+.PHONY: demo test test-oldest lint bench docs
 .NOTPARALLEL:
 
 demo: .venv/.experiments
@@ -17,6 +17,9 @@ test-oldest: .venv-oldest/.test
 bench: .venv/.experiments
 	.venv/bin/python -m benchmarks.training_step --workdir runs/bench
 
+docs: .venv/.docs
+	.venv/bin/mkdocs build --strict
+
 lint: .venv/.dev
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -28,8 +31,12 @@ lint: .venv/.dev
 .venv/.dev: pyproject.toml constraints.txt
 	$(call install,.venv,-e '.[dev]' -c constraints.txt)
 
+.venv/.docs: pyproject.toml constraints.txt
+	$(call install,.venv,-e '.[docs]' -c constraints.txt)
+
 .venv-oldest/.test: pyproject.toml constraints-oldest.txt
 	$(call install,.venv-oldest,-e '.[experiments]' pytest pytest-xdist \
+		hypothesis lz4 zstandard \
 		-c constraints-oldest.txt)
 
 # $(call install,environment,arguments of pip)

@@ -142,7 +142,7 @@ class Conversions:
         snn, swaps = convert(ann, num_thresholds)
         confidence = self.confidence(snn, last)
         result = evaluate_steps(snn, self.test(), self.encode, last, confidence)
-        levels = max(1, round(swaps[0].levels / num_thresholds))
+        levels = min(last, max(1, round(swaps[0].levels / num_thresholds)))
         layers = agreement(ann, snn, self.sample, levels)
         return {
             "name": name,
@@ -230,6 +230,7 @@ def figure(found: list[dict[str, Any]]):
 
 def main(flags: Conversion) -> None:
     """Train, convert, print the table, write summary.json and convert.png."""
+    flags.workdir.mkdir(parents=True, exist_ok=True)
     found = []
     for row in rows(flags):
         found.append(row)

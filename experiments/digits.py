@@ -67,7 +67,7 @@ def compare(digits: Digits) -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]], workdir: Path) -> None:
     """Print the table, and write it as summary.json and digits.png."""
-    from spikejax import plot
+    from spikejax import chart
 
     (workdir / "summary.json").write_text(json.dumps(rows, indent=2))
     table(
@@ -84,7 +84,7 @@ def show(rows: list[dict[str, Any]], workdir: Path) -> None:
             for row in rows
         ],
     )
-    plot.accuracy_bars(rows).savefig(workdir / "digits.png", dpi=150)
+    chart.comparison(rows).savefig(workdir / "digits.png", dpi=150)
     print(f"Written: {workdir}/summary.json, {workdir}/digits.png")
 
 

@@ -1,62 +1,133 @@
-"""Figures: what is drawn, and that it can be written."""
+"""Pictures of neurons: what is drawn in them."""
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from spikejax import neurons
-from spikejax.layers import LIF, MultiThreshold, keep_membranes
+from spikejax.layers import IF, LIF, MultiThreshold, keep_membranes
+from spikejax.quant import QuantReLU, ScaledIF
 
 pytest.importorskip("matplotlib")
 from spikejax import plot  # noqa: E402
 
-ROWS = [
-    {
-        "name": "LIF",
-        "accuracy": 0.9731,
-        "seconds": 11.23,
-        "spikes_per_image": 1432.3,
-        "energy_nj": 812.5,
-    },
-    {
-        "name": "ReLU",
-        "accuracy": 0.99,
-        "seconds": 9.0,
-        "spikes_per_image": 0,
-        "energy_nj": 9812.6,
-    },
-]
-
 
 def curves(axes):
-    return {line.get_label(): line.get_xydata().T for line in axes.lines}
+    """{label: (x, y)} of the lines that the legend would show."""
+    return {
+        line.get_label(): np.asarray(line.get_xydata()).T
+        for line in axes.lines
+        if not line.get_label().startswith("_")
+    }
 
 
-def test_accuracy_bars_show_each_number(tmp_path):
-    figure = plot.accuracy_bars(ROWS)
-    shown = [[text.get_text() for text in axes.texts] for axes in figure.axes]
-    expected = [["97.31", "99.00"], ["11.2", "9.0"], ["1,432", "0"], ["812", "9,813"]]
-    assert shown == expected
-    bars = [[bar.get_width() for bar in axes.patches] for axes in figure.axes[1:]]
-    assert bars == [[row[key] for row in ROWS] for key in list(plot.PANELS)[1:]]
-    names = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
-    assert names == ["LIF", "ReLU"]
-    assert figure.axes[0].yaxis_inverted()  # the first row on top
-    figure.savefig(tmp_path / "bars.png")
-    assert (tmp_path / "bars.png").stat().st_size > 5000
+def legend(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-def test_accuracy_bars_of_one_row_and_of_zeros():
-    plot.accuracy_bars([dict.fromkeys(plot.PANELS, 0.0) | {"name": "nothing"}])
+def if_neurons(thresholds=1, cell=neurons.parallel, **options):
+    options = {"tau": math.inf, "decay_input": False} | options
+    return MultiThreshold(thresholds, cell, **options)
 
 
-def test_accuracy_bars_say_what_is_missing():
-    row = {k: v for k, v in ROWS[0].items() if k != "energy_nj"}
-    with pytest.raises(ValueError, match="got 2 rows; missing: energy_nj"):
-        plot.accuracy_bars([ROWS[0], row])
-    with pytest.raises(ValueError, match="got 0 rows"):
-        plot.accuracy_bars([])
+def test_raster_has_a_dot_for_each_neuron_that_fires(tmp_path):
+    spikes = np.array([[0, 1, 0], [2, 0, 0], [0, 4, 1]])
+    axes = plot.raster(spikes)
+    (dots,) = axes.collections
+    np.testing.assert_array_equal(dots.get_offsets(), [[1, 1], [2, 0], [3, 1], [3, 2]])
+    np.testing.assert_array_equal(dots.get_array(), [1, 2, 4, 1])
+    small, middle, large, same = dots.get_sizes()
+    assert same == small < middle < large
+    assert legend(axes) == [f"$\\mathdefault{{{n}}}$" for n in (1, 2, 4)]
+    assert axes.get_xlim() == (0.5, 3.5)
+    axes.figure.savefig(tmp_path / "raster.png")
+
+
+def test_a_notebook_shows_the_figure():
+    png = plot.raster(np.eye(3)).figure._repr_png_()
+    assert png.startswith(b"\x89PNG") and len(png) > 3000
+
+
+def test_raster_takes_layers_of_any_shape_and_silent_ones():
+    spikes = np.zeros((5, 2, 3, 4))
+    axes = plot.raster(spikes)
+    assert len(axes.collections[0].get_offsets()) == 0 and axes.get_legend() is None
+    assert axes.get_ylim() == (-0.7, 23.7)
+    spikes[4, 1, 2, 3] = 1
+    axes = plot.raster(spikes)
+    np.testing.assert_array_equal(axes.collections[0].get_offsets(), [[5, 23]])
+    assert axes.get_legend() is None
+
+
+@pytest.mark.parametrize("shape", [(5,), (0, 3), (5, 0)])
+def test_raster_needs_time_and_neurons(shape):
+    with pytest.raises(ValueError, match=r"raster: .*\[T, ...\], got shape .*spikes"):
+        plot.raster(np.zeros(shape))
+
+
+def test_membrane_rises_by_the_input_and_drops_by_the_reset():
+    axes = plot.membrane(if_neurons(3), [0.5, 2.0, 0.25])
+    lines = curves(axes)
+    np.testing.assert_array_equal(lines["membrane"][0], [0, 1, 1, 2, 2, 3, 3])
+    # u = 0.5, then 2.5 fires twice and leaves 0.5, then 0.75.
+    np.testing.assert_array_equal(
+        lines["membrane"][1], [0, 0.5, 0.5, 2.5, 0.5, 0.75, 0.75]
+    )
+    np.testing.assert_array_equal(lines["spikes"][0], [2])
+    dashed = [line for line in axes.lines if line.get_ls() == "--"]
+    assert [line.get_ydata()[0] for line in dashed] == [1, 2, 3]
+    dots = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"]
+    assert dots == [[2], [2], []]  # a row a threshold
+    assert min(lines["spikes"][1]) > 3
+    assert legend(axes) == ["thresholds", "membrane", "spikes"]
+
+
+def test_membrane_with_hard_reset_starts_and_ends_at_it():
+    axes = plot.membrane(LIF(2.0, 1.0, v_reset=-0.5), [3.5, 0.0])
+    # u = -0.5 + (3.5 - 0) / 2 = 1.25 fires; then from -0.5 it stays there.
+    np.testing.assert_array_equal(
+        curves(axes)["membrane"][1], [-0.5, 1.25, -0.5, -0.5, -0.5]
+    )
+    assert legend(axes) == ["threshold", "membrane", "spikes"]
+
+
+def test_membrane_of_equal_thresholds_is_one_dashed_line():
+    axes = plot.membrane(if_neurons(4, neurons.cascade), [2.5])
+    assert sum(line.get_ls() == "--" for line in axes.lines) == 1
+    np.testing.assert_array_equal(curves(axes)["membrane"][1], [0, 2.5, 0.5])
+
+
+def test_membrane_draws_one_line_a_membrane():
+    axes = plot.membrane(if_neurons((1.0, 2.0), neurons.independent), [1.5])
+    lines = curves(axes)
+    np.testing.assert_array_equal(lines["membrane 1"][1], [0, 1.5, 0.5])
+    np.testing.assert_array_equal(lines["membrane 2"][1], [0, 1.5, 1.5])
+
+
+def test_membrane_of_a_converted_neuron_is_in_thresholds():
+    axes = plot.membrane(ScaledIF(4.0, 2), [2.0])
+    # From 1/2 the input counts twice, in units of the threshold: 1/2 + 2 * 1/2.
+    np.testing.assert_allclose(curves(axes)["membrane"][1], [0.5, 1.5, 0.5])
+
+
+def test_membrane_leaves_the_layer_and_draws_where_it_is_told():
+    layer = keep_membranes(LIF())
+    layer(jnp.ones((1, 1)))
+    held = np.array(layer.membrane[...])
+    axes = plot.membrane(LIF(), [1.0, 1.5])
+    assert plot.membrane(layer, [1.0, 1.5], axes=axes) is axes
+    first, second = [line for line in axes.lines if line.get_label() == "membrane"]
+    np.testing.assert_array_equal(first.get_xydata(), second.get_xydata())
+    np.testing.assert_array_equal(layer.membrane[...], held)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, 3)])
+def test_membrane_takes_one_current(shape):
+    with pytest.raises(ValueError, match=r"membrane: .*one neuron, \[T\], got shape"):
+        plot.membrane(LIF(), np.zeros(shape))
 
 
 def test_response_is_a_staircase():
@@ -69,12 +140,26 @@ def test_response_is_a_staircase():
 
 
 def test_response_shows_the_spikes_where_they_are_not_the_output():
-    layer = MultiThreshold((1.0, 0.5), neurons.cascade, tau=math.inf, decay_input=False)
+    layer = if_neurons((1.0, 0.5), neurons.cascade)
     both = curves(plot.response(layer))
     x, output = both["output"]
     np.testing.assert_array_equal(output, np.clip(x // 0.5, 0, 3) / 2)
     spikes = np.select([x < 0.5, x < 1.5], [0, 1], 2)  # 1.0 fires the first alone
     np.testing.assert_array_equal(both["number of spikes"][1], spikes)
+
+
+def test_response_compares_by_name_on_one_range_of_inputs():
+    # Parallel and cascade answer alike from rest, where their levels are equal.
+    named = {"parallel": if_neurons(3), "cascade": if_neurons(3, neurons.cascade)}
+    axes = plot.response(named | {"one": IF()})
+    lines = curves(axes)
+    assert list(lines) == legend(axes) == ["parallel", "cascade", "one"]
+    np.testing.assert_array_equal(lines["parallel"], lines["cascade"])
+    x, one = lines["one"]
+    np.testing.assert_array_equal(one, x >= 1)
+    assert x.max() > 3
+    widths = [line.get_linewidth() for line in axes.lines]
+    assert widths == sorted(widths, reverse=True) and len(set(widths)) == 3
 
 
 def test_response_starts_from_rest_and_moves_no_membrane():
@@ -86,3 +171,36 @@ def test_response_starts_from_rest_and_moves_no_membrane():
     first, second = axes.lines
     np.testing.assert_array_equal(first.get_ydata(), second.get_ydata())
     np.testing.assert_array_equal(layer.membrane[...], held)
+
+
+def test_staircase_of_p_steps_is_the_quantised_relu():
+    quant = QuantReLU(2, scale=0.5, noise=1.0, rngs=nnx.Rngs(noise=3))
+    before = quant.rngs.count[...]
+    axes = plot.staircase(quant)
+    lines = curves(axes)
+    assert list(lines) == legend(axes)
+    assert legend(axes) == [
+        "quantised ReLU, p=3",
+        "its mean with noise",
+        *(f"IF neuron, T={steps}" for steps in (1, 3, 8)),
+    ]
+    x, y = lines["quantised ReLU, p=3"]
+    np.testing.assert_allclose(y, 0.5 * np.clip(np.round(x / 0.5), 0, 3))
+    # The inputs at the edge of a stair are rounded either way.
+    inside = np.abs(x / 0.5 % 1 - 0.5) > 1e-3
+    np.testing.assert_allclose(lines["IF neuron, T=3"][1][inside], y[inside], atol=1e-6)
+    for steps in (1, 8):
+        levels = np.clip(np.floor(x * steps / 1.5 + 0.5), 0, steps) * 1.5 / steps
+        inside = np.abs(x * steps / 1.5 % 1 - 0.5) > 1e-3
+        rate = lines[f"IF neuron, T={steps}"][1]
+        np.testing.assert_allclose(rate[inside], levels[inside], atol=1e-6)
+    # Noise makes the mean straight; its error is 0.5 s / sqrt(4,000) at most.
+    x, mean = lines["its mean with noise"]
+    np.testing.assert_allclose(mean, np.clip(x, 0, 1.5), atol=5 * 0.004)
+    assert quant.rngs.count[...] == before and not quant.deterministic
+
+
+def test_staircase_without_noise_and_with_other_steps():
+    axes = plot.staircase(QuantReLU(3), (2,))
+    assert legend(axes) == ["quantised ReLU, p=7", "IF neuron, T=2"]
+    assert plot.staircase(QuantReLU(1), axes=axes) is axes

@@ -1,0 +1,62 @@
+"""Every notebook runs from top to bottom, and is kept without outputs."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
+
+# Runs the cells of argv[1] in one namespace; an error names the cell.
+RUN = """
+import json, sys, warnings
+warnings.simplefilter("error")
+cells = json.load(open(sys.argv[1], encoding="utf-8"))["cells"]
+namespace = {"__name__": "__main__"}
+for number, cell in enumerate(cells):
+    if cell["cell_type"] == "code":
+        code = compile("".join(cell["source"]), f"cell {number}", "exec")
+        exec(code, namespace)
+"""
+
+
+def test_the_notebooks_are_found():
+    assert [path.name[:2] for path in FILES] == ["01", "02", "03", "04"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_notebook_runs(path, tmp_path):
+    pytest.importorskip("matplotlib")
+    # One device, as a user has it; pictures are drawn, but shown to nobody.
+    environment = os.environ | {"MPLBACKEND": "Agg", "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", RUN, str(path)]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_notebook_is_tidy_and_has_its_badge(path):
+    text = path.read_text("utf-8")
+    tidy = runpy.run_path(str(NOTEBOOKS / "tidy.py"))
+    assert text == tidy["tidy"](text), "run python notebooks/tidy.py"
+    first = "".join(json.loads(text)["cells"][0]["source"])
+    place = f"github/{tidy['address']()}/blob/main/notebooks/{path.name}"
+    assert f"(https://colab.research.google.com/{place})" in first
+
+
+def test_tidy_takes_outputs_and_the_old_address_away():
+    tidy = runpy.run_path(str(NOTEBOOKS / "tidy.py"))
+    source = ["x  # https://github.com/somebody-else/spikejax"]
+    cell = {"cell_type": "code", "execution_count": 3, "outputs": [1], "id": "a"}
+    cell |= {"metadata": {"scrolled": True}, "source": source}
+    notebook = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    (kept,) = json.loads(tidy["tidy"](json.dumps(notebook)))["cells"]
+    assert kept["outputs"] == [] and kept["execution_count"] is None
+    assert kept["source"] == [f"x  # https://github.com/{tidy['address']()}"]
