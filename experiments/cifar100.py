@@ -3,7 +3,13 @@
     python -m experiments.cifar100 --workdir runs/mt100
 
 The full recipe, for a GPU or TPU, is the default: ResNet-18, 300 epochs, AutoAugment
-and Cutout. It has not been run to its end yet. The recipe is our choice.
+and Cutout. It has not been run to its end yet. The recipe is our choice. General SNN
+with its authors' recipe, as far as it is known (docs/general.md); lstm in place of cnn
+is their recurrent network:
+
+    python -m experiments.cifar100 --model general-cnn --neuron lif
+        --learning-rate 0.05 --warmup 0.01 --weight-decay 2e-5 --clip 20
+        --label-smoothing 0.1 --workdir runs/general100
 """
 
 from pathlib import Path

@@ -73,9 +73,19 @@ class Report:
         return sum(row.dense_macs for row in self.connections)
 
     @property
+    def ac_nj(self) -> float:
+        """0.9 pJ an AC."""
+        return AC_PJ * self.acs / 1000
+
+    @property
+    def mac_nj(self) -> float:
+        """4.6 pJ a MAC."""
+        return MAC_PJ * self.macs / 1000
+
+    @property
     def energy_nj(self) -> float:
         """0.9 pJ an AC and 4.6 pJ a MAC."""
-        return (AC_PJ * self.acs + MAC_PJ * self.macs) / 1000
+        return self.ac_nj + self.mac_nj
 
     @property
     def ann_energy_nj(self) -> float:
@@ -92,7 +102,9 @@ def measure(model: nnx.Module, xs: jax.Array) -> Report:
     All N binary trains of a neuron count, whatever their weights, through sums of
     layers and max-pooling (which takes the largest count). An input counts as spikes
     where it holds whole numbers only: averages of spikes cost MACs. Norms (they fold
-    into weights), biases and the neurons' own updates are not counted.
+    into weights), biases and the neurons' own updates are not counted. A layer that
+    holds an nnx.Linear named ``recurrent`` feeds its own output back: each element of
+    its sequence [..., L, features] but the last meets those weights.
 
     Args:
         model: nnx model of nnx.Conv, nnx.Linear and spikejax neurons; stays as it is.
@@ -195,7 +207,7 @@ def _recorded_input(kind):
         _note(self, x)
         return kind.__call__(self, x, *args, **options)
 
-    return call
+    return {"__call__": call}
 
 
 def _recorded_spikes(kind):
@@ -209,7 +221,11 @@ def _recorded_spikes(kind):
             self.membrane = held
         return kind.__call__(self, xs, trains=trains)
 
-    return call
+    def step(self, v, xs, *, trains=False):
+        _note(self, kind.step(self, v, xs, trains=True)[1])
+        return kind.step(self, v, xs, trains=trains)
+
+    return {"__call__": call, "step": step}
 
 
 def _replayed_spikes(kind):
@@ -220,25 +236,46 @@ def _replayed_spikes(kind):
         spikes = next(log[path])
         return spikes if trains else spikes.sum(-1)
 
-    return call
+    def step(self, v, xs, *, trains=False):
+        return v, call(self, xs, trains=trains)
+
+    return {"__call__": call, "step": step}
+
+
+def _recorded_output(kind):
+    """Layers with recurrent weights, which all outputs but the last one meet."""
+
+    def call(self, xs, *args, **options):
+        ys = kind.__call__(self, xs, *args, **options)
+        log, path = self.loop
+        log.setdefault(path, []).append(ys[..., :-1, :])
+        return ys
+
+    return {"__call__": call}
 
 
 @cache
 def _subclass(listener, kind):
-    return type(kind.__name__, (kind,), {"__call__": listener(kind)})
+    return type(kind.__name__, (kind,), listener(kind))
 
 
 def _listen(model, inputs, neuron, trains):
     """The model in evaluation mode, its layers noting what they get and give."""
     model.eval()
     for path, module in list(_named_modules(model)):
-        if isinstance(module, (*CONNECTIONS, Neuron)):
-            is_neuron = isinstance(module, Neuron)
-            listener = neuron if is_neuron else _recorded_input
-            kind = _subclass(listener, type(module))
+        kind = type(module)
+        if isinstance(module, Neuron):
+            kind = _subclass(neuron, kind)
+            object.__setattr__(module, "listener", (trains, path))
+        elif isinstance(module, CONNECTIONS):
+            kind = _subclass(_recorded_input, kind)
+            object.__setattr__(module, "listener", (inputs, path))
+        if isinstance(getattr(module, "recurrent", None), nnx.Linear):
+            kind = _subclass(_recorded_output, kind)
+            inner = f"{path}/recurrent".lstrip("/")
+            object.__setattr__(module, "loop", (inputs, inner))
+        if kind is not type(module):
             object.__setattr__(module, "__class__", kind)
-            log = trains if is_neuron else inputs
-            object.__setattr__(module, "listener", (log, path))
     return model
 
 

@@ -1,6 +1,7 @@
 """Energy: numbers of operations worked out by hand, for inputs that are known."""
 
 import math
+import re
 from functools import partial
 
 import jax
@@ -12,7 +13,8 @@ from flax import nnx
 from spikejax import energy, neurons
 from spikejax.compat import List
 from spikejax.layers import IF, LIF, MultiThreshold, keep_membranes
-from spikejax.models import resnet, vgg
+from spikejax.models import general, resnet, vgg
+from spikejax.recurrent import LSTM, Recurrent
 
 RNGS = nnx.Rngs(0)
 ONES = nnx.initializers.ones_init()
@@ -305,3 +307,79 @@ def test_dense_macs_of_a_resnet_are_those_of_its_layers():
         macs += conv(size, width, 2 * width, kernel=1, stride=2)
         macs += 5 * conv(size // 2, 2 * width, 2 * width)
     assert report.dense_macs == macs == 37_219_648
+
+
+# Networks that hold the membranes themselves, and those that feed back
+
+
+class Stepped(nnx.Module):
+    """Two steps of neurons with membranes of its own, then weights."""
+
+    def __init__(self, neuron):
+        self.neuron = neuron
+        self.linear = linear(3, 5)
+
+    def __call__(self, xs):
+        v, first = self.neuron.step(self.neuron.rest(xs.shape), xs)
+        _, second = self.neuron.step(v, xs)
+        return self.linear(first) + self.linear(second)
+
+
+def test_steps_of_a_neuron_count_like_its_calls():
+    """2.5 fires 2 and keeps 0.5, then 3; 0.5 fires nothing, then 1."""
+    report = energy.measure(Stepped(counter(4)), jnp.array([[[2.5, 0.0, 0.5]]]))
+    assert report.neurons == (energy.Firing("neuron", (2 + 3 + 1) / 6, 6.0),)
+    assert (report.acs, report.macs) == (6 * 5, 0)
+
+
+def test_recurrent_weights_are_met_by_all_spikes_but_the_last():
+    neurons = Recurrent(counter(4), 2, rngs=nnx.Rngs(0))
+    neurons.recurrent.kernel[...] = jnp.array([[0.0, 1.0], [0.0, 0.0]])
+    xs = jnp.array([[[2.0, 0.0], [0.0, 0.0], [1.0, 0.0]]])
+    # spikes 2 0, 0 2, 1 0: the first two meet one weight each, the others none
+    report = energy.measure(Chain(neurons, linear(2, 5)), xs)
+    assert report.spikes_per_image == 5
+    rows = {row.path: (row.acs, row.macs) for row in report.connections}
+    assert rows == {"layers/0/recurrent": (2, 0), "layers/1": (5 * 5, 0)}
+
+
+def test_recurrent_weights_of_an_lstm_see_real_values():
+    lstm = LSTM(3, 2, rngs=nnx.Rngs(0))
+    xs = jnp.ones((1, 1, 4, 3))  # four elements of a sequence, all spikes
+    report = energy.measure(Chain(counter(1), lstm), xs)
+    rows = {row.path: (row.acs, row.macs) for row in report.connections}
+    assert rows["layers/1/inputs"] == (4 * 3 * 8, 0)
+    assert rows["layers/1/recurrent"] == (0, 3 * 2 * 8)
+
+
+def general_rows(make=general.cnn_10, **options):
+    """{path: (ACs, MACs)} of a small General SNN, and its report."""
+    model = make(10, depths=(2, 1), width=1 / 12, rngs=nnx.Rngs(0), **options)
+    xs = jax.random.normal(jax.random.key(0), (2, 1, 8, 8, 3))
+    report = energy.measure(model, xs)
+    return {row.path: (row.acs, row.macs) for row in report.connections}, report
+
+
+def test_general_snn_costs_acs_where_it_spikes_and_macs_elsewhere():
+    rows, report = general_rows()
+    for path, (acs, macs) in rows.items():
+        in_network = re.search("mixer/network", path)
+        tiled = re.search("stages/(0/0|1/0)/mixer/linear", path)
+        if in_network or tiled:
+            assert macs == 0, path
+        else:  # stem, MLP, merging, head, and the means of overlapping windows
+            assert acs == 0, path
+    assert rows["stages/0/0/mixer/network/layers/0"][0] > 0
+    assert report.acs > 0 and report.macs > 0
+    # 4x4 maps of 4 channels: the stem of 2x2x3 pixels, then the MLP of 4 to 12
+    dense = {row.path: row.dense_macs for row in report.connections}
+    assert dense["stem"] == 16 * 12 * 4 and dense["stages/0/0/widen"] == 16 * 4 * 12
+    # two 3x3 convolutions in four windows of 2x2: each pixel meets 4 of 9 weights
+    assert dense["stages/0/0/mixer/network/layers/0"] == 4 * 4 * 4 * 4 * 4
+
+
+def test_general_snn_with_relu_has_no_acs():
+    rows, report = general_rows(neuron=lambda: nnx.relu)
+    assert report.acs == 0 and not report.neurons
+    assert report.macs > general_rows()[1].macs
+    assert rows["stages/0/0/mixer/network/layers/0"][1] > 0

@@ -126,6 +126,10 @@ class Block(nnx.Module):
         return self.residual(self, xs)
 
 
+def _run(block, xs):
+    return block(xs)
+
+
 class ResNet(nnx.Module):
     """Residual network: stem, stages of blocks, global mean, head.
 
@@ -143,6 +147,8 @@ class ResNet(nnx.Module):
         norm: ``norm(features, alpha=..., rngs=rngs)``.
         in_channels: channels of the input.
         dtype: of the computation; parameters stay float32.
+        remat: keep the input of each block alone and compute the rest of it again for
+            the gradient: less memory, a third more work.
 
     Returns:
         logits [B, T, num_classes] for input [B, T, H, W, in_channels].
@@ -166,9 +172,11 @@ class ResNet(nnx.Module):
         norm: Callable = td_batch_norm,
         in_channels: int = 3,
         dtype: jnp.dtype = jnp.float32,
+        remat: bool = False,
     ):
         self.residual = residual
         self.imagenet_stem = imagenet_stem
+        self.remat = remat
         stem = stem_width or widths[0]
         size, stride = (7, 2) if imagenet_stem else (3, 1)
         self.stem_conv = _conv(in_channels, stem, size, stride, dtype, rngs)
@@ -203,14 +211,27 @@ class ResNet(nnx.Module):
             # With padding Flax takes one batch axis only: the window covers time too.
             edges: Any = ((0, 0), (1, 1), (1, 1))
             xs = nnx.max_pool(xs, (1, 3, 3), (1, 2, 2), padding=edges)
+        run = nnx.remat(_run) if self.remat else _run
         for block in self.blocks:
-            xs = block(xs)
+            xs = run(block, xs)
         if self.residual is ms:
             xs = self.stage_neuron(xs)
         xs = xs.mean((2, 3))
         if self.has_hidden:
             xs = self.hidden_neuron(self.hidden(xs))
         return self.head(xs)
+
+
+def scaled(network: Any, width: float) -> partial:
+    """One of the networks below with ``width`` times the channels, rounded."""
+    depths, widths = network.args
+    widths = tuple(max(1, round(width * w)) for w in widths)
+    extra = {
+        name: max(1, round(width * network.keywords[name]))
+        for name in ("stem_width", "hidden")
+        if name in network.keywords
+    }
+    return partial(network.func, depths, widths, **network.keywords | extra)
 
 
 WIDTHS = (64, 128, 256, 512)

@@ -1,0 +1,141 @@
+"""What windows cost: the windowed spiking layer against its two convolutions alone.
+
+    python -m benchmarks.general_step --workdir runs/bench-general
+
+Times the gradient of one layer of General SNN on maps of its first stage (16x16, 48
+channels), beside the same two convolutions with ReLU, and with LIF, on the whole map.
+The layers take turns, so that a change of the machine's speed falls on all of them;
+each step is synchronised. Prints a table and writes bench.json.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from spikejax import LIF
+from spikejax.flags import parse, reported
+from spikejax.mixer import Mixer, conv_network, lstm_network, straight_through
+from spikejax.models.general import Through
+from spikejax.progress import table
+from spikejax.windows import overlap, tile, whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """How to measure."""
+
+    workdir: Path = Path("runs/bench-general")
+    """Folder for bench.json."""
+    repeats: int = 11
+    """Timed steps of each layer, after two that are not."""
+    batch_size: int = 32
+    """Maps a step."""
+    side: int = 16
+    """Height and width of a map."""
+    channels: int = 48
+    """Channels of a map."""
+
+
+LAYERS = {
+    "two convolutions with ReLU": (partial(Through, neuron=lambda: nnx.relu), whole),
+    "two convolutions with LIF": (partial(Through, neuron=LIF), whole),
+    "windows tiled, conv": (conv_network, tile),
+    "windows overlapping, conv": (conv_network, overlap),
+    "windows tiled, LSTM": (lstm_network, tile),
+    "windows overlapping, LSTM": (lstm_network, overlap),
+}
+
+
+class Step:
+    """The compiled gradient of a layer by its weights and its input."""
+
+    def __init__(self, make, window, benchmark):
+        rngs = nnx.Rngs(0)
+        network = make(benchmark.channels, rngs=rngs)
+        layer = Mixer(
+            benchmark.channels,
+            network,
+            window=window,
+            binarise=straight_through,
+            rngs=rngs,
+        )
+        graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+
+        def loss(params, rest, xs):
+            return (nnx.merge(graphdef, params, rest)(xs)[0] ** 2).sum()
+
+        shape = (benchmark.batch_size, 1, benchmark.side, benchmark.side)
+        xs = np.random.default_rng(0).random((*shape, benchmark.channels), np.float32)
+        self.given = nnx.to_pure_dict(params), nnx.to_pure_dict(rest), xs
+        lowered = jax.jit(jax.value_and_grad(loss, (0, 2))).lower(*self.given)
+        self.compiled = lowered.compile()
+
+    def __call__(self):
+        jax.block_until_ready(self.compiled(*self.given))
+
+
+def measure(benchmark: Benchmark) -> list[dict]:
+    """One row a layer: median of the steps, and its ratio to the convolutions'."""
+    sizes = benchmark.repeats, benchmark.batch_size, benchmark.side, benchmark.channels
+    if min(sizes) < 1:
+        raise ValueError(
+            "bench: expected repeats, batch_size, side and channels >= 1, got "
+            f"{', '.join(map(str, sizes))}."
+        )
+    steps = {
+        name: Step(make, window, benchmark) for name, (make, window) in LAYERS.items()
+    }
+    times = {name: [] for name in steps}
+    for turn in range(benchmark.repeats + 2):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if turn >= 2:
+                times[name].append(1000 * (time.perf_counter() - began))
+    first = statistics.median(times[next(iter(times))])
+    return [
+        {
+            "layer": name,
+            "median_ms": statistics.median(values),
+            "min_ms": min(values),
+            "max_ms": max(values),
+            "ratio": statistics.median(values) / first,
+            "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind,
+        }
+        for name, values in times.items()
+    ]
+
+
+def main(benchmark: Benchmark) -> None:
+    """Measure, print the table, write bench.json."""
+    rows = measure(benchmark)
+    benchmark.workdir.mkdir(parents=True, exist_ok=True)
+    path = benchmark.workdir / "bench.json"
+    path.write_text(json.dumps(rows, indent=2))
+    table(
+        f"Gradient of one layer, {benchmark.batch_size} maps of {benchmark.side}x"
+        f"{benchmark.side}x{benchmark.channels}",
+        ["", "median ms", "min to max", "to ReLU"],
+        [
+            [
+                row["layer"],
+                f"{row['median_ms']:.1f}",
+                f"{row['min_ms']:.1f} to {row['max_ms']:.1f}",
+                f"{row['ratio']:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+    print(f"Written: {path}")
+
+
+if __name__ == "__main__":
+    reported(main, parse(Benchmark(), __doc__))

@@ -1,0 +1,187 @@
+"""General SNN: its parameters, its equations in numpy, its windows and its errors."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import slow_general
+from flax import nnx
+
+from spikejax import LIF, MultiThreshold, losses
+from spikejax.checksum import by_path
+from spikejax.mixer import mean, sine, straight_through, threshold, unchanged
+from spikejax.models import MODELS, general
+from spikejax.step import TrainConfig, initial_state, make_optimizer, make_train_step
+from spikejax.windows import overlap, tile, whole
+
+SMALL = {"depths": (2, 1), "width": 1 / 12}  # channels 4 and 8, for 8x8 images
+
+
+def small(make=general.cnn_10, **options):
+    """A small network, whose head is not zero."""
+    model = make(10, rngs=nnx.Rngs(0), **SMALL | options)
+    kernel = model.head.kernel
+    kernel[...] = jax.random.normal(jax.random.key(1), kernel.shape)
+    return model
+
+
+def parts(model):
+    """(params, rest) as plain dicts, and the model as a jitted function of them."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def call(params, rest, xs):
+        return nnx.merge(graphdef, params, rest)(xs)
+
+    return nnx.to_pure_dict(params), nnx.to_pure_dict(rest), call
+
+
+def images(*shape):
+    return jax.random.normal(jax.random.key(2), shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "expected"),
+    [
+        ("cnn_10", 10, 13_885_402),
+        ("cnn_100", 100, 13_920_052),
+        ("lstm_10", 10, 14_925_466),
+        ("lstm_100", 100, 14_960_116),
+    ],
+)
+def test_parameters_are_those_of_the_paper(name, num_classes, expected):
+    make = getattr(general, name)
+    model = nnx.eval_shape(lambda: make(num_classes, rngs=nnx.Rngs(0)))
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert sum(leaf.size for leaf in leaves) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "side"), [("cnn_10", 32), ("cnn_100", 64), ("lstm_10", 64)]
+)
+def test_logits_for_both_sizes(name, side):
+    make = partial(getattr(general, name), width=0.25)
+    xs = jnp.zeros((2, 3, side, side, 3))
+    logits = jax.eval_shape(lambda: make(7, rngs=nnx.Rngs(0))(xs))
+    assert logits.shape == (2, 3, 7)
+
+
+def test_blocks_take_both_windows_in_turn():
+    model = nnx.eval_shape(lambda: general.cnn_100(100, rngs=nnx.Rngs(0)))
+    mixers = [[block.mixer for block in blocks] for blocks in model.stages]
+    windows = [[mixer.window for mixer in stage] for stage in mixers]
+    assert windows == [[tile, overlap] * n for n in (1, 1, 3)] + [[tile, tile]]
+    regions = [[mixer.region_threshold for mixer in stage] for stage in mixers]
+    assert regions == [[None, 0.2] * n for n in (1, 1, 3)] + [[None, None]]
+    assert mixers[0][0].network.projection is mean
+
+
+def test_the_variant_follows_the_number_of_classes():
+    def make(kind, classes):
+        return nnx.eval_shape(lambda: MODELS[kind](classes, rngs=nnx.Rngs(0)))
+
+    inner = make("general-cnn", 10).stages[0][1].mixer
+    assert inner.network.projection is sine and inner.region_threshold is None
+    inner = make("general-cnn", 100).stages[0][1].mixer
+    assert inner.network.projection is mean and inner.region_threshold == 0.2
+    assert make("general-lstm", 10).stages[0][1].mixer.window is overlap
+    assert make("general-lstm", 11).stages[0][1].mixer.window is whole
+
+
+@pytest.mark.parametrize(
+    ("make", "project", "region"),
+    [
+        (general.cnn_100, slow_general.mean, 0.2),
+        (general.lstm_10, slow_general.sine, None),
+    ],
+    ids=["cnn_100", "lstm_10"],
+)
+def test_equal_to_plain_numpy(make, project, region):
+    lively = partial(LIF, tau=1 / 0.6, v_threshold=0.5, decay_input=False)
+    params, rest, call = parts(small(make, binarise=threshold, neuron=lively))
+    xs = images(2, 1, 8, 8, 3)
+    logits = call(params, rest, xs)
+
+    def binarise(windows):
+        return [(x >= 0.5).astype(float) for x in windows]
+
+    for b in range(2):
+        expected = slow_general.network(
+            np.float64(xs[b, 0]),
+            jax.tree.map(np.float64, params),
+            binarise,
+            project,
+            region,
+        )
+        np.testing.assert_allclose(logits[b, 0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [general.cnn_10, general.lstm_10])
+def test_all_parameters_learn_and_the_step_compiles_once(make):
+    several = partial(MultiThreshold, 2, v_threshold=0.1, learn_tau=True)
+    model = small(make, binarise=straight_through, neuron=several)
+    model.train()
+    config = TrainConfig(steps=3)
+    optimizer = make_optimizer(config, 3)
+    state = initial_state(model, optimizer, config)
+    step = jax.jit(
+        make_train_step(
+            nnx.graphdef(model),
+            losses.rate_cross_entropy,
+            lambda images, rng: images[:, None],
+            optimizer,
+        )
+    )
+    batch = {"image": images(8, 8, 8, 3), "label": jnp.arange(8)}
+    rest = [state["rest"]]
+    for _ in range(2):
+        state, metrics = step(state, batch)
+        rest.append(state["rest"])
+    assert step._cache_size() == 1
+    norms = by_path(metrics["gradient_norms"])
+    assert all(jnp.isfinite(norm) for norm in norms.values())
+    # A window of the last stage is one pixel, a sequence without a second step.
+    idle = {path for path in norms if re.match("stages/1/.*/recurrent/kernel", path)}
+    assert {path for path, norm in norms.items() if norm == 0} == idle
+    assert len(idle) == (2 if make is general.lstm_10 else 0)
+    counts = [jax.tree.leaves(r)[0].tolist() for r in rest]
+    assert len(set(map(str, counts))) == 3  # each step draws anew
+
+
+def test_time_steps_see_each_other_in_the_plain_network_only():
+    xs = images(1, 3, 8, 8, 3)
+    for make, apart in ((general.cnn_10, True), (general.plain, False)):
+        params, rest, call = parts(small(make, binarise=threshold))
+        whole_sequence, last = call(params, rest, xs), call(params, rest, xs[:, 2:])
+        same = np.allclose(whole_sequence[:, 2:], last, atol=1e-4)
+        assert same == apart
+
+
+def test_with_relu_nothing_is_random_and_nothing_is_carried():
+    model = small(general.lstm_10, neuron=lambda: nnx.relu)
+    mixer = model.stages[0][1].mixer
+    assert mixer.binarise is unchanged and not mixer.network.carries
+    assert len(model.carried_merges) == 0
+    params, rest, call = parts(model)
+    xs = images(2, 1, 8, 8, 3)
+    logits = call(params, rest, xs)
+    model.stages[0][0].mixer.rngs()
+    np.testing.assert_array_equal(call(params, parts(model)[1], xs), logits)
+
+
+def test_images_of_another_size_are_refused():
+    model = nnx.eval_shape(lambda: general.cnn_10(10, rngs=nnx.Rngs(0)))
+    match = (
+        r"General: expected images .* multiples of 32, got shape \(1, 1, 48, 64, 3\)"
+    )
+    with pytest.raises(ValueError, match=match):
+        model(jnp.zeros((1, 1, 48, 64, 3)))
+
+
+@pytest.mark.parametrize("width", [0.0, -1.0, float("nan")])
+def test_no_channels_are_refused(width):
+    with pytest.raises(ValueError, match="General: expected a width that leaves chann"):
+        general.cnn_10(10, width=width, rngs=nnx.Rngs(0))

@@ -1,0 +1,411 @@
+"""The windowed layer: by hand, against numpy, and who sees whom."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import slow_general
+from flax import nnx
+
+from spikejax import LIF, MultiThreshold, independent, mixer
+from spikejax.mixer import (
+    Mixer,
+    bernoulli,
+    conv_network,
+    general_lif,
+    lstm_network,
+    mean,
+    sine,
+    straight_through,
+    threshold,
+    unchanged,
+)
+from spikejax.windows import overlap, split, tile, whole
+
+KEY = jax.random.key(0)
+KINDS = {"conv": conv_network, "lstm": lstm_network}
+
+
+def make(kind="conv", channels=3, *, neuron=general_lif, options=None, **more):
+    rngs = nnx.Rngs(0)
+    network = KINDS[kind](channels, neuron, rngs=rngs, **(options or {}))
+    if kind == "lstm":  # or hardly a neuron would fire
+        for direction in (network.layer.layer.forwards, network.layer.layer.backwards):
+            for linear in (direction.inputs, direction.recurrent):
+                linear.kernel[...] = linear.kernel[...] * 4
+    return Mixer(channels, network, rngs=rngs, **{"binarise": threshold} | more)
+
+
+def pure(layer):
+    """(params, rest) as plain dicts, and the layer as a function of them."""
+    graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    def call(params, rest, *args):
+        return nnx.merge(graphdef, params, rest)(*args)
+
+    return nnx.to_pure_dict(params), nnx.to_pure_dict(rest), call
+
+
+def maps(*shape, key=1):
+    return jax.random.uniform(jax.random.key(key), shape)
+
+
+# Projections
+
+
+def test_sine_is_bounded_and_zero_without_a_membrane():
+    a, b = jax.random.normal(KEY, (2, 10_000)) * 100
+    assert jnp.all(jnp.abs(sine(a, b)) <= 2)
+    assert jnp.all(sine(jnp.zeros(100), b[:100]) == 0)
+
+
+def test_sine_by_hand():
+    assert float(sine(2.0, 0.0)) == pytest.approx(2)  # sin(pi/2)
+    assert float(sine(1.0, 4 / 3)) == pytest.approx(2 * math.sin(math.pi / 8))
+    assert float(sine(1e-3, 1e-3)) == pytest.approx(math.pi / 2 * 1e-3, rel=1e-5)
+    assert float(sine(1.0, 2.0)) == pytest.approx(0, abs=1e-6)
+    assert float(mean(1.0, 2.0)) == 1.5
+
+
+# Binarisation
+
+
+@pytest.mark.parametrize("binarise", [bernoulli, straight_through])
+def test_bernoulli_fires_with_the_value_as_probability(binarise):
+    x = jnp.broadcast_to(jnp.array([-1.0, 0.0, 0.3, 0.9, 1.0, 7.0]), (20_000, 6))
+    z = binarise(x, KEY)
+    assert set(np.unique(z)) == {0, 1}
+    assert z[:, :2].max() == 0 and z[:, 4:].min() == 1
+    np.testing.assert_allclose(z.mean(0)[2:4], [0.3, 0.9], atol=0.02)
+    np.testing.assert_array_equal(z, bernoulli(x, KEY))
+    assert not jnp.array_equal(z, binarise(x, jax.random.key(1)))
+
+
+@pytest.mark.parametrize(
+    ("binarise", "expected"),
+    [
+        (bernoulli, [0, 0, 0, 0]),
+        (straight_through, [0, 2, 3, 0]),
+        (threshold, [0, 2, 3, 0]),
+        (unchanged, [1, 2, 3, 4]),
+    ],
+)
+def test_gradient_of_the_binarisation(binarise, expected):
+    x = jnp.array([-0.5, 0.1, 0.9, 1.5])
+    g = jax.grad(lambda x: (binarise(x, KEY) * jnp.arange(1.0, 5)).sum())(x)
+    assert g.tolist() == expected
+
+
+def test_threshold_is_half():
+    assert threshold(jnp.array([0.49, 0.5, 3.0]), KEY).tolist() == [0, 1, 1]
+
+
+# The neuron
+
+
+def test_the_neuron_of_the_authors():
+    neuron = general_lif()
+    v, x = jnp.array([1.0, 1.0, 0.0]), jnp.array([0.05, 0.2, 2.0])
+    np.testing.assert_allclose(neuron.charge(v, x), [0.45, 0.6, 2.0], rtol=1e-6)
+    assert neuron.step(v, x)[1].tolist() == [0, 1, 1]
+    slope = jax.grad(lambda x: neuron.step(jnp.zeros(4), x)[1].sum())
+    assert slope(jnp.array([-0.1, 0.1, 0.9, 1.1])).tolist() == [0, 1, 1, 0]
+
+
+# By hand
+
+
+def one_pixel(projection=sine, carry_reset=False, neuron=general_lif):
+    """Windows of one pixel and one channel: m1 <- 0.4 m1 + 0.6 x, m2 <- ... + s1."""
+    options = {"projection": projection, "carry_reset": carry_reset}
+    layer = make(channels=1, neuron=neuron, options=options)
+    for conv, weight in zip(layer.network.layers, (0.6, 0.45), strict=True):
+        conv.kernel[...] = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(weight)
+    layer.linear.kernel[...] = jnp.full((1, 1), 2.0)
+    layer.linear.bias[...] = jnp.array([0.25])
+    return layer
+
+
+def test_one_block_by_hand():
+    """x = 1, 0, 1, 1 in the windows; the projection is the mean.
+
+    m1: 0.6, 0.24, 0.4*0.24 + 0.6 = 0.696, 0.4*0.696 + 0.6 = 0.8784;  s1 = 1, 0, 1, 1
+    m2: 0.45;  0.4 (0.6 + 0.45)/2 = 0.21;  0.4 (0.24 + 0.21)/2 + 0.45 = 0.54
+        0.4 (0.696 + 0.54)/2 + 0.45 = 0.6972;                          s2 = 0, 0, 1, 1
+    """
+    x = jnp.array([[1.0, 0.0], [1.0, 1.0]]).reshape(1, 1, 2, 2, 1)
+    y, carried = one_pixel(mean)(x)
+    assert y[0, 0, :, :, 0].tolist() == [[0.25, 0.25], [2.25, 2.25]]
+    assert carried is None
+
+
+def test_one_block_by_hand_with_the_sine():
+    """m2 starts from F(0.6, 0.45) = 2 sin(pi/4 0.6 cos(pi/4 0.45)) = 0.8499."""
+    x = jnp.array([[1.0, 1.0], [0.0, 0.0]]).reshape(1, 1, 2, 2, 1)
+    start = 2 * math.sin(math.pi / 4 * 0.6 * math.cos(math.pi / 4 * 0.45))
+    assert 0.4 * start + 0.45 > 0.5
+    assert one_pixel()(x)[0][0, 0, :, :, 0].tolist() == [[0.25, 2.25], [0.25, 0.25]]
+
+
+def test_a_reset_takes_the_spike_from_the_carried_membrane():
+    """m1 = 0.6 fires, soft reset leaves 0.1: F(0.1, 0.45) is too little for a spike.
+
+    Without a reset F(0.6, 0.45) lets the second window fire at once.
+    """
+    x = jnp.array([[1.0, 1.0], [0.0, 0.0]]).reshape(1, 1, 2, 2, 1)
+    start = 0.4 * float(mean(0.1, 0.45))
+    assert start + 0.45 > 0.5  # 0.56 with the mean: make the second weight smaller
+    for carry_reset, spikes in ((False, [0, 1]), (True, [0, 0])):
+        layer = one_pixel(mean, carry_reset)
+        kernel = layer.network.layers[1].kernel
+        kernel[...] = kernel[...] * (0.35 / 0.45)
+        y = layer(x)[0][0, 0, 0, :, 0]
+        assert y.tolist() == [0.25 + 2 * z for z in spikes]
+
+
+def test_several_thresholds_fire_several_spikes():
+    several = partial(MultiThreshold, (0.5, 1.0, 1.5), tau=1 / 0.6, decay_input=False)
+    layer = one_pixel(mean, neuron=several)
+    layer.network.layers[0].kernel[...] = layer.network.layers[0].kernel[...] * 2
+    layer.network.layers[1].kernel[...] = layer.network.layers[1].kernel[...] * 2
+    x = jnp.array([[1.0, 0.0], [0.0, 0.0]]).reshape(1, 1, 2, 2, 1)
+    # m1 = 1.2: two spikes; m2 = 2 * 0.9: three
+    assert layer(x)[0][0, 0, 0, 0, 0] == 0.25 + 2 * 3
+
+
+# Against numpy
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("window", "projection", "region_threshold"),
+    [(tile, sine, None), (overlap, mean, 0.2)],
+)
+def test_equal_to_plain_numpy(kind, window, projection, region_threshold):
+    """With Bernoulli input, two blocks in a row, so that membranes are carried on."""
+    layer = make(
+        kind,
+        binarise=bernoulli,
+        window=window,
+        region_threshold=region_threshold,
+        options={"projection": projection},
+    )
+    params, rest, _ = pure(layer)
+
+    @jax.jit
+    def twice(xs):
+        def noted(x, rng):
+            drawn.append(jax.random.uniform(rng, x.shape, x.dtype))
+            return bernoulli(x, rng)
+
+        drawn = []
+        same = nnx.merge(nnx.graphdef(layer), params, rest)
+        same.binarise = noted
+        ys, carried = same(xs)
+        return ys, same(xs, carried)[0], carried, drawn
+
+    xs = maps(2, 1, 8, 8, 3)
+    ys, zs, carried, drawn = twice(xs)
+    params = jax.tree.map(np.float64, params)
+    read = partial(
+        slow_general.mixer,
+        p=params,
+        size=window(8),
+        project=getattr(slow_general, projection.__name__),
+        region_threshold=region_threshold,
+    )
+    fired = 0
+    for image in range(2):
+        membranes = None
+        for call, given in enumerate((ys, zs)):
+
+            def binarise(parts, call=call, image=image):
+                u = np.float64(drawn[call][image, 0])
+                return [(p > u[g]).astype(float) for g, p in enumerate(parts)]
+
+            x = np.float64(xs[image, 0])
+            y, membranes = read(x, binarise=binarise, carried=membranes)
+            np.testing.assert_allclose(given[image, 0], y, atol=2e-6)
+            fired += np.abs(y - params["linear"]["bias"]).max() > 0
+        if carried is not None:
+            assert carried.shape == (2, 1, 8, 8, 6)
+    assert fired == 4
+
+
+# Who sees whom
+
+
+def influence(layer, carried=None):
+    """[i, j]: whether window i of the output has a gradient to window j of xs."""
+    params, rest, call = pure(layer)
+
+    @jax.jit
+    def gradients(xs):
+        def output(xs):
+            ys = call(params, rest, xs, carried)[0]
+            return (split(ys, tile) ** 2).sum((0, 1, 3, 4, 5))
+
+        g = split(jax.jacrev(output)(xs), tile)
+        return (g != 0).any((1, 2, 4, 5, 6))
+
+    return gradients(maps(1, 1, 8, 8, 3)).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_see_those_before_them_and_not_those_after(kind):
+    carried = None if kind == "conv" else maps(1, 1, 8, 8, 6)
+    assert influence(make(kind), carried) == np.tri(4, dtype=bool).tolist()
+
+
+def test_without_membranes_only_the_second_lstm_window_sees_another():
+    """F(0, b) = 0, so M[3] = 0 and M[4] = 0 of a first block let nothing in."""
+    seen = np.eye(4, dtype=bool)
+    seen[1, 0] = True
+    assert influence(make("lstm")) == seen.tolist()
+
+
+def test_bernoulli_as_the_authors_have_it_stops_the_gradient():
+    assert influence(make(binarise=bernoulli)) == [[False] * 4] * 4
+
+
+def test_relu_windows_do_not_see_each_other():
+    layer = make(neuron=lambda: nnx.relu, binarise=unchanged)
+    assert influence(layer) == np.eye(4, dtype=bool).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_time_steps_do_not_see_each_other(kind):
+    params, rest, call = pure(make(kind))
+    call = jax.jit(call)
+    xs = maps(2, 3, 4, 4, 3)
+    ys, carried = call(params, rest, xs)
+    y, one = call(params, rest, xs[:, 1:2])
+    np.testing.assert_allclose(ys[:, 1:2], y, atol=1e-6)
+    if carried is not None:
+        np.testing.assert_allclose(carried[:, 1:2], one, atol=1e-6)
+
+
+def test_membranes_from_the_block_before_matter():
+    params, rest, call = pure(make("lstm"))
+    call = jax.jit(call)
+    xs = maps(1, 1, 4, 4, 3)
+    ys, carried = call(params, rest, xs)
+    zs, _ = call(params, rest, xs, jnp.zeros_like(carried))
+    np.testing.assert_allclose(zs, ys, atol=1e-6)
+    zs, _ = call(params, rest, xs, carried)
+    assert not np.allclose(zs, ys)
+
+
+def test_the_whole_map_carries_its_membranes_as_they_are():
+    """u' = 0.4 u + x: twice the same map adds two fifths."""
+    params, rest, call = pure(make("lstm", window=whole))
+    call = jax.jit(call)
+    xs = maps(1, 1, 4, 4, 3)
+    _, once = call(params, rest, xs, jnp.zeros((1, 1, 4, 4, 6)))
+    _, twice = call(params, rest, xs, once)
+    np.testing.assert_allclose(twice, 1.4 * once, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "neuron"),
+    [
+        ("conv", partial(MultiThreshold, 3, v_threshold=0.25, learn_tau=True)),
+        ("conv", partial(MultiThreshold, 2, independent, v_threshold=0.25)),
+        ("conv", partial(LIF, v_reset=0.0, v_threshold=0.25, learn_threshold=True)),
+        ("lstm", partial(MultiThreshold, 2, independent, v_threshold=0.25)),
+    ],
+)
+def test_any_neuron_learns_inside(kind, neuron):
+    layer = make(kind, neuron=neuron, window=overlap, binarise=straight_through)
+    params, rest, call = pure(layer)
+    xs = maps(2, 2, 4, 4, 3)
+
+    @jax.jit
+    def loss(params):
+        ys, carried = call(params, rest, xs)
+        return (call(params, rest, xs + ys, carried)[0] ** 2).sum()
+
+    gradients = jax.tree.leaves(jax.grad(loss)(params))
+    assert all(jnp.isfinite(g).all() and (g != 0).any() for g in gradients)
+
+
+# Keys
+
+
+def test_each_call_draws_and_each_layer_has_its_own_stream():
+    rngs = nnx.Rngs(0)
+    layers = [Mixer(3, conv_network(3, rngs=rngs), rngs=rngs) for _ in range(2)]
+    keys = [layer.rngs() for layer in (*layers, *layers)]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 4
+
+
+def test_the_same_state_gives_the_same_spikes_also_in_evaluation():
+    layer = make(binarise=bernoulli)
+    layer.eval()
+    params, rest, call = pure(layer)
+    xs = maps(1, 1, 8, 8, 3)
+    ys = call(params, rest, xs)[0]
+    assert jnp.array_equal(ys, call(params, rest, xs)[0])
+    layer(xs)
+    assert not jnp.array_equal(ys, layer(xs)[0])
+
+
+def test_it_compiles_once():
+    layer = make(binarise=bernoulli)
+    graphdef, _ = nnx.split(layer)
+    traced = []
+
+    @jax.jit
+    def step(state, xs):
+        traced.append(1)
+        layer = nnx.merge(graphdef, state)
+        return nnx.to_pure_dict(nnx.state(layer)), layer(xs)[0]
+
+    state = nnx.to_pure_dict(nnx.state(layer))
+    for _ in range(3):
+        state, _ = step(state, maps(1, 1, 4, 4, 3))
+    assert len(traced) == 1
+    assert nnx.graphdef(layer) == graphdef
+
+
+# Bad input
+
+
+def test_missing_key():
+    rngs = nnx.Rngs(params=0)
+    match = r"Mixer: expected rngs with a stream 'noise', got params\. Give nnx\.Rngs"
+    with pytest.raises(ValueError, match=match):
+        Mixer(3, conv_network(3, rngs=rngs), rngs=rngs)
+
+
+def test_projection_of_the_wrong_shape():
+    layer = make(options={"projection": lambda a, b: (a + b).sum(-1)})
+    match = (
+        r"projection: expected a function that keeps the shape .* got \(1, 1, 2, 2\)"
+    )
+    with pytest.raises(ValueError, match=match):
+        layer(maps(1, 1, 4, 4, 3))
+
+
+def test_maps_without_time():
+    match = r"Mixer: expected maps \[B, T, H, W, C\], got shape \(1, 4, 4, 3\)"
+    with pytest.raises(ValueError, match=match):
+        make()(maps(1, 4, 4, 3))
+
+
+def test_odd_maps_and_windows_larger_than_the_map():
+    with pytest.raises(ValueError, match="tile: expected a map with even sides, got 5"):
+        make()(maps(1, 1, 5, 5, 3))
+    with pytest.raises(ValueError, match="got 8 for a map of side 4"):
+        make(window=lambda side: 8)(maps(1, 1, 4, 4, 3))
+
+
+def test_the_protocol_is_met():
+    networks: list[mixer.Network] = [
+        conv_network(3, rngs=nnx.Rngs(0)),
+        lstm_network(3, rngs=nnx.Rngs(0)),
+    ]
+    assert [network.features for network in networks] == [3, 6]

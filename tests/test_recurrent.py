@@ -1,0 +1,165 @@
+"""Layers that feed back: by hand, past and future, and against numpy and Flax."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import slow_general
+from flax import nnx
+
+from spikejax import LIF, MultiThreshold, independent, keep_membranes, losses
+from spikejax.data import images
+from spikejax.models.recurrent import RecurrentSNN, feedback, gated
+from spikejax.recurrent import LSTM, Bidirectional, Recurrent
+
+XS = jax.random.normal(jax.random.key(0), (2, 6, 3))
+NEURONS = {
+    "lif": lambda: LIF(v_threshold=0.4),
+    "hard": lambda: LIF(v_threshold=0.4, v_reset=0.0),
+    "several": lambda: MultiThreshold(3, v_threshold=0.3, learn_thresholds=True),
+    "independent": lambda: MultiThreshold(2, independent, v_threshold=0.3),
+}
+
+
+def layer(name="lif", features=3):
+    return Recurrent(NEURONS[name](), features, rngs=nnx.Rngs(0))
+
+
+def test_by_hand():
+    """u[t] = u[t-1] / 2 + x[t] + 0.8 z[t-1], threshold 1, soft reset.
+
+    1.0 fires, leaves 0; 0 + 0.3 + 0.8 = 1.1 fires, leaves 0.1;
+    0.05 + 0 + 0.8 = 0.85;  0.425 + 0.5 = 0.925;  0.4625 + 0.6 = 1.0625 fires
+    """
+    neurons = Recurrent(LIF(decay_input=False), 1, rngs=nnx.Rngs(0))
+    neurons.recurrent.kernel[...] = jnp.array([[0.8]])
+    xs = jnp.array([1.0, 0.3, 0.0, 0.5, 0.6]).reshape(1, 5, 1)
+    assert neurons(xs)[0, :, 0].tolist() == [1, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("name", NEURONS)
+def test_without_recurrent_weights_it_is_the_neuron(name):
+    neurons = layer(name)
+    neurons.recurrent.kernel[...] = jnp.zeros((3, 3))
+    for trains in (False, True):
+        alone = NEURONS[name]()(XS, trains=trains)
+        np.testing.assert_array_equal(neurons(XS, trains=trains), alone)
+
+
+def test_trains_sum_up_to_the_spikes():
+    neurons = layer("several")
+    spikes, trains = neurons(XS), neurons(XS, trains=True)
+    assert trains.shape == (*XS.shape, 3) and spikes.max() > 1
+    np.testing.assert_allclose(trains.sum(-1), spikes, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NEURONS)
+def test_step_by_step_is_the_whole_sequence(name):
+    neurons = layer(name)
+    spikes = neurons(XS)
+    for _ in range(2):  # keep_membranes starts anew
+        keep_membranes(neurons)
+        steps = [neurons(XS[:, t : t + 1]) for t in range(6)]
+        np.testing.assert_allclose(jnp.concatenate(steps, 1), spikes, atol=1e-6)
+
+
+def test_spikes_of_one_neuron_reach_the_others_later():
+    neurons = layer()
+    g = jax.grad(lambda xs: neurons(xs)[:, 3, 0].sum())(XS)
+    assert (g[:, :3, 1:] != 0).any() and (g[:, 4:] == 0).all()
+    assert (g[:, 3, 1:] == 0).all()  # not within the step
+
+
+@pytest.mark.parametrize(
+    ("made", "features"), [(LSTM, 4), (Bidirectional, 8)], ids=["one", "both"]
+)
+def test_lstm_is_that_of_plain_numpy(made, features):
+    module = made(3, 4, rngs=nnx.Rngs(0))
+    params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    params = jax.tree.map(np.float64, params)
+    read = slow_general.lstm if made is LSTM else slow_general.both_ways
+    hs = module(XS[:, None])
+    assert hs.shape == (2, 1, 6, features)
+    for b in range(2):
+        np.testing.assert_allclose(hs[b, 0], read(np.float64(XS[b]), params), atol=1e-6)
+
+
+def test_lstm_is_that_of_flax():
+    ours = LSTM(3, 4, rngs=nnx.Rngs(0))
+    theirs = nnx.OptimizedLSTMCell(3, 4, rngs=nnx.Rngs(0))
+    theirs.dense_i.kernel[...] = ours.inputs.kernel[...]
+    theirs.dense_h.kernel[...] = ours.recurrent.kernel[...]
+    theirs.dense_h.bias[...] = ours.inputs.bias[...] + ours.bias[...]
+    hs = nnx.RNN(theirs)(XS)
+    np.testing.assert_allclose(ours(XS), hs, atol=1e-6)
+
+
+def test_input_that_does_not_fit():
+    match = r"Recurrent: expected a sequence \[B, T, 3\], got shape \(2, 6, 4\)"
+    with pytest.raises(ValueError, match=match):
+        layer()(jnp.zeros((2, 6, 4)))
+    neurons = keep_membranes(layer())
+    neurons(XS)
+    match = r"Recurrent: expected input for its membrane \(2, 3\), got \(1, 6, 3\)"
+    with pytest.raises(ValueError, match=match):
+        neurons(XS[:1])
+
+
+# The network
+
+OPTIONS = {"decay_input": False, "detach_reset": True}
+
+
+def rows_of_digits():
+    """The digits row by row: 8 steps of 8 pixels."""
+    found = images.load("digits")
+    return [
+        (
+            jnp.asarray(split.images[..., 0], jnp.float32) / 255,
+            jnp.asarray(split.labels),
+        )
+        for split in (found.train, found.test)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "neuron"),
+    [
+        (feedback, partial(LIF, **OPTIONS)),
+        (feedback, partial(MultiThreshold, 4, v_threshold=0.5, **OPTIONS)),
+        (gated, partial(LIF, v_threshold=0.5, **OPTIONS)),
+    ],
+    ids=["lif", "multi-threshold", "lstm"],
+)
+def test_it_learns_to_read_digits_row_by_row(kind, neuron):
+    (xs, labels), (test_xs, test_labels) = rows_of_digits()
+    model = RecurrentSNN(8, (128,), 10, neuron=neuron, kind=kind, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+    params = nnx.to_pure_dict(params)
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 450))
+
+    @jax.jit
+    def epoch(params, state, key):
+        def step(carry, rows):
+            params, state = carry
+
+            def loss(params):
+                logits = nnx.merge(graphdef, params)(xs[rows])
+                return losses.rate_cross_entropy(logits, labels[rows]).mean()
+
+            updates, state = optimizer.update(jax.grad(loss)(params), state)
+            return (optax.apply_updates(params, updates), state), None
+
+        order = jax.random.permutation(key, 1500).reshape(15, 100)
+        return jax.lax.scan(step, (params, state), order)[0]
+
+    state = optimizer.init(params)
+    for key in jax.random.split(jax.random.key(0), 30):
+        params, state = epoch(params, state, key)
+    logits = nnx.merge(graphdef, params)(test_xs)
+    assert logits.shape == (297, 8, 10)
+    accuracy = float((logits.mean(1).argmax(-1) == test_labels).mean())
+    assert accuracy > 0.85  # by chance 0.1
