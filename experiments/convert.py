@@ -26,7 +26,13 @@ from flax import nnx
 from spikejax import energy
 from spikejax.conversion import calibrate, convert, least_error, percentile
 from spikejax.data import images
-from spikejax.experiment import Experiment, make_encode, read, train
+from spikejax.experiment import (
+    Experiment,
+    make_crops,
+    make_encode,
+    read,
+    train,
+)
 from spikejax.flags import parse, reported
 from spikejax.progress import table
 from spikejax.quant import QuantReLU
@@ -100,8 +106,9 @@ class Conversions:
             )
         self.image_set = images.load(self.start.data, flags.data_dir)
         self.encode = make_encode(self.start, self.image_set)
+        _, self.middle = make_crops(self.start)
         first = range(min(SAMPLE, len(self.image_set.train)))
-        raw = images.take(self.image_set.train, first)
+        raw = images.take(self.image_set.train, first, self.middle)
         self.sample = self.encode(jnp.asarray(raw["image"]), jax.random.key(0))
         self.labels = jnp.asarray(raw["label"])
 
@@ -165,9 +172,8 @@ class Conversions:
     def test(self) -> Iterator[dict[str, Any]]:
         """Batches of the test images."""
         left = self.flags.test_images or len(self.image_set.test)
-        for batch in images.eval_batches(
-            self.image_set.test, self.start.train.batch_size
-        ):
+        size = self.start.train.batch_size
+        for batch in images.eval_batches(self.image_set.test, size, crop=self.middle):
             yield {name: values[:left] for name, values in batch.items()}
             left -= len(batch["label"])
             if left <= 0:
