@@ -6,21 +6,19 @@ checksum, and a damaged checkpoint gives way to the one before.
 
 import contextlib
 import json
-import logging
 import math
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import tensorstore
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from spikejax import processes
 from spikejax.checksum import (
     Damaged,
     by_path,
@@ -31,8 +29,8 @@ from spikejax.checksum import (
     parameters_sha256,
     seal,
     signature,
-    unseal,
 )
+from spikejax.store import Text, cause, read_leaves, read_notes, read_position
 
 Record = dict[str, Any]  # what is noted beside a checkpoint
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder being written
@@ -41,7 +39,7 @@ __all__ = ["CheckpointWarning", "Checkpoints", "checksums", "parameters_sha256"]
 
 
 class CheckpointWarning(UserWarning):
-    """A damaged checkpoint was passed over."""
+    """A checkpoint, or a part of it, could not be used."""
 
 
 class DataIterator(Protocol):
@@ -79,8 +77,8 @@ class Checkpoints:
         self._metrics: dict[int, float | None] = {}
         for step in self.steps:
             with contextlib.suppress(Damaged):
-                self._metrics[step] = self._record(step)["metric"]
-        if jax.process_index() == 0:
+                self._metrics[step] = read_notes(self.directory / str(step))["metric"]
+        if processes.is_first():
             for path in self.directory.glob(f"*{UNFINISHED}*"):
                 shutil.rmtree(path)
 
@@ -118,7 +116,7 @@ class Checkpoints:
             self._finish()
             self._saving = ocp.save_checkpointables_async(
                 str(self.directory / str(step)),
-                {"state": leaves, "data": _Text(position)},
+                {"state": leaves, "data": Text(position)},
                 custom_metadata=seal(self._new_record(step, state, metric)),
             )
             self._metrics[step] = metric
@@ -143,15 +141,15 @@ class Checkpoints:
             ValueError: the checkpoint is of another configuration, or all are damaged.
         """
         targets = _arrays(abstract_state)
+        self._check_shared()
         damaged: dict[int, str] = {}
         for step in reversed(self.steps):
             try:
-                record = self._record(step)
-                self._check_configuration(record, targets)
-                leaves = self._load(record, targets, data_iterator)
+                record, position, leaves = self._read(step, targets)
             except Damaged as error:
                 damaged[step] = str(error)
                 continue
+            self._move(data_iterator, record, position)
             self._set_aside(damaged, step)
             self._newest = step
             return step, jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
@@ -176,7 +174,7 @@ class Checkpoints:
         steps = self.steps
         best = max(steps, key=self._rank, default=None)
         for step in steps[: -self._keep]:
-            if step != best and jax.process_index() == 0:
+            if step != best and processes.is_first():
                 # Half removed, it must not be taken for a checkpoint.
                 path = self.directory / str(step)
                 shutil.rmtree(path.rename(f"{path}{UNFINISHED}"))
@@ -203,44 +201,63 @@ class Checkpoints:
             "checksums": checksums(state),
         }
 
-    def _record(self, step: int) -> Record:
-        """What was noted beside the checkpoint, once it is known to be unharmed."""
-        # Orbax would open the arrays too, and those may be damaged.
-        with _reading():
-            text = (self.directory / str(step) / "_CHECKPOINT_METADATA").read_text()
-            return unseal(json.loads(text)["custom_metadata"])
+    def _check_shared(self) -> None:
+        newest = processes.of_all(max(self.steps, default=-1))
+        if len(set(newest)) > 1:
+            raise ValueError(
+                f"Checkpoints.restore: expected a folder that all processes share, got "
+                f"{self.directory}, in which their newest steps are {newest}. Give one "
+                "on a disk that all of them see."
+            )
 
     def _check_configuration(self, record: Record, targets: dict[str, Any]) -> None:
-        """Raises when the state has other leaves, or the run other processes."""
+        """Raises when the state has other leaves."""
         here = {path: signature(leaf) for path, leaf in targets.items()}
         if here != record["leaves"]:
             different = difference(record["leaves"], here)
             raise self._other(record, f"of the state, {different}")
-        if record["processes"] != jax.process_count():
-            counts = f"{record['processes']} there and {jax.process_count()} here"
-            raise self._other(record, f"the number of processes is {counts}")
 
-    def _load(
-        self, record: Record, targets: dict[str, Any], data_iterator: DataIterator
-    ) -> list[jax.Array]:
-        """The leaves, compared with their checksums; then moves data_iterator."""
-        folder = self.directory / str(record["step"])
-        abstract = {path: _abstract_data(leaf) for path, leaf in targets.items()}
-        with _reading():
-            position = unseal(json.loads((folder / "data" / _file_name()).read_text()))
-            _probe(folder / "state", list(targets))
-            checkpoint = ocp.load_checkpointables(str(folder), {"state": abstract})
-        loaded = checkpoint["state"]
-        found = checksums(loaded)
-        wrong = [path for path in found if found[path] != record["checksums"][path]]
+    def _read(self, step: int, targets: dict[str, Any]) -> tuple[Record, Any, list]:
+        """Notes, position of the data and leaves; Damaged if so for any process."""
+        found = self._read_here(self.directory / str(step), targets)
+        failed = isinstance(found, Damaged)
+        if any(processes.of_all(failed)):
+            raise found if failed else Damaged("another process cannot read it")
+        record, position, loaded = found
+        sums = checksums(loaded)
+        wrong = [path for path in sums if sums[path] != record["checksums"][path]]
         if wrong:
             raise Damaged(f"{wrong[0]} has a wrong checksum")
+        leaves = [key_like(leaf, loaded[path]) for path, leaf in targets.items()]
+        return record, position, leaves
+
+    def _read_here(self, folder: Path, targets: dict[str, Any]) -> Any:
+        """What this process needs, or the damage, without a word with the others."""
+        try:
+            record = read_notes(folder)
+            self._check_configuration(record, targets)
+            position = read_position(folder, record["processes"])
+            return record, position, read_leaves(folder, targets)
+        except Damaged as error:
+            return error
+
+    def _move(self, data_iterator: DataIterator, record: Record, position: Any) -> None:
+        """Moves the iterator, or says that its order starts anew."""
+        if position is None:
+            if processes.is_first():
+                warnings.warn(
+                    f"checkpoint {record['step']} in {self.directory} is of "
+                    f"{record['processes']} processes with positions of their own, and "
+                    "now there are others: the order of the data starts anew",
+                    CheckpointWarning,
+                    stacklevel=4,
+                )
+            return
         try:
             data_iterator.set_state(position)
         except Exception as error:
-            what = f"its data iterator does not fit ({_cause(error)})"
+            what = f"its data iterator does not fit ({cause(error)})"
             raise self._other(record, what) from error
-        return [key_like(leaf, loaded[path]) for path, leaf in targets.items()]
 
     def _other(self, record: Record, what: str) -> ValueError:
         settings = ""
@@ -260,37 +277,17 @@ class Checkpoints:
         now = time.strftime("%Y%m%d-%H%M%S")
         kept = {bad: self.directory / f"damaged-{bad}-{now}" for bad in damaged}
         multihost_utils.sync_global_devices("every process has read")
-        if jax.process_index() == 0:
+        if processes.is_first():
             for bad, path in kept.items():
                 (self.directory / str(bad)).rename(path)
         multihost_utils.sync_global_devices("damaged checkpoints are renamed")
-        for bad, path in kept.items():
+        for bad, path in kept.items() if processes.is_first() else ():
             warnings.warn(
                 f"checkpoint {bad} in {self.directory} is damaged ({damaged[bad]}): "
                 f"going on from checkpoint {step}; the damaged one is now {path.name}",
                 CheckpointWarning,
                 stacklevel=3,
             )
-
-
-@dataclass(frozen=True)
-class _Text:
-    """A text as Orbax takes it, which lets it write itself."""
-
-    text: str
-
-    async def save(self, directory: Any) -> Any:
-        async def write() -> None:
-            (await directory.await_creation() / _file_name()).write_text(self.text)
-
-        return write()
-
-    async def load(self, directory: Any) -> Any:
-        raise NotImplementedError
-
-
-def _file_name() -> str:
-    return f"process_{jax.process_index()}-of-{jax.process_count()}.json"
 
 
 def _arrays(state: Any) -> dict[str, Any]:
@@ -303,47 +300,3 @@ def _arrays(state: Any) -> dict[str, Any]:
                 f"got {leaf!r}. Place it: jax.device_put(leaf, sharding)."
             )
     return leaves
-
-
-def _abstract_data(leaf: Any) -> jax.ShapeDtypeStruct:
-    data = jax.eval_shape(key_data, leaf)
-    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
-
-
-def _cause(error: BaseException) -> str:
-    """The first line of the error at the bottom of a chain."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).splitlines() or [""]
-    name = "" if isinstance(error, Damaged) else f"{type(error).__name__}: "
-    return f"{name}{lines[0][:160]}"
-
-
-def _probe(folder: Path, paths: list[str]) -> None:
-    """Reads the leaves one after the other.
-
-    Orbax reads them all at once, and when one fails the others write pages of errors.
-    """
-    for file in [folder / "_METADATA", *folder.glob("array_metadatas/*")]:
-        json.loads(file.read_text())
-    for path in paths:
-        store = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{path}/"}
-        try:
-            array = tensorstore.open({"driver": "zarr3", "kvstore": store}).result()
-            array.read().result()
-        except Exception:
-            raise Damaged(f"{path} cannot be read") from None
-
-
-@contextlib.contextmanager
-def _reading() -> Iterator[None]:
-    """Keeps Orbax's log of a damaged checkpoint off the terminal; raises Damaged."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    except Exception as error:
-        raise Damaged(_cause(error)) from error
-    finally:
-        logger.setLevel(level)

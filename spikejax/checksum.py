@@ -29,8 +29,13 @@ def checksums(state: Any) -> dict[str, int]:
         {path: checksum}, with paths such as "params/stem/kernel".
     """
     leaves = {path: key_data(leaf) for path, leaf in by_path(state).items()}
-    sums = jax.device_get({path: _checksum(leaf) for path, leaf in leaves.items()})
-    return {path: int(value) for path, value in sums.items()}
+    sums = {}
+    for path, leaf in leaves.items():
+        sums[path] = _checksum(leaf)
+        if not leaf.is_fully_replicated:
+            # Programs whose devices wait for one another can lock up, several at once.
+            sums[path].block_until_ready()
+    return {path: int(value) for path, value in jax.device_get(sums).items()}
 
 
 def parameters_sha256(params: Any) -> str:

@@ -6,11 +6,10 @@ notebook with the same ``Experiment``.
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax
 import jax
@@ -18,17 +17,29 @@ import jax.numpy as jnp
 from flax import nnx
 
 import spikejax
-from spikejax import encode, energy, losses, neurons, sharding
+from spikejax import (
+    encode,
+    energy,
+    folder,
+    losses,
+    processes,
+    sharding,
+)
 from spikejax.data import augment, images
-from spikejax.layers import IF, LIF, PLIF, MultiThreshold
-from spikejax.models import resnet, vgg
-from spikejax.norm import td_batch_norm
+from spikejax.data.crop import center_crop, inception_crop
+from spikejax.network import NeuronName, build_model
+from spikejax.processes import Processes
 from spikejax.step import TrainConfig
 from spikejax.train import Fitted, fit
 
-ENERGY_IMAGES = 256  # test images over which spikes and energy are measured
+ENERGY_IMAGES = 256  # test images over which spikes and energy are measured, if
+ENERGY_VALUES = 2**24  # they are small; of large ones as many as have so many numbers
 
-NeuronName = Literal["lif", "plif", "if", "mt-parallel", "mt-cascade", "relu"]
+# Where a run runs, reads and writes: it may go on with others.
+PLACES = ("workdir", "data_dir", "workers", "stream", "remat", "fsdp") + (
+    "profile",
+    "processes",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +53,15 @@ class Experiment:
     data_dir: Path | None = None
     """Folder of the TFDS sets; TFDS's own default if not given."""
     model: str = "convnet"
-    """Network: convnet, vgg11, vgg16, resnet18, resnet19 or resnet20."""
+    """Network: a key of MODELS, such as convnet, vgg11, resnet19 or vggsnn."""
     residual: Literal["plain", "sew", "ms"] = "ms"
     """Residual of the resnets: where their neurons stand (spikejax.models.resnet)."""
     pool: Literal["max", "avg"] = "max"
     """Pooling of convnet and vgg; the maximum of spikes is their OR."""
+    width: float = 1.0
+    """Factor on the channels of the resnets, general-cnn and general-lstm."""
+    binarise: Literal["bernoulli", "straight-through", "threshold"] = "bernoulli"
+    """How general-cnn and general-lstm make spikes of the input of a layer."""
     neuron: NeuronName = "mt-parallel"
     """Activation; relu trains the network that does not spike."""
     num_thresholds: int = 4
@@ -57,16 +72,36 @@ class Experiment:
     """Cross-entropy of the mean over time, or at every step (TET)."""
     label_smoothing: float = 0.0
     """Probability that is spread over all classes, 0 <= p < 1."""
-    augment: Literal["none", "crop-flip", "autoaugment"] = "none"
-    """Augmentation of the training images; autoaugment adds crop, flip and Cutout."""
+    image_size: int | None = None
+    """Photographs: height and width that the network sees; their own if not given."""
+    augment: Literal["none", "crop-flip", "autoaugment", "inception"] = "none"
+    """Of the training images; autoaugment adds crop, flip and Cutout; inception takes a
+    random part of a photograph, and its mirror image."""
     workers: int = 0
     """Processes that prepare batches beside this one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Numbers of the computation; parameters, statistics and membranes are float32."""
+    remat: Literal["none", "blocks"] = "none"
+    """Keep the inputs of the blocks of a resnet alone for the gradient: less memory."""
+    fsdp: int = 1
+    """Devices that share one copy of the parameters; 1 gives each its own."""
+    profile: bool = False
+    """Write a trace of five steps to WORKDIR/profile, for TensorBoard's XProf."""
+    processes: Processes = Processes()
+    """Where a run has several processes, one a machine."""
     train: TrainConfig = TrainConfig()
     """The recipe."""
 
     def __post_init__(self):
         if self.time_steps < 1:
             raise ValueError(f"time_steps: expected at least 1, got {self.time_steps}.")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size: expected at least 1, got {self.image_size}.")
+        if self.augment == "inception" and self.image_size is None:
+            raise ValueError(
+                "image_size: expected a number with --augment inception, got none. "
+                "Take 224, or 64 for Tiny-ImageNet."
+            )
         if self.num_thresholds < 1:
             raise ValueError(
                 f"num_thresholds: expected at least 1, got {self.num_thresholds}."
@@ -81,71 +116,6 @@ class Experiment:
                 f"time_steps: expected 1 for --neuron relu, which has no state, got "
                 f"{self.time_steps}."
             )
-
-
-def spacing(experiment: Experiment) -> float:
-    """Threshold, or distance of thresholds, in standard deviations of the input.
-
-    Our choice: one threshold at 1; N > 1 thresholds at 1/2 each.
-    """
-    several = experiment.neuron.startswith("mt-") and experiment.num_thresholds > 1
-    return 0.5 if several else 1.0
-
-
-def neuron_factory(experiment: Experiment) -> Callable[[], Callable]:
-    """The activation that the flags name, as models take it.
-
-    Spiking neurons: soft reset, threshold 1, input not scaled by the leak, ATan.
-    """
-    options: dict[str, Any] = {"decay_input": False, "detach_reset": True}
-    several = partial(MultiThreshold, experiment.num_thresholds, **options)
-    return {
-        "lif": partial(LIF, **options),
-        "plif": partial(PLIF, **options),
-        "if": partial(IF, detach_reset=True),
-        "mt-parallel": partial(several, neurons.parallel, learn_tau=True),
-        "mt-cascade": partial(several, neurons.cascade, learn_tau=True),
-        "relu": lambda: nnx.relu,
-    }[experiment.neuron]
-
-
-MODELS: dict[str, Callable] = {
-    "convnet": partial(vgg.VGG, (16, vgg.POOL, 32, 32)),
-    "vgg11": vgg.vgg11,
-    "vgg16": vgg.vgg16,
-    "resnet18": resnet.cifar_resnet18,
-    "resnet19": resnet.resnet19,
-    "resnet20": resnet.resnet20,
-}
-
-
-def build_model(experiment: Experiment, image_set: images.ImageSet) -> nnx.Module:
-    """The network that the flags name, with initial weights from the seed."""
-    if experiment.model not in MODELS:
-        raise ValueError(
-            f"model: expected one of {', '.join(MODELS)}, got {experiment.model!r}."
-        )
-    norm = partial(td_batch_norm, v_threshold=1 / spacing(experiment))
-    if experiment.model.startswith("resnet"):
-        residuals = {"plain": resnet.plain, "sew": resnet.sew, "ms": resnet.ms}
-        options = {"residual": residuals[experiment.residual]}
-    else:
-        pools = {"max": vgg.max_pool, "avg": vgg.avg_pool}
-        options = {"pool": pools[experiment.pool]}
-
-    def make():
-        return MODELS[experiment.model](
-            num_classes=image_set.num_classes,
-            neuron=neuron_factory(experiment),
-            norm=norm,
-            in_channels=image_set.shape[-1],
-            rngs=nnx.Rngs(experiment.train.seed),
-            **options,
-        )
-
-    graphdef, _ = nnx.split(nnx.eval_shape(make))
-    weights = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make())))()
-    return nnx.merge(graphdef, weights)
 
 
 def make_encode(experiment: Experiment, image_set: images.ImageSet) -> Callable:
@@ -173,65 +143,127 @@ def make_augment(experiment: Experiment) -> Callable | None:
         "autoaugment": augment.compose(
             *crop_flip, augment.autoaugment_cifar(), augment.cutout(16)
         ),
+        "inception": augment.random_flip(),
     }[experiment.augment]
 
 
-def train(experiment: Experiment, model: nnx.Module | None = None, **more) -> Fitted:
+def make_crops(experiment: Experiment) -> tuple[Any, Any]:
+    """What is cut out of photographs (to train on, to evaluate on), or None."""
+    size = experiment.image_size
+    if size is None:
+        return None, None
+    middle = center_crop(size)
+    return inception_crop(size) if experiment.augment == "inception" else middle, middle
+
+
+class Input(NamedTuple):
+    """How data become the input of a network; each is called with the experiment.
+
+    load: to a set, as images.load returns it. encode: and the set, to (raw, rng) -> xs
+    [B, T, ...]. augment: to an augmentation of host batches, or None. crops: to the
+    crops of training and evaluation, or None.
+    """
+
+    load: Callable[[Any], Any]
+    encode: Callable[[Any, Any], Callable]
+    augment: Callable[[Any], Callable | None]
+    crops: Callable[[Any], tuple[Any, Any]] = lambda experiment: (None, None)
+
+
+IMAGES = Input(
+    lambda e: images.load(e.data, e.data_dir), make_encode, make_augment, make_crops
+)
+
+
+def train(
+    experiment: Experiment,
+    model: nnx.Module | None = None,
+    source: Input = IMAGES,
+    **more,
+) -> Fitted:
     """Train the network of the flags in its folder, or go on where it stopped there.
 
     Args:
         experiment: the flags.
         model: trained instead of the one that the flags name.
+        source: how the data come to the network.
         more: what else tells this run from another, as JSON has it.
     """
-    settings = _settings(experiment) | more
-    _check_workdir(experiment.workdir, settings)
-    image_set = images.load(experiment.data, experiment.data_dir)
-    sharding.check_batch_size(experiment.train.batch_size, sharding.data_mesh())
+    with processes.joined(experiment.processes):
+        return _train(experiment, model, source, _settings(experiment) | more)
+
+
+def _train(experiment, model, source, settings):
+    folder.check(experiment.workdir, settings, _settings(Experiment(Path())))
+    recipe, shard = experiment.train, processes.shard()
+    mesh = sharding.data_mesh(fsdp=experiment.fsdp)
+    sharding.check_batch_size(recipe.batch_size, mesh)
+    image_set, (crop, middle) = source.load(experiment), source.crops(experiment)
     train_data = images.train_batches(
         image_set.train,
-        experiment.train.batch_size,
-        seed=experiment.train.seed,
-        augment=make_augment(experiment),
+        recipe.batch_size // shard[1],
+        seed=recipe.seed,
+        crop=crop,
+        augment=source.augment(experiment),
         workers=experiment.workers,
+        shard=shard,
     )
-    eval_data = images.eval_batches(image_set.test, experiment.train.batch_size)
-    model = build_model(experiment, image_set) if model is None else model
-    experiment.workdir.mkdir(parents=True, exist_ok=True)
-    _write(experiment.workdir / "config.json", settings)
+    eval_data = images.eval_batches(
+        image_set.test, recipe.batch_size // shard[1], crop=middle, shard=shard
+    )
     return fit(
-        experiment.train,
-        model,
+        recipe,
+        # Held by nothing else, so that its whole parameters can go.
+        build_model(experiment, image_set) if model is None else model,
         make_loss(experiment),
         train_data,
         eval_data,
-        encode=make_encode(experiment, image_set),
-        steps_per_epoch=max(1, len(image_set.train) // experiment.train.batch_size),
-        workdir=experiment.workdir,
+        encode=source.encode(experiment, image_set),
+        steps_per_epoch=max(1, len(image_set.train) // recipe.batch_size),
+        workdir=folder.claim(experiment.workdir, settings),
         settings=settings,
+        mesh=mesh,
+        profile=experiment.profile,
     )
 
 
-def run(experiment: Experiment) -> dict[str, Any] | None:
+def run(experiment: Experiment, source: Input = IMAGES) -> dict[str, Any] | None:
     """Train and evaluate; writes config.json, result.json and what ``fit`` writes.
+
+    Args:
+        experiment: the flags.
+        source: how the data come to the network.
 
     Returns:
         the content of result.json, or None where SIGTERM stopped the run.
     """
-    fitted = train(experiment)
+    fitted = train(experiment, source=source)
     if not fitted.finished:
         steps = fitted.metrics["steps"]
-        print(f"Stopped at step {steps}, saved. The same command goes on from there.")
+        if processes.is_first():
+            print(
+                f"Stopped at step {steps}, saved. The same command goes on from there."
+            )
         return None
-    image_set = images.load(experiment.data, experiment.data_dir)
-    count = min(ENERGY_IMAGES, len(image_set.test))
-    sample = images.take(image_set.test, range(count))["image"]
-    xs = make_encode(experiment, image_set)(jnp.asarray(sample), jax.random.key(0))
-    report = energy.measure(fitted.model, xs)
+    return report(experiment, fitted, source)
+
+
+def report(
+    experiment: Experiment, fitted: Fitted, source: Input = IMAGES, **more
+) -> dict[str, Any]:
+    """Measure spikes and energy of what ``train`` returned; write result.json."""
+    image_set = source.load(experiment)
+    _, middle = source.crops(experiment)
+    most = ENERGY_VALUES // images.take(image_set.test, [0], middle)["image"].size
+    count = min(ENERGY_IMAGES, len(image_set.test), most)
+    sample = images.take(image_set.test, range(count), middle)["image"]
+    xs = source.encode(experiment, image_set)(jnp.asarray(sample), jax.random.key(0))
+    spent = energy.measure(fitted.model, xs)
     result = fitted.metrics | {
-        "spikes_per_image": report.spikes_per_image,
-        "energy_nj": report.energy_nj,
-        "ann_energy_nj": report.ann_energy_nj,
+        "spikes_per_image": spent.spikes_per_image,
+        "energy_nj": spent.energy_nj,
+        "mac_nj": spent.mac_nj,
+        "ann_energy_nj": spent.ann_energy_nj,
         "seed": experiment.train.seed,
         "versions": {
             "spikejax": spikejax.__version__,
@@ -240,8 +272,8 @@ def run(experiment: Experiment) -> dict[str, Any] | None:
         },
         "device": jax.devices()[0].device_kind,
     }
-    _write(experiment.workdir / "result.json", result)
-    return result
+    folder.write(experiment.workdir / "result.json", result | more)
+    return result | more
 
 
 def read(workdir: Path, data_dir: Path | None = None) -> Experiment:
@@ -262,40 +294,17 @@ def read(workdir: Path, data_dir: Path | None = None) -> Experiment:
     return Experiment(workdir, data_dir=data_dir, train=recipe, **known(Experiment))
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """The file is whole or as it was, even when the process is killed."""
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(json.dumps(content, indent=2))
-    os.replace(beside, path)
-
-
 def _settings(experiment: Experiment) -> dict[str, Any]:
-    """What makes this run: all flags but where it reads and writes."""
+    """What makes this run."""
     settings = dataclasses.asdict(experiment)
-    for name in ("workdir", "data_dir", "workers"):
-        del settings[name]
+    for name in PLACES:
+        settings.pop(name, None)
     return settings | settings.pop("train")
 
 
-def _check_workdir(workdir: Path, settings: dict[str, Any]) -> None:
-    """ValueError where the folder holds another run."""
-    path = workdir / "config.json"
-    if not path.exists():
-        return
-    there = json.loads(path.read_text())
-    differ = [k for k in settings if settings[k] != there.get(k)]
-    if differ:
-        name = differ[0]
-        raise ValueError(
-            f"workdir: expected a new folder or one of this run, got {workdir}, which "
-            f"holds another: {name} is {there.get(name)!r} there and "
-            f"{settings[name]!r} here. Take another --workdir, or delete it."
-        )
-
-
-def main(experiment: Experiment) -> None:
+def main(experiment: Experiment, source: Input = IMAGES) -> None:
     """Run one experiment and print one line of result."""
-    if result := run(experiment):
+    if (result := run(experiment, source)) and processes.is_first():
         print(
             f"accuracy {result['accuracy']:.2%}, {result['seconds']:.0f} s, "
             f"{result['spikes_per_image']:,.0f} spikes and "

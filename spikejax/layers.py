@@ -6,6 +6,7 @@ membrane: see ``keep_membranes``. Membranes are float32 whatever the type of the
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -108,14 +109,18 @@ class Neuron(nnx.Module):
         """Membrane at rest, before the first step of a sequence."""
         return self.v_reset or 0.0
 
-    def _start(self, xs):
-        """Membrane before the first step: held from the last call, or at rest."""
-        shape = xs[:, 0].shape
+    def rest(self, shape: tuple[int, ...]) -> jax.Array:
+        """Membranes at rest for currents of that shape."""
         if self.cell is neurons.independent:
             shape = (self.num_thresholds, *shape)
+        return jnp.full(shape, self.v_start, jnp.float32)
+
+    def _start(self, xs):
+        """Membrane before the first step: held from the last call, or at rest."""
+        rest = self.rest(xs[:, 0].shape)
         if self.membrane is None:
-            return jnp.full(shape, self.v_start, jnp.float32)
-        held = self.membrane[...]
+            return rest
+        held, shape = self.membrane[...], rest.shape
         if held.shape not in ((), shape):
             raise ValueError(
                 f"{type(self).__name__}: expected input for its membrane "
@@ -146,23 +151,49 @@ class Neuron(nnx.Module):
                 "Convert it: xs.astype(jnp.float32)."
             )
 
-        def cell(params, v, x):
-            v, z = self.cell(
-                params,
-                v,
-                x.astype(jnp.float32),
-                v_reset=self.v_reset,
-                decay_input=self.decay_input,
-                detach_reset=self.detach_reset,
-                spike=self.surrogate,
-                trains=trains,
-            )
-            return v, z.astype(x.dtype)
-
+        cell = partial(self._step, trains=trains)
         v, spikes = unroll(cell, self.params, self._start(xs), xs)
         if self.membrane is not None:
             self.membrane = Membrane(v)
         return spikes
+
+    def step(
+        self, v: jax.Array, xs: jax.Array, *, trains: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """One step for all currents xs at once, from membranes that the caller keeps.
+
+        Args:
+            v: membranes in the shape of xs, such as ``rest(xs.shape)``.
+            xs: currents [B, T, ...], whose time steps do not see each other here.
+            trains: as in a call of the layer.
+
+        Returns:
+            the membranes after it, and the spikes.
+        """
+        return self._step(self.params, v, xs, trains=trains)
+
+    def _step(self, params, v, x, *, trains=False):
+        v, z = self.cell(
+            params,
+            v,
+            x.astype(jnp.float32),
+            v_reset=self.v_reset,
+            decay_input=self.decay_input,
+            detach_reset=self.detach_reset,
+            spike=self.surrogate,
+            trains=trains,
+        )
+        return v, z.astype(x.dtype)
+
+    def charge(self, v: jax.Array, xs: jax.Array) -> jax.Array:
+        """Membranes of such a step after the currents xs and before the spikes."""
+        return neurons.charge(
+            self.params.leak,
+            v,
+            xs.astype(jnp.float32),
+            v_reset=self.v_reset,
+            decay_input=self.decay_input,
+        )
 
 
 class LIF(Neuron):

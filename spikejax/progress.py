@@ -182,6 +182,32 @@ class Progress:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+class Trace:
+    """A profile of five steps, after three that compile and warm up; or nothing.
+
+    TensorBoard's XProf opens the folder: operations, their times and memory.
+    """
+
+    def __init__(self, folder: Path | None):
+        self._folder, self._runs = folder, False
+
+    def before(self, step: int, state: Any) -> None:
+        """Called before each step of this process, counted from 1."""
+        if self._folder and step == 4:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(str(self._folder))
+            self._runs = True
+        elif self._runs and step == 9:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        """Ends the trace, where a run was shorter."""
+        if self._runs:
+            jax.profiler.stop_trace()
+            self._runs = False
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table, its first column to the left and the others to the right."""
     escape = _optional("rich.markup").escape

@@ -17,6 +17,10 @@ Encode = Callable[[jax.Array, jax.Array], jax.Array]  # (images, rng) -> xs [B, 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]  # (logits, labels) -> [B]
 
 
+def _as_they_lie(params: Any) -> Any:
+    return params
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train."""
@@ -33,6 +37,8 @@ class TrainConfig:
     """sgd has Nesterov momentum 0.9 and L2 decay, adamw decoupled decay."""
     learning_rate: float = 0.1
     """At its peak; it falls along a cosine to zero."""
+    learning_rate_batch: int | None = None
+    """Images a step for which it holds; it grows in proportion to --batch-size."""
     warmup: float = 0.05
     """Part of the training, in 0..1, in which the learning rate rises."""
     weight_decay: float = 5e-4
@@ -41,6 +47,8 @@ class TrainConfig:
     """Largest norm of the gradient; 0 clips nothing."""
     ema: float = 0.0
     """Evaluate a moving average of the parameters with this decay; 0 keeps none."""
+    norm_groups: int = 1
+    """Parts of the batch that are normalised apart; 1 takes the whole."""
     evaluate_every: float = 1.0
     """Epochs between evaluations; each saves a checkpoint too."""
     save_every: int = 1000
@@ -52,10 +60,13 @@ class TrainConfig:
             "steps": self.steps is None or self.steps >= 1,
             "batch_size": self.batch_size >= 1,
             "learning_rate": self.learning_rate > 0,
+            "learning_rate_batch": (self.learning_rate_batch or 1) >= 1,
             "warmup": 0 <= self.warmup < 1,
             "weight_decay": self.weight_decay >= 0,
             "clip": self.clip >= 0,
             "ema": 0 <= self.ema < 1,
+            "norm_groups": self.norm_groups >= 1
+            and self.batch_size % self.norm_groups == 0,
             "evaluate_every": self.evaluate_every > 0,
             "save_every": self.save_every >= 1,
         }
@@ -71,20 +82,28 @@ _RANGES = {
     "steps": "at least 1",
     "batch_size": "at least 1",
     "learning_rate": "more than 0",
+    "learning_rate_batch": "at least 1 image",
     "warmup": "a part of the training, 0 <= warmup < 1",
     "weight_decay": "0 or more",
     "clip": "0 (off) or more",
     "ema": "0 (off) <= ema < 1",
+    "norm_groups": "a divisor of the batch size",
     "evaluate_every": "more than 0 epochs",
     "save_every": "at least 1 step",
 }
 
 
 def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping, weight decay on kernels, SGD or AdamW with warm-up and cosine."""
+    """Clipping, weight decay on kernels, SGD or AdamW with warm-up and cosine.
+
+    Reference: the rate in proportion to the batch, Goyal et al. 2017, arXiv:1706.02677.
+    """
     warmup = int(config.warmup * steps)
+    peak = config.learning_rate
+    if config.learning_rate_batch:
+        peak *= config.batch_size / config.learning_rate_batch
     schedule = optax.warmup_cosine_decay_schedule(
-        config.learning_rate / max(1, warmup), config.learning_rate, warmup, steps
+        peak / max(1, warmup), peak, warmup, steps
     )
 
     def kernels(params):
@@ -120,19 +139,36 @@ def make_train_step(
     encode: Encode,
     optimizer: optax.GradientTransformation,
     ema: float = 0.0,
+    *,
+    norm_groups: int = 1,
+    gather: Callable[[Any], Any] = _as_they_lie,
 ) -> Callable:
     """The pure step (state, batch) -> (state, metrics), to be jitted.
 
     Metrics are the mean loss and accuracy, and the norm of the gradient of each leaf.
+
+    Args:
+        graphdef: of the model, in training mode.
+        loss, encode, optimizer: see ``spikejax.train.fit`` and ``make_optimizer``.
+        ema: decay of the moving average of the parameters, 0 keeps none.
+        norm_groups: parts of the batch with batch statistics of their own, of which the
+            state keeps the mean. As many as devices, and the forward pass needs no
+            word between them; 1 is what one device would do, whatever their number.
+        gather: parameters as they lie to parameters as the model takes them.
     """
 
     def train_step(state, batch):
         xs = encode(batch["image"], jax.random.fold_in(state["key"], state["step"]))
 
         def objective(params):
-            model = nnx.merge(graphdef, params, state["rest"])
-            logits = model(xs)
-            rest = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+            params = gather(params)
+
+            def forward(xs):
+                model = nnx.merge(graphdef, params, state["rest"])
+                logits = model(xs)
+                return logits, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+
+            logits, rest = _in_groups(forward, xs, norm_groups)
             return loss(logits, batch["label"]).mean(), (logits, rest)
 
         (value, (logits, rest)), gradients = jax.value_and_grad(
@@ -153,11 +189,28 @@ def make_train_step(
     return train_step
 
 
-def make_predict(graphdef: nnx.GraphDef, encode: Encode) -> Callable:
+def _in_groups(forward, xs, groups):
+    """(logits, rest) of the groups, one after the other in the batch."""
+    if groups == 1:
+        return forward(xs)
+    logits, rest = jax.vmap(forward)(xs.reshape(groups, -1, *xs.shape[1:]))
+    return logits.reshape(-1, *logits.shape[2:]), jax.tree.map(_mean, rest)
+
+
+def _mean(leaf):
+    floats = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return leaf.mean(0) if floats else leaf[0]  # counts and keys are the same in all
+
+
+def make_predict(
+    graphdef: nnx.GraphDef,
+    encode: Encode,
+    gather: Callable[[Any], Any] = _as_they_lie,
+) -> Callable:
     """(state, images) -> logits [B, T, K], by the averaged parameters where kept."""
 
     def predict(state, images):
-        params = state.get("ema", state["params"])
+        params = gather(state.get("ema", state["params"]))
         model = nnx.merge(graphdef, params, state["rest"])
         return model(encode(images, state["key"]))
 
@@ -167,7 +220,8 @@ def make_predict(graphdef: nnx.GraphDef, encode: Encode) -> Callable:
 def make_eval_step(predict: Callable, loss: Loss) -> Callable:
     """The pure step (state, batch) -> sums of loss and accuracy, to be jitted.
 
-    Examples with weight 0, which fill up the last batch, do not count.
+    Examples with weight 0, which fill up the last batch, do not count; "examples" is
+    the number of the others.
     """
 
     def eval_step(state, batch):
@@ -175,6 +229,7 @@ def make_eval_step(predict: Callable, loss: Loss) -> Callable:
         return {
             "loss": (loss(logits, batch["label"]) * weight).sum(),
             "accuracy": (_correct(logits, batch["label"]) * weight).sum(),
+            "examples": weight.sum(),
         }
 
     return eval_step

@@ -6,8 +6,6 @@
 import contextlib
 import glob
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -17,11 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from spikejax import sharding
+from spikejax import processes, sharding
 from spikejax.checkpoint import Checkpoints
 from spikejax.checksum import by_path, parameters_sha256
-from spikejax.progress import Progress, check_finite, read_metrics
+from spikejax.progress import Progress, Trace, check_finite, read_metrics
 from spikejax.step import (
     Encode,
     Loss,
@@ -37,8 +36,17 @@ from spikejax.step import (
 def evaluate(
     eval_step: Callable, state: Any, batches: Iterable, batch_size: int, mesh: Any
 ) -> dict[str, float]:
-    """Mean loss and accuracy over all examples of ``batches``, each exactly once."""
-    sums, count = [], 0
+    """Mean loss and accuracy over all examples of ``batches``, each exactly once.
+
+    Args:
+        eval_step: jitted (state, batch) -> sums.
+        state: where it lies on the mesh.
+        batches: of this process; every process has the same number of them, the last
+            of which may be smaller, and even empty.
+        batch_size: of this process, to which the last is filled up.
+        mesh: of the devices of all processes.
+    """
+    sums = []
     for batch in batches:
         size = len(batch["label"])
         weight = np.ones(size, np.float32)
@@ -51,17 +59,19 @@ def evaluate(
                 for name, a in batch.items()
             }
         sums.append(eval_step(state, sharding.place_batch(batch, mesh)))
-        count += size
-    if not count:
+    if not sums:
         raise ValueError("evaluate: expected at least one example, got no batches.")
-    return {k: float(sum(float(s[k]) for s in sums)) / count for k in sums[0]}
+    total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
+    examples = total.pop("examples")
+    return {name: value / examples for name, value in total.items()}
 
 
 class Fitted(NamedTuple):
     """What ``fit`` returns.
 
-    model: trained, in evaluation mode. metrics: accuracy (0..1), loss, steps, seconds,
-    images_per_second, parameters, parameters_sha256. finished: False after SIGTERM.
+    model: trained, in evaluation mode, whole on one device of this process. metrics:
+    accuracy (0..1), loss, steps, seconds, images_per_second, parameters,
+    parameters_sha256. finished: False after SIGTERM.
     """
 
     model: nnx.Module
@@ -80,65 +90,95 @@ def fit(
     steps_per_epoch: int,
     workdir: str | Path,
     settings: dict[str, Any] | None = None,
+    mesh: Mesh | None = None,
+    profile: bool = False,
 ) -> Fitted:
     """Train a model, with checkpoints in ``workdir`` from which the same call goes on.
 
     A run that was killed resumes from its last checkpoint and ends with the same bits.
-    SIGTERM saves and returns with finished=False.
+    SIGTERM saves and returns with finished=False; sent to one of several processes, it
+    ends all of them with the same step.
 
     Args:
         config: how to train.
         model: takes xs [B, T, ...], returns logits [B, T, K].
         loss: (logits, labels [B]) -> [B].
         train_data: endless Grain iterator of host batches {"image": [B, ...],
-            "label": [B]}; its position is part of the checkpoint.
-        eval_data: the evaluation set in such batches; the last may be smaller.
+            "label": [B]}, this process's part of each; the checkpoint holds its place.
+        eval_data: the evaluation set in such batches, see ``evaluate``.
         encode: (images, rng) -> xs, runs on the device.
         steps_per_epoch: training steps that make an epoch.
         workdir: where metrics.jsonl, tensorboard/ and checkpoints/ go.
         settings: what else tells this run from another, kept in the checkpoint.
+        mesh: by default of all devices, each with a copy of the parameters.
+        profile: write a trace of some steps to ``workdir``/profile.
     """
-    mesh = sharding.data_mesh()
+    mesh = mesh or sharding.data_mesh()
     sharding.check_batch_size(config.batch_size, mesh)
     _check_folder(Path(workdir).absolute())
     steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
     optimizer = make_optimizer(config, steps)
-    model.eval()
-    eval_graph = nnx.graphdef(model)
-    model.train()
-    train_graph = nnx.graphdef(model)
     state = sharding.place_state(initial_state(model, optimizer, config), mesh)
-    everywhere = sharding.replicated(mesh)
-    train_step = jax.jit(
-        make_train_step(train_graph, loss, encode, optimizer, config.ema),
-        donate_argnums=0,
-        out_shardings=(everywhere, everywhere),
+    train_graph, eval_graph = graphs(model)
+    del model  # it holds whole parameters on one device
+    train_step = make_train_step(
+        *(train_graph, loss, encode, optimizer, config.ema),
+        norm_groups=config.norm_groups,
+        gather=sharding.whole(mesh),
     )
-    predict = make_predict(eval_graph, encode)
-    eval_step = jax.jit(make_eval_step(predict, loss))
-    run = _Run(config, steps, steps_per_epoch, train_step, predict, eval_step)
-    checkpoints = Checkpoints(
-        Path(workdir) / "checkpoints", config=asdict(config) | (settings or {})
-    )
-    with _Terminated() as run.terminated, contextlib.closing(checkpoints):
+    predict = make_predict(eval_graph, encode, sharding.whole(mesh))
+    train_step = jit_train_step(train_step, state, mesh)
+    run = _Run(config, steps, steps_per_epoch, train_step, predict, loss, mesh)
+    run.profile = Trace(Path(workdir) / "profile" if profile else None)
+    notes = asdict(config) | (settings or {})
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints", config=notes)
+    with (
+        processes.Terminated() as run.terminated,
+        contextlib.closing(checkpoints),
+        contextlib.closing(run.profile),
+    ):
         state, finished = run.loop(state, train_data, eval_data, checkpoints, workdir)
-    params = state.get("ema", state["params"])
-    run.metrics["steps"] = int(state["step"])
-    run.metrics["parameters"] = sum(p.size for p in jax.tree.leaves(params))
-    run.metrics["parameters_sha256"] = parameters_sha256(params)
-    return Fitted(nnx.merge(eval_graph, params, state["rest"]), run.metrics, finished)
+    return _fitted(eval_graph, state, run.metrics, finished)
+
+
+def _fitted(graphdef, state, metrics, finished):
+    params, rest = state.get("ema", state["params"]), state["rest"]
+    params, rest = sharding.on_this_host((params, rest))
+    metrics |= {
+        "steps": int(state["step"]),
+        "parameters": sum(p.size for p in jax.tree.leaves(params)),
+        "parameters_sha256": parameters_sha256(params),
+    }
+    return Fitted(nnx.merge(graphdef, params, rest), metrics, finished)
+
+
+def graphs(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.GraphDef]:
+    """The model without its arrays, in training and in evaluation mode."""
+    model.eval()
+    evaluation = nnx.graphdef(model)
+    model.train()
+    return nnx.graphdef(model), evaluation
+
+
+def jit_train_step(step: Callable, state: Any, mesh: Mesh) -> Callable:
+    """A training step jitted for a state, or its shapes, on a mesh."""
+    out = sharding.state_shardings(state, mesh), sharding.replicated(mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
 class _Run:
     """The loop of ``fit``: steps, evaluations, checkpoints, and the clock."""
 
     classes = 0  # logits of the model, once it has seen a batch
-    terminated: "_Terminated"
+    terminated: processes.Terminated
+    profile: Trace
 
-    def __init__(self, config, steps, steps_per_epoch, train_step, predict, eval_step):
+    def __init__(self, config, steps, steps_per_epoch, train_step, predict, loss, mesh):
         self.config, self.steps, self.steps_per_epoch = config, steps, steps_per_epoch
-        self.train_step, self.predict = train_step, predict
-        self.eval_step, self.mesh = eval_step, sharding.data_mesh()
+        self.train_step, self.predict, self.mesh = train_step, predict, mesh
+        everywhere = sharding.replicated(mesh)
+        eval_step = make_eval_step(predict, loss)
+        self.eval_step = jax.jit(eval_step, out_shardings=everywhere)
         self.evaluate_every = max(1, round(config.evaluate_every * steps_per_epoch))
         self.metrics: dict[str, Any] = {}
 
@@ -157,6 +197,7 @@ class _Run:
                 batch = next(train_data)
                 self._check_labels(state, batch["image"], batch["label"])
                 batch = sharding.place_batch(batch, self.mesh)
+                self.profile.before(step - start, state)
                 state, metrics = self.train_step(state, batch)
                 if late:
                     self._report(progress, *late)
@@ -164,7 +205,8 @@ class _Run:
                 clock.tick()
                 evaluates = step % self.evaluate_every == 0 or step == self.steps
                 saves = evaluates or step % self.config.save_every == 0
-                if not (saves or self.terminated.now):
+                stops = self.terminated.at(step)
+                if not (saves or stops):
                     continue
                 self._report(progress, *late)
                 late = None
@@ -178,7 +220,7 @@ class _Run:
                     progress.evaluate(step, scores)
                     accuracy = scores["accuracy"]
                 checkpoints.save(step, state, train_data, metric=accuracy)
-                if self.terminated.now:
+                if stops or self.terminated.at(step):
                     break
             if start >= self.steps:  # resumed at the very end
                 self._evaluate(state, eval_data)
@@ -207,7 +249,7 @@ class _Run:
             )
 
     def _evaluate(self, state, eval_data):
-        size = self.config.batch_size
+        size = self.config.batch_size // jax.process_count()
         self.metrics = evaluate(self.eval_step, state, eval_data, size, self.mesh)
         return self.metrics
 
@@ -252,22 +294,3 @@ class _Clock:
 
     def rate(self):
         return self.steps / self.seconds if self.seconds else 0.0
-
-
-class _Terminated:
-    """Notes SIGTERM instead of dying of it, inside of a with statement."""
-
-    now = False
-
-    def __enter__(self):
-        self.main = threading.current_thread() is threading.main_thread()
-        if self.main:
-            self.previous = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def _note(self, *_):
-        self.now = True
-
-    def __exit__(self, *_):
-        if self.main:
-            signal.signal(signal.SIGTERM, self.previous)

@@ -16,6 +16,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from spikejax import checkpoint, processes
 from spikejax.checkpoint import Checkpoints, CheckpointWarning, checksums
 
 CONFIG = {"width": 64, "neuron": "lif", "note": None}
@@ -399,6 +400,36 @@ def test_another_data_iterator_is_another_configuration(folder):
         restore(folder, data=Other())
 
 
+def test_positions_that_differ_start_the_data_anew_with_one_line(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "read_position", lambda *_: None)
+    data = make_data(5)
+    message = "checkpoint 3 in .* 1 processes .*: the order of the data starts anew"
+    with pytest.warns(CheckpointWarning, match=message):
+        checkpoints, (step, _) = restore(folder, data=data)
+    checkpoints.close()
+    assert step == 3 and data.get_state() == make_data(5).get_state()
+
+
+def test_damage_that_another_process_finds_is_damage_for_all(folder, monkeypatch):
+    told = iter([[3, 3], [False, True], [False, False]])
+    monkeypatch.setattr(processes, "of_all", lambda value: next(told))
+    with pytest.warns(CheckpointWarning, match="another process cannot read it"):
+        checkpoints, (step, state) = restore(folder)
+    checkpoints.close()
+    assert step == 2
+    assert_same(state, make_state(2))
+
+
+def test_a_folder_that_processes_do_not_share_is_an_error(folder, monkeypatch):
+    monkeypatch.setattr(processes, "of_all", lambda value: [value, -1])
+    message = (
+        r"expected a folder that all processes share, got .*, in which their newest "
+        r"steps are \[3, -1\]\. Give one"
+    )
+    with pytest.raises(ValueError, match=message):
+        restore(folder)
+
+
 def test_a_leaf_without_a_place_is_refused_at_the_door(tmp_path):
     checkpoints = Checkpoints(tmp_path, config=CONFIG)
     with pytest.raises(ValueError, match=r"sharding in step, got 3. Place it"):
@@ -418,12 +449,13 @@ KILLED = """
 import sys, time
 import jax, jax.numpy as jnp
 from spikejax import checkpoint
+from spikejax.store import Text
 
 class Data:
     def get_state(self):
         return {"next_index": 7}
 
-class Slow(checkpoint._Text):
+class Slow(Text):
     async def save(self, directory):
         async def write():
             await directory.await_creation()
@@ -434,7 +466,7 @@ class Slow(checkpoint._Text):
 checkpoints = checkpoint.Checkpoints(sys.argv[1], keep=1, config={})
 state = {"x": jax.device_put(jnp.arange(8.0), jax.devices()[0])}
 checkpoints.save(1, state, Data(), wait=True)
-checkpoint._Text = Slow
+checkpoint.Text = Slow
 checkpoints.save(2, state, Data())
 time.sleep(60)
 """

@@ -13,9 +13,14 @@ MAX_FUNCTION_LINES = 60
 CELLS = {"compat", "surrogate", "neurons", "unroll", "convolution"}
 LAYERS = CELLS | {"layers", "norm"}
 NETWORKS = LAYERS | {"encode", "losses", "models", "models.vgg", "models.resnet"}
-DATA = {"data", "data.augment", "data.sources", "data.images"}
+NETWORKS |= {"windows", "recurrent", "mixer", "models.general", "models.recurrent"}
+DATA = {"data", "data.augment", "data.crop", "data.split", "data.files"}
+DATA |= {"data.sources", "data.images"}
+EVENTS = {"data.aedat4", "data.recordings", "data.frames", "data.listing"}
+EVENTS |= {"data.events"}
 CONVERT = {"quant", "swap", "conversion", "stream"}
-RUN = {"sharding", "checkpoint", "progress", "step", "train"}
+GRAPHS = {"nodes", "graph", "trace", "nir_layers", "nir_neurons"}
+RUN = {"sharding", "processes", "checkpoint", "progress", "step", "train", "folder"}
 
 # Room -> the rooms of spikejax that it may import. Down only, and no side room
 # (train, energy, plot, data) another one.
@@ -30,42 +35,80 @@ HOUSE = {
     "layers": CELLS,
     "norm": CELLS,
     "quant": LAYERS,
-    "models": {"models.vgg", "models.resnet"},
+    "windows": set(),
+    "recurrent": LAYERS,
+    "mixer": LAYERS | {"windows", "recurrent"},
+    "models": {"models.vgg", "models.resnet", "models.general"},
     "models.vgg": LAYERS,
     "models.resnet": LAYERS,
-    "data": {"data.augment", "data.sources", "data.images"},
+    "models.general": LAYERS | {"mixer", "windows"},
+    "models.recurrent": LAYERS | {"recurrent"},
+    "data": DATA - {"data"},
     "data.augment": set(),
-    "data.sources": set(),
-    "data.images": {"data.augment", "data.sources"},
-    "sharding": {"compat"},
+    "data.crop": set(),
+    "data.split": {"data.crop"},
+    "data.files": {"data.split"},
+    "data.sources": {"data.split"},
+    "data.images": DATA - {"data", "data.images"},
+    "data.aedat4": set(),
+    "data.recordings": {"data.aedat4"},
+    "data.frames": {"data.augment", "data.recordings"},
+    "data.listing": {"data.recordings"},
+    "data.events": {"data.split"} | EVENTS - {"data.events", "data.aedat4"},
     "checksum": set(),
-    "checkpoint": {"compat", "checksum", "sharding"},
+    "sharding": {"compat", "checksum"},
+    "processes": set(),
+    "store": {"checksum"},
+    "checkpoint": {"compat", "checksum", "processes", "store"},
+    "folder": {"processes"},
     "progress": set(),
     "step": LAYERS,
-    "train": LAYERS | {"sharding", "checkpoint", "checksum", "progress", "step"},
+    "train": LAYERS | RUN - {"train", "folder"} | {"checksum"},
     "energy": LAYERS,
     "swap": LAYERS | {"quant"},
     "conversion": LAYERS | {"quant", "swap"},
     "stream": LAYERS | {"quant", "swap"},
-    "plot": LAYERS,
+    "live": LAYERS,
+    "nodes": LAYERS,
+    "graph": LAYERS,
+    "trace": LAYERS | {"swap"},
+    "nir_layers": LAYERS | {"nodes"},
+    "nir_neurons": LAYERS | {"nodes", "nir_layers", "quant"},
+    "export": LAYERS | GRAPHS | CONVERT | {"recurrent"},
+    "nir_import": LAYERS | GRAPHS,
+    "importer": NETWORKS | {"nodes"},
+    "plot": LAYERS | {"quant"},
+    "chips": set(),
+    "collectives": set(),
+    "traffic": set(),
+    "plan": {"chips", "collectives", "traffic", "sharding", "step", "train"},
+    "chart": {"plot"},
     "flags": set(),
-    "experiment": NETWORKS | DATA | RUN | CONVERT | {"", "energy", "plot"},
+    "network": NETWORKS,
+    "experiment": NETWORKS
+    | DATA
+    | EVENTS
+    | RUN
+    | CONVERT
+    | {"", "network", "energy", "live", "plot", "chart"},
 }
 EXPERIMENT = set(HOUSE) - {""}
 
 # Packages that only extras install -> the rooms that may need them to be imported.
 OPTIONAL = {
-    "PIL": {"data.augment", "data.sources"},
-    "array_record": {"data.sources", "data.images"},
+    "PIL": {"data.augment", "data.crop", "data.split"},
+    "array_record": {"data.sources"},
     "grain": {"data.images"},
     "sklearn": {"data.sources", "data.images"},
     "tensorflow_datasets": {"data.sources", "data.images"},
-    "matplotlib": {"plot"},
+    "matplotlib": {"plot", "chart"},
     "rich": {"progress"},
     "tensorboardX": {"progress"},
     "tyro": {"flags"},
+    "lz4": set(),
+    "zstandard": set(),
     "tonic": set(),
-    "nir": set(),
+    "nir": {"nir_layers", "nir_neurons", "export", "nir_import"},
     "tensorflow": set(),
 }
 

@@ -16,16 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from test_sources import write
 
 from experiments import cifar10, cifar100, digits
-from spikejax import experiment, neurons
-from spikejax.checksum import by_path
+from spikejax import experiment
 from spikejax.data import images
 from spikejax.experiment import Experiment
 from spikejax.flags import parse, reported
-from spikejax.layers import IF, LIF, PLIF, MultiThreshold
+from spikejax.processes import Processes
 from spikejax.step import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +38,7 @@ RESULT = {
     "parameters_sha256",
     "spikes_per_image",
     "energy_nj",
+    "mac_nj",
     "ann_energy_nj",
     "seed",
     "versions",
@@ -68,7 +67,7 @@ def test_config_json_says_what_ran(fake):
     config = json.loads((fake[0] / "config.json").read_text())
     fields = {f.name for f in dataclasses.fields(Experiment)}
     fields |= {f.name for f in dataclasses.fields(TrainConfig)}
-    assert set(config) == fields - {"train", "workdir", "data_dir", "workers"}
+    assert set(config) == fields - {"train", *experiment.PLACES}
     assert config["data"] == "fake" and config["neuron"] == "mt-parallel"
     assert config["steps"] == 3 and config["num_thresholds"] == 4
 
@@ -110,7 +109,7 @@ def test_the_same_run_again_gives_the_same_result(fake):
 def test_a_run_ends_with_one_line_of_result(tmp_path, monkeypatch, capsys):
     result = {"accuracy": 0.9876, "seconds": 12.4, "energy_nj": 1234.5}
     result["spikes_per_image"] = 2345.6
-    monkeypatch.setattr(experiment, "run", lambda _: result)
+    monkeypatch.setattr(experiment, "run", lambda *_: result)
     experiment.main(Experiment(tmp_path))
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "accuracy 98.76%, 12 s, 2,346 spikes and 1,234 nJ an image"
@@ -325,14 +324,17 @@ def test_help_explains_every_flag(script, monkeypatch, capsys):
         command(monkeypatch, "--help", script=script)
     assert exit.value.code == 0
     text = re.sub(r"[\s│]+", "", capsys.readouterr().out)
-    lines = documented(Experiment) | documented(TrainConfig)
+    configs = (Experiment, TrainConfig, Processes)
+    lines = {name: line for c in configs for name, line in documented(c).items()}
     if script is digits:
         lines |= documented(digits.Digits)
-    fields = {f.name for c in (Experiment, TrainConfig) for f in dataclasses.fields(c)}
+    fields = {f.name for c in configs for f in dataclasses.fields(c)}
     assert set(lines) == fields
     for name, line in lines.items():
         assert re.sub(r"\s+", "", line) in text, name
-        assert name == "train" or f"--{name.replace('_', '-')}" in text, name
+        assert (
+            name in ("train", "processes") or f"--{name.replace('_', '-')}" in text
+        ), name
     assert re.sub(r"\s+", "", script.__doc__.split("\n")[0]) in text
 
 
@@ -353,87 +355,6 @@ def test_flags_of_the_recipe_need_no_prefix(monkeypatch, flags, name, value):
 
 
 # From flags to parts
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_neuron_has_its_layer(name):
-    layer = experiment.neuron_factory(Experiment(Path("x"), neuron=name))()
-    kinds = {"lif": LIF, "plif": PLIF, "if": IF}
-    if name == "relu":
-        assert layer is nnx.relu
-        return
-    assert type(layer) is kinds.get(name, MultiThreshold)
-    assert layer.v_reset is None
-    assert layer.num_thresholds == (4 if name.startswith("mt-") else 1)
-    cells = {"mt-parallel": neurons.parallel, "mt-cascade": neurons.cascade}
-    assert layer.cell is cells.get(name, neurons.lif)
-
-
-def test_the_names_are_those_of_the_flag():
-    assert experiment.NeuronName.__args__ == NAMES
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_each_call_gives_a_neuron_of_its_own(name):
-    factory = experiment.neuron_factory(Experiment(Path("x"), neuron=name))
-    assert name == "relu" or factory() is not factory()
-
-
-@pytest.mark.parametrize(
-    ("neuron", "count", "expected"),
-    [
-        ("lif", 4, 1.0),
-        ("relu", 4, 1.0),
-        ("mt-parallel", 1, 1.0),
-        ("mt-cascade", 4, 0.5),
-    ],
-)
-def test_several_thresholds_stand_closer(neuron, count, expected):
-    flags = Experiment(Path("x"), neuron=neuron, num_thresholds=count)
-    assert experiment.spacing(flags) == expected
-
-
-def parameters(**flags):
-    """{path: value} of the network for digits."""
-    made = Experiment(Path("x"), **flags)
-    model = experiment.build_model(made, images.load("digits"))
-    return by_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-
-
-def test_the_parameters_do_not_depend_on_the_time_steps():
-    one, four = parameters(), parameters(time_steps=4)
-    assert one.keys() == four.keys()
-    assert all(jnp.array_equal(one[path], four[path]) for path in one)
-
-
-def test_the_parameters_depend_on_the_seed():
-    one, other = parameters(), parameters(train=TrainConfig(seed=1))
-    different = [path for path in one if not jnp.array_equal(one[path], other[path])]
-    assert {path for path in one if path.endswith("kernel")} <= set(different)
-
-
-@pytest.mark.parametrize("neuron", ["lif", "mt-parallel"])
-def test_the_relu_twin_has_the_same_kernels(neuron):
-    twin, spiking = parameters(neuron="relu"), parameters(neuron=neuron)
-    kernels = [path for path in spiking if path.endswith("kernel")]
-    assert len(kernels) == 4
-    for path in kernels:
-        assert jnp.array_equal(twin[path], spiking[path])
-    assert set(twin) == {path for path in spiking if "leak" not in path}
-
-
-@pytest.mark.parametrize("name", experiment.MODELS)
-def test_every_model_answers_with_a_logit_a_class(name):
-    flags = Experiment(Path("x"), data="fake", model=name, time_steps=2)
-    fake = images.load("fake")
-
-    def answer(xs):
-        model = experiment.build_model(flags, fake)
-        model.eval()
-        return model(xs)
-
-    xs = jnp.zeros((2, 2, 32, 32, 3))
-    assert jax.eval_shape(answer, xs).shape == (2, 2, 10)
 
 
 def test_the_input_is_normalised_and_the_same_every_step():
@@ -480,7 +401,7 @@ def trained(monkeypatch, fake):
     """The experiments that the demo would run."""
     ran = []
 
-    def run(flags):
+    def run(flags, *_):
         ran.append(flags)
         return fake[1] | {"accuracy": len(ran) / 8}
 

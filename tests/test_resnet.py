@@ -230,3 +230,28 @@ def test_logits_have_time_and_classes(name, size):
         lambda model: model(jnp.zeros((2, 1, size, size, 3))), model
     )
     assert logits.shape == (2, 1, 7)
+
+
+def test_recomputed_blocks_give_the_same_loss_gradient_and_statistics():
+    xs = jax.random.normal(jax.random.key(0), (4, 2, 6, 6, 3))
+    found = []
+    for remat in (False, True):
+        model = resnet.ResNet(
+            (1, 1), (4, 6), 3, neuron=LIF, rngs=nnx.Rngs(0), remat=remat
+        )
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+
+        def loss(params, graphdef=graphdef, rest=rest):
+            model = nnx.merge(graphdef, params, rest)
+            value = jnp.square(model(xs)).mean()
+            return value, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+
+        step = jax.value_and_grad(loss, has_aux=True)
+        found.append(jax.jit(step)(params))
+        text = str(jax.make_jaxpr(step)(params))
+        assert ("remat" in text or "checkpoint" in text) == remat
+    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+        assert jnp.allclose(one, other, rtol=1e-4, atol=1e-6)
+    (_, rest), _ = found[1]
+    assert any(jnp.any(leaf != 0) for leaf in jax.tree.leaves(rest))

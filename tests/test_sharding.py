@@ -1,4 +1,4 @@
-"""Eight devices do what one does, each an eighth of it, and pass on no activations."""
+"""Many devices do what one does, each a part of it, and pass on no activations."""
 
 import re
 from functools import partial
@@ -26,13 +26,17 @@ from spikejax.step import (
     make_predict,
     make_train_step,
 )
+from spikejax.train import graphs, jit_train_step
 
 pytestmark = pytest.mark.skipif(
     len(jax.devices()) != 8, reason="needs eight devices, virtual ones on a CPU"
 )
 
 ONE, EIGHT = sharding.data_mesh(jax.devices()[:1]), sharding.data_mesh()
-BATCH, STEPS, CLASSES = 16, 5, 10
+GRID, FSDP = sharding.data_mesh(fsdp=4), sharding.data_mesh(fsdp=8)
+SEVERAL = {"8x1": EIGHT, "2x4": GRID, "1x8": FSDP}
+BATCH, STEPS, CLASSES = 16, 10, 10
+P = PartitionSpec
 CONFIG = TrainConfig(steps=STEPS, batch_size=BATCH, learning_rate=0.3, warmup=0.4)
 
 
@@ -89,29 +93,40 @@ class Run(NamedTuple):
     eval_step: Any
 
 
-def compiled(model, encode, mesh, size=8):
+def compiled(model, encode, mesh, size=8, norm_groups=1):
     """The steps as in ``fit``, compiled, for images of size x size."""
     optimizer = make_optimizer(CONFIG, STEPS)
     state = sharding.place_state(initial_state(model, optimizer, CONFIG), mesh)
     batch = sharding.place_batch(batch_of(0, size), mesh)
     weight = sharding.place_batch({"weight": np.ones(BATCH, np.float32)}, mesh)
-    model.train()
+    training, evaluation = graphs(model)
+    whole = sharding.whole(mesh)
     train_step = make_train_step(
-        nnx.graphdef(model), rate_cross_entropy, encode, optimizer
+        *(training, rate_cross_entropy, encode, optimizer),
+        norm_groups=norm_groups,
+        gather=whole,
     )
-    model.eval()
-    predict = make_predict(nnx.graphdef(model), encode)
-    everywhere = sharding.replicated(mesh)
-    train_step = jax.jit(
-        train_step, donate_argnums=0, out_shardings=(everywhere, everywhere)
+    predict = make_predict(evaluation, encode, whole)
+    eval_step = jax.jit(
+        make_eval_step(predict, rate_cross_entropy),
+        out_shardings=sharding.replicated(mesh),
     )
-    eval_step = jax.jit(make_eval_step(predict, rate_cross_entropy))
     return Run(
         mesh,
         state,
-        train_step.lower(state, batch).compile(),
+        jit_train_step(train_step, state, mesh).lower(state, batch).compile(),
         eval_step.lower(state, batch | weight),
     )
+
+
+def train(run, steps=STEPS):
+    """(losses, first state, last state)"""
+    state, losses = sharding.place_state(run.state, run.mesh), []
+    for seed in range(steps):
+        batch = sharding.place_batch(batch_of(seed), run.mesh)
+        state, metrics = run.train_step(state, batch)
+        losses.append(float(metrics["loss"]))
+    return losses, run.state, state
 
 
 SENT = (
@@ -143,41 +158,47 @@ def too_large(text, params):
 def runs(request):
     """The same small network, compiled on one device and on eight."""
     encode = direct(request.param)
-    return [compiled(resnet(), encode, mesh) for mesh in (ONE, EIGHT)]
+    meshes = {"one": ONE} | SEVERAL
+    if request.param > 1:
+        del meshes["1x8"]
+    return {name: compiled(resnet(), encode, mesh) for name, mesh in meshes.items()}
 
 
 @pytest.fixture(scope="module")
 def results(runs):
-    """[(losses, first state, last state)] of five steps on one device and on eight."""
-    results = []
-    for run in runs:
-        state, losses = sharding.place_state(run.state, run.mesh), []
-        for seed in range(STEPS):
-            batch = sharding.place_batch(batch_of(seed), run.mesh)
-            state, metrics = run.train_step(state, batch)
-            losses.append(float(metrics["loss"]))
-        results.append((losses, run.state, state))
-    return results
+    """{mesh: (losses, first state, last state)} of ten steps."""
+    return {name: train(run) for name, run in runs.items()}
 
 
 # Placing
 
 
-def test_data_mesh_holds_all_devices_on_one_axis():
-    assert EIGHT.axis_names == ("data",) and EIGHT.shape == {"data": 8}
-    assert list(EIGHT.devices) == jax.devices()
-    assert EIGHT.axis_types == (AxisType.Auto,)
-    assert ONE.size == 1 and list(ONE.devices) == jax.devices()[:1]
+def test_a_mesh_holds_all_devices_on_two_axes():
+    for mesh, shape in ((EIGHT, (8, 1)), (GRID, (2, 4)), (FSDP, (1, 8)), (ONE, (1, 1))):
+        assert mesh.axis_names == ("data", "fsdp")
+        assert mesh.axis_types == (AxisType.Auto,) * 2
+        assert mesh.devices.shape == shape
+        assert mesh.devices.ravel().tolist() == jax.devices()[: mesh.size]
 
 
-def test_place_batch_cuts_the_first_axis():
+@pytest.mark.parametrize("fsdp", [0, -1, 3, 16])
+def test_a_mesh_that_does_not_match_the_devices_is_an_error(fsdp):
+    message = (
+        rf"^fsdp: expected a divisor of the 8 device\(s\), got {fsdp}\. "
+        r"Take 1 or 2 or 4 or 8\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        sharding.data_mesh(fsdp=fsdp)
+
+
+@pytest.mark.parametrize("mesh", SEVERAL.values(), ids=SEVERAL)
+def test_place_batch_cuts_the_first_axis_over_all_devices(mesh):
     batch = batch_of(0)
-    placed = sharding.place_batch(batch, EIGHT)
+    placed = sharding.place_batch(batch, mesh)
     assert set(placed) == set(batch)
     for name, array in placed.items():
         np.testing.assert_array_equal(array, batch[name])
         assert array.dtype == batch[name].dtype
-        assert array.sharding.spec == PartitionSpec("data")
         for k, shard in enumerate(array.addressable_shards):
             assert shard.device == jax.devices()[k]
             np.testing.assert_array_equal(shard.data, batch[name][2 * k : 2 * k + 2])
@@ -207,6 +228,68 @@ def test_place_state_gives_every_device_a_copy_of_its_own(mesh):
     np.testing.assert_array_equal(weights, np.arange(6.0))
 
 
+@pytest.mark.parametrize(
+    ("path", "shape", "fsdp", "expected"),
+    [
+        ("params/stem_conv/kernel", (7, 7, 3, 64), 4, P(None, None, None, "fsdp")),
+        ("opt/1/0/trace/blocks/0/kernel", (3, 3, 64, 64), 4, P(*[None] * 3, "fsdp")),
+        ("params/head/kernel", (512, 1000), 8, P(None, "fsdp")),
+        ("ema/head/kernel", (512, 1000), 16, P("fsdp")),  # 1000 is no multiple
+        ("params/head/kernel", (30, 10), 4, P()),
+        ("params/head/kernel", (512, 1000), 1, P()),
+        ("params/head/bias", (1000,), 4, P()),
+        ("rest/norm/mean", (64,), 4, P()),
+        ("step", (), 4, P()),
+    ],
+)
+def test_the_rule_cuts_kernels_alone(path, shape, fsdp, expected):
+    assert sharding.spec(path, shape, fsdp) == expected
+
+
+def test_place_state_cuts_kernels_and_what_the_optimiser_keeps_of_them():
+    config = TrainConfig(steps=3, optimizer="adamw", ema=0.9)
+    model = Folded()
+    state = initial_state(model, make_optimizer(config, 3), config)
+    placed = by_path(sharding.place_state(state, GRID))
+    kernels = [path for path in placed if path.endswith("kernel")]
+    assert len(kernels) == 3 * 4  # params, ema, two moments
+    cut = {path for path, leaf in placed.items() if not leaf.is_fully_replicated}
+    assert cut == set(kernels)
+    for path, leaf in by_path(state).items():
+        if path == "key":
+            continue
+        np.testing.assert_array_equal(placed[path], leaf)
+        whole = leaf.size // (4 if path in cut else 1)
+        assert {s.data.size for s in placed[path].addressable_shards} == {whole}
+
+
+def test_a_state_comes_back_whole_to_one_device():
+    kernel = jnp.arange(64.0).reshape(8, 8)
+    state = sharding.place_state({"kernel": kernel, "bias": jnp.ones(8)}, GRID)
+    assert not state["kernel"].is_fully_replicated
+    back = sharding.on_this_host(state)
+    np.testing.assert_array_equal(back["kernel"], kernel)
+    np.testing.assert_array_equal(back["bias"], jnp.ones(8))
+    for leaf in back.values():
+        assert leaf.sharding.device_set == {jax.devices()[0]}
+
+
+def test_whole_gathers_for_the_time_of_use():
+    params = {"kernel": jnp.arange(64.0).reshape(8, 8), "bias": jnp.ones(8)}
+    placed = sharding.place_state(params, GRID)
+    seen = []
+
+    def objective(params):
+        whole = sharding.whole(GRID)(params)
+        jax.debug.inspect_array_sharding(whole["kernel"], callback=seen.append)
+        return (jnp.sin(whole["kernel"]) @ whole["bias"]).sum()
+
+    places = sharding.state_shardings(placed, GRID)
+    gradient = jax.jit(jax.grad(objective), out_shardings=places)(placed)
+    assert seen and all(place.is_fully_replicated for place in seen)
+    np.testing.assert_allclose(gradient["kernel"], jnp.cos(params["kernel"]), rtol=1e-5)
+
+
 @pytest.mark.parametrize("size", [8, 16, 128])
 def test_batch_sizes_that_the_devices_share(size):
     sharding.check_batch_size(size, EIGHT)
@@ -231,34 +314,50 @@ def test_a_batch_of_none_is_an_error_on_one_device_too():
         sharding.check_batch_size(0, ONE)
 
 
-# Eight devices equal one
+# Many devices equal one
 
 
-def test_eight_devices_give_the_losses_of_one(results):
-    (one, _, _), (eight, _, _) = results
-    np.testing.assert_allclose(eight, one, atol=1e-5)
+def others(found):
+    """(name, result) of all meshes but that of one device."""
+    return [(name, value) for name, value in found.items() if name != "one"]
+
+
+def test_every_mesh_gives_the_losses_of_one_device(results):
+    one = results["one"][0]
+    for name, (losses, _, _) in others(results):
+        np.testing.assert_allclose(losses, one, atol=1e-5, err_msg=name)
     assert max(one) - min(one) > 1e-2
 
 
-def test_eight_devices_give_the_parameters_of_one(results):
-    (_, first, one), (_, _, eight) = results
-    first, one, eight = (by_path(state["params"]) for state in (first, one, eight))
-    for path, leaf in one.items():
-        np.testing.assert_allclose(eight[path], leaf, atol=1e-5, err_msg=path)
-        assert np.abs(leaf - first[path]).max() > 1e-4, path
+def test_every_mesh_gives_the_parameters_of_one_device(results):
+    _, first, one = results["one"]
+    first, one = by_path(first["params"]), by_path(one["params"])
+    for name, (_, _, last) in others(results):
+        last = by_path(last["params"])
+        for path, leaf in one.items():
+            np.testing.assert_allclose(
+                last[path], leaf, atol=1e-5, err_msg=f"{name} {path}"
+            )
+            assert np.abs(leaf - first[path]).max() > 1e-4, path
 
 
-def test_eight_devices_give_the_statistics_of_one(results):
-    (_, _, one), (_, _, eight) = results
-    for path, leaf in by_path(one["rest"]).items():
-        np.testing.assert_allclose(
-            by_path(eight["rest"])[path], leaf, atol=1e-5, err_msg=path
-        )
+def test_every_mesh_gives_the_statistics_of_one_device(results):
+    one = by_path(results["one"][2]["rest"])
+    for name, (_, _, last) in others(results):
+        for path, leaf in by_path(last["rest"]).items():
+            np.testing.assert_allclose(
+                leaf, one[path], atol=1e-5, err_msg=f"{name} {path}"
+            )
 
 
-def test_the_state_stays_on_all_devices(results):
-    for leaf in jax.tree.leaves(results[1][2]):
-        assert leaf.is_fully_replicated and len(leaf.sharding.device_set) == 8
+def test_the_state_stays_where_the_rule_puts_it(results, runs):
+    for name, (_, _, last) in others(results):
+        places = sharding.state_shardings(last, runs[name].mesh)
+        for leaf, place in zip(
+            jax.tree.leaves(last), jax.tree.leaves(places), strict=True
+        ):
+            assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+            assert len(leaf.sharding.device_set) == 8
 
 
 def test_poisson_spikes_do_not_depend_on_the_devices():
@@ -293,18 +392,52 @@ def test_sent_reads_the_text_of_a_program():
 
 
 def test_the_train_step_passes_on_nothing_larger_than_a_parameter(runs):
-    run = runs[1]
+    for name, run in others(runs):
+        text = run.train_step.as_text()
+        assert too_large(text, run.state["params"]) == [], name
+        kinds = {kind for kind, _ in sent(text)}
+        assert "all-reduce" in kinds  # of the gradients
+        assert ("all-gather" in kinds) == (run.mesh.shape["fsdp"] > 1), name
+
+
+def test_each_kernel_is_gathered_by_itself_and_once(runs):
+    run = runs["2x4"]
+    kernels = [
+        leaf.size
+        for leaf in jax.tree.leaves(run.state["params"])
+        if not leaf.is_fully_replicated
+    ]
     text = run.train_step.as_text()
-    assert too_large(text, run.state["params"]) == []
-    assert {kind for kind, _ in sent(text)} >= {"all-reduce"}  # of the gradients
+    gathered = [size for kind, size in sent(text) if kind == "all-gather"]
+    assert sorted(gathered) == sorted(kernels) and len(kernels) == 5
+
+
+def test_no_device_stores_more_than_its_part(runs):
+    """Arguments of the compiled step are the state and the batch, as they lie."""
+    for name, run in runs.items():
+        batch = sharding.place_batch(batch_of(0), run.mesh)
+        leaves = jax.tree.leaves((run.state | {"key": jnp.zeros(2)}, batch))
+        parts = [
+            int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+            for leaf in leaves
+        ]
+        memory = run.train_step.memory_analysis()
+        assert memory.argument_size_in_bytes <= 1.1 * sum(parts) + 64 * len(parts), name
+        assert memory.alias_size_in_bytes > 0  # the new state takes the old one's place
+    kernels = 3 * 3 * (3 * 8 + 8 * 16 + 16 * 16) + 8 * 16 + 16 * CLASSES
+    less = [
+        run.train_step.memory_analysis().argument_size_in_bytes
+        for run in (runs["8x1"], runs["2x4"])
+    ]
+    assert less[0] - less[1] == pytest.approx(2 * 4 * kernels * 3 / 4, rel=0.02)
 
 
 def test_one_device_passes_on_nothing(runs):
-    assert sent(runs[0].train_step.as_text()) == []
+    assert sent(runs["one"].train_step.as_text()) == []
 
 
-def test_the_evaluation_step_passes_on_two_sums(runs):
-    found = sent(runs[1].eval_step.compile().as_text())
+def test_the_evaluation_step_passes_on_three_sums(runs):
+    found = sent(runs["8x1"].eval_step.compile().as_text())
     assert found and set(found) == {("all-reduce", 1)}
 
 
@@ -324,5 +457,72 @@ def test_folding_time_outside_of_the_batch_is_found_out():
 
 
 def test_each_of_eight_devices_needs_a_part_of_the_memory(runs):
-    one, eight = (run.train_step.memory_analysis().temp_size_in_bytes for run in runs)
+    one, eight = (
+        runs[name].train_step.memory_analysis().temp_size_in_bytes
+        for name in ("one", "8x1")
+    )
     assert 0 < eight <= one / 4
+
+
+# Batch statistics of parts of the batch
+
+
+class Normed(nnx.Module):
+    """Statistics, neurons and a head, so that a step compiles quickly."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.norm = td_batch_norm(3, rngs=rngs)
+        self.neurons = LIF()
+        self.head = nnx.Linear(3, CLASSES, rngs=rngs)
+
+    def __call__(self, xs):
+        return self.head(self.neurons(self.norm(xs)).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def grouped():
+    """{mesh: Run} with a group of the batch for each device."""
+    return {
+        name: compiled(Normed(), direct(2), mesh, norm_groups=8)
+        for name, mesh in {"one": ONE, "8x1": EIGHT}.items()
+    }
+
+
+def test_groups_are_normalised_apart(grouped):
+    model, batch, statistics = Normed(), batch_of(0), []
+    losses = []
+    for k in range(0, BATCH, 2):
+        part = Normed()
+        part.train()
+        xs = direct(2)(jnp.asarray(batch["image"][k : k + 2]), None)
+        losses.append(rate_cross_entropy(part(xs), batch["label"][k : k + 2]))
+        statistics.append(np.asarray(part.norm.var[...]))
+    expected = np.concatenate(losses).mean()
+    model.train()
+    apart = rate_cross_entropy(
+        model(direct(2)(jnp.asarray(batch["image"]), None)), batch["label"]
+    )
+    assert abs(expected - apart.mean()) > 1e-4  # than by the whole batch
+    for run in grouped.values():
+        losses, _, last = train(run, 1)
+        assert losses[0] == pytest.approx(float(expected), abs=1e-6)
+        np.testing.assert_allclose(
+            last["rest"]["norm"]["var"], np.mean(statistics, 0), rtol=1e-5
+        )
+
+
+def test_groups_do_not_depend_on_the_devices(grouped):
+    (one, _, state), (eight, _, other) = (train(run) for run in grouped.values())
+    np.testing.assert_allclose(eight, one, atol=1e-5)
+    for path, leaf in by_path(state["params"]).items():
+        np.testing.assert_allclose(by_path(other["params"])[path], leaf, atol=1e-5)
+
+
+def test_groups_need_no_word_between_devices_in_the_forward_pass(grouped):
+    whole = compiled(Normed(), direct(2), EIGHT)
+    apart, together = (
+        len(INSTRUCTION.findall(run.train_step.as_text()))
+        for run in (grouped["8x1"], whole)
+    )
+    assert apart == 1 < together  # all sums are sent at the end

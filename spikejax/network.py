@@ -1,0 +1,84 @@
+"""From the flags of an experiment to its network."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from spikejax import mixer, neurons
+from spikejax.layers import IF, LIF, PLIF, MultiThreshold
+from spikejax.models import MODELS, resnet, vgg
+from spikejax.norm import td_batch_norm
+
+NeuronName = Literal["lif", "plif", "if", "mt-parallel", "mt-cascade", "relu"]
+
+
+def spacing(experiment: Any) -> float:
+    """Threshold, or distance of thresholds, in standard deviations of the input.
+
+    Our choice: one threshold at 1; N > 1 thresholds at 1/2 each.
+    """
+    several = experiment.neuron.startswith("mt-") and experiment.num_thresholds > 1
+    return 0.5 if several else 1.0
+
+
+def neuron_factory(experiment: Any) -> Callable[[], Callable]:
+    """The activation that the flags name, as models take it.
+
+    Spiking neurons: soft reset, threshold 1, input not scaled by the leak, ATan. Those
+    of the general networks: threshold, leak and surrogate of their authors.
+    """
+    authors = experiment.model.startswith("general")
+    firing: dict[str, Any] = {"detach_reset": True} | (mixer.FIRING if authors else {})
+    options = firing | {"decay_input": False} | ({"tau": mixer.TAU} if authors else {})
+    several = partial(MultiThreshold, experiment.num_thresholds, **options)
+    return {
+        "lif": partial(LIF, **options),
+        "plif": partial(PLIF, **options),
+        "if": partial(IF, **firing),
+        "mt-parallel": partial(several, neurons.parallel, learn_tau=True),
+        "mt-cascade": partial(several, neurons.cascade, learn_tau=True),
+        "relu": lambda: nnx.relu,
+    }[experiment.neuron]
+
+
+def build_model(experiment: Any, image_set: Any) -> nnx.Module:
+    """The network that the flags name, with initial weights from the seed.
+
+    Args:
+        experiment: an ``Experiment``; its model, neuron, dtype and so on.
+        image_set: with num_classes and shape.
+    """
+    if experiment.model not in MODELS:
+        raise ValueError(
+            f"model: expected one of {', '.join(MODELS)}, got {experiment.model!r}."
+        )
+    network, dtype = MODELS[experiment.model], jnp.dtype(experiment.dtype)
+    norm = partial(td_batch_norm, v_threshold=1 / spacing(experiment), dtype=dtype)
+    if experiment.model.startswith("resnet"):
+        residuals = {"plain": resnet.plain, "sew": resnet.sew, "ms": resnet.ms}
+        options = {"norm": norm, "residual": residuals[experiment.residual]}
+        options |= {"dtype": dtype, "remat": experiment.remat == "blocks"}
+        network = resnet.scaled(network, experiment.width)
+    elif experiment.model.startswith("general"):
+        binarise = getattr(mixer, experiment.binarise.replace("-", "_"))
+        options = {"width": experiment.width, "binarise": binarise}
+    else:
+        pools = {"max": vgg.max_pool, "avg": vgg.avg_pool}
+        options = {"norm": norm, "pool": pools[experiment.pool], "dtype": dtype}
+
+    def make():
+        return network(
+            num_classes=image_set.num_classes,
+            neuron=neuron_factory(experiment),
+            in_channels=image_set.shape[-1],
+            rngs=nnx.Rngs(experiment.train.seed),
+            **options,
+        )
+
+    graphdef, _ = nnx.split(nnx.eval_shape(make))
+    weights = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make())))()
+    return nnx.merge(graphdef, weights)

@@ -1,0 +1,44 @@
+"""The folder of a run: what is written there, and by whom."""
+
+import json
+
+import pytest
+
+from spikejax import folder, processes
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "runs" / "one" / "result.json"
+    folder.write(path, {"accuracy": 0.5})
+    assert json.loads(path.read_text()) == {"accuracy": 0.5}
+    with pytest.raises(TypeError):
+        folder.write(path, {"accuracy": {0.5}})
+    assert json.loads(path.read_text()) == {"accuracy": 0.5}
+    folder.write(path, [])
+    assert [file.name for file in path.parent.iterdir()] == ["result.json"]
+
+
+def test_of_several_processes_the_first_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    folder.write(tmp_path / "result.json", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_belongs_to_one_run(tmp_path):
+    settings = {"seed": 0, "model": "vgg11"}
+    folder.check(tmp_path, settings)
+    assert folder.claim(tmp_path, settings) == tmp_path
+    folder.check(tmp_path, settings)
+    match = r"holds another: seed is 0 there and 1 here\. Take another --workdir"
+    with pytest.raises(ValueError, match=match):
+        folder.check(tmp_path, settings | {"seed": 1})
+
+
+def test_a_folder_that_a_process_does_not_see_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "of_all", lambda value: [value, 0])
+    match = (
+        rf"^workdir: expected a folder that all processes share, got {tmp_path}, where "
+        "process 1 does not see what process 0 wrote"
+    )
+    with pytest.raises(ValueError, match=match):
+        folder.claim(tmp_path, {})

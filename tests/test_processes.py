@@ -1,0 +1,338 @@
+"""Two real processes on this machine: they train as one, and leave and resume together.
+
+Each has two virtual devices, and the parameters are cut over all four.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from spikejax import losses, processes, sharding
+from spikejax.data import images
+from spikejax.layers import PLIF
+from spikejax.processes import Processes
+from spikejax.step import TrainConfig
+from spikejax.train import fit
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = TrainConfig(steps=40, batch_size=24, save_every=3, evaluate_every=100.0)
+KILLED_AT, TERMINATED_AT = 8, 14
+HEARTBEAT, PATIENCE = 5, 300  # seconds
+
+
+class Net(nnx.Module):
+    """Kernels that can be cut, batch statistics, a learned leak."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.first = nnx.Linear(64, 16, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.neuron = PLIF(decay_input=False)
+        self.head = nnx.Linear(16, 10, rngs=rngs)
+
+    def __call__(self, xs):
+        xs = xs.reshape(*xs.shape[:2], -1)
+        return self.head(self.neuron(self.norm(self.first(xs))))
+
+
+class Data:
+    """Training batches of this process; a signal reaches it before one of them."""
+
+    def __init__(self, number=0, at=0):
+        digits = images.load("digits").train
+        index, count = processes.shard()
+        self.batches = images.train_batches(
+            digits, CONFIG.batch_size // count, seed=0, shard=(index, count)
+        )
+        self.get_state, self.set_state = self.batches.get_state, self.batches.set_state
+        self.number, self.at = number, at
+
+    def __next__(self):
+        step = self.get_state()["next_index"] + 1
+        if self.at and step == self.at:
+            os.kill(os.getpid(), self.number)
+        if self.number == signal.SIGTERM:
+            time.sleep(0.2)  # JAX looks for a signal once a second
+        return next(self.batches)
+
+
+def run(workdir, data=None, fsdp=1):
+    """One process's part of the training."""
+    index, count = processes.shard()
+    test = images.load("digits").test
+    return fit(
+        CONFIG,
+        Net(),
+        losses.rate_cross_entropy,
+        data or Data(),
+        images.eval_batches(test, CONFIG.batch_size // count, shard=(index, count)),
+        encode=lambda raw, rng: raw[:, None] / 255,
+        steps_per_epoch=62,
+        workdir=workdir,
+        mesh=sharding.data_mesh(fsdp=fsdp),
+    )
+
+
+def child():
+    """What each of two processes does; the signal is for the second."""
+    workdir, address, index, number, at = sys.argv[1:]
+    flags = Processes(address, 2, int(index), heartbeat=HEARTBEAT)
+    with processes.joined(flags):
+        at = int(at) if index == "1" else 0
+        fitted = run(Path(workdir), Data(int(number), at), fsdp=4)
+    kernel = fitted.model.first.kernel[...]
+    told = fitted.metrics | {"finished": fitted.finished, "shape": kernel.shape}
+    print("result", json.dumps(told))
+
+
+class Pair:
+    """Two processes in a with statement, after which they are gone."""
+
+    def __init__(self, workdir, number=0, at=0):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.commands = [
+            [sys.executable, "-c", "import test_processes as t; t.child()"]
+            + [str(word) for word in (workdir, address, index, int(number), at)]
+            for index in (0, 1)
+        ]
+
+    def __enter__(self):
+        cache = {"JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS"}
+        env = {name: v for name, v in os.environ.items() if name not in cache}
+        env |= {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        }
+        self.children = [
+            subprocess.Popen(
+                command,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for command in self.commands
+        ]
+        return self
+
+    def __exit__(self, *_):
+        for process in self.children:
+            if process.poll() is None:
+                process.kill()
+            process.communicate(timeout=PATIENCE)
+
+    def finish(self):
+        """[(exit code, stdout, stderr)]"""
+        ends = []
+        for process in self.children:
+            out, err = process.communicate(timeout=PATIENCE)
+            ends.append((process.returncode, out, err))
+        return ends
+
+
+def results(ends):
+    """What both processes told at their end."""
+    told = []
+    for code, out, err in ends:
+        assert code == 0, err
+        (line,) = [line for line in out.splitlines() if line.startswith("result ")]
+        told.append(json.loads(line.removeprefix("result ")))
+    return told
+
+
+def metrics(workdir, name="loss"):
+    """{step: value} of metrics.jsonl"""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    return {entry["step"]: entry[name] for entry in entries if name in entry}
+
+
+def saved(workdir):
+    names = [path.name for path in (workdir / "checkpoints").iterdir()]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(folder, results) of two processes that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    with Pair(workdir) as pair:
+        ends = pair.finish()
+    told = results(ends)
+    first, second = (out for _, out, _ in ends)
+    assert "step 1/40" in first and "step " not in second  # one of them prints
+    return workdir, told
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """(folder, metrics) of one process with all devices of this one."""
+    workdir = tmp_path_factory.mktemp("alone")
+    return workdir, run(workdir).metrics
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """(folder, seconds, end of the other process) where the second one was killed."""
+    workdir = tmp_path_factory.mktemp("killed")
+    with Pair(workdir, signal.SIGKILL, KILLED_AT) as pair:
+        pair.children[1].wait(timeout=PATIENCE)
+        began = time.monotonic()
+        pair.children[0].wait(timeout=PATIENCE)
+        seconds = time.monotonic() - began
+        end, other = pair.finish()
+    assert other[0] == -signal.SIGKILL
+    return workdir, seconds, end
+
+
+@pytest.fixture(scope="module")
+def terminated(killed, tmp_path_factory):
+    """(folder, results) of the killed run, resumed until SIGTERM to the second one."""
+    workdir = tmp_path_factory.mktemp("terminated")
+    shutil.copytree(killed[0], workdir, dirs_exist_ok=True)
+    with Pair(workdir, signal.SIGTERM, TERMINATED_AT) as pair:
+        return workdir, results(pair.finish())
+
+
+# Two as one
+
+
+def test_both_processes_tell_the_same(undisturbed):
+    _, (one, other) = undisturbed
+    for name in ("parameters_sha256", "accuracy", "loss", "steps", "shape"):
+        assert one[name] == other[name], name
+    assert one["finished"] and one["shape"] == [64, 16]  # whole, from its four parts
+
+
+def test_two_processes_give_the_losses_of_one(undisturbed, alone):
+    two, one = metrics(undisturbed[0]), metrics(alone[0])
+    assert list(two) == list(one) == list(range(1, CONFIG.steps + 1))
+    np.testing.assert_allclose(list(two.values()), list(one.values()), atol=1e-4)
+    assert max(one.values()) - min(one.values()) > 0.5
+
+
+def test_evaluation_counts_each_example_once_though_shards_differ(undisturbed, alone):
+    (two, _), one = undisturbed[1], alone[1]
+    assert two["accuracy"] == pytest.approx(one["accuracy"], abs=1e-6)
+    assert round(two["accuracy"] * 297, 3) % 1 == 0
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
+
+
+# The end of one
+
+
+def test_a_dead_process_ends_the_other_with_one_clear_line(killed):
+    workdir, seconds, (code, out, err) = killed
+    assert code == 1 and "result" not in out
+    assert seconds < 30
+    if "process 0" in err:
+        last = err.splitlines()[-1]
+        assert last.startswith("process 0") and last.endswith(processes.GO_ON)
+        assert "process dies" in last or "process died" in last
+    else:  # JAX 0.7 leaves no chance to say more
+        assert jax.__version_info__ < (0, 8) and "another task died" in err
+    assert set(saved(workdir)) & {3, 6}
+
+
+def test_sigterm_to_one_saves_the_same_step_of_both(killed, terminated):
+    workdir, (one, other) = terminated
+    assert not one["finished"] and not other["finished"]
+    assert one["steps"] == other["steps"] == saved(workdir)[-1]
+    assert one["parameters_sha256"] == other["parameters_sha256"]
+    assert TERMINATED_AT <= one["steps"] < CONFIG.steps
+    assert max(metrics(workdir)) == one["steps"]
+
+
+def test_killed_and_terminated_both_end_with_the_same_bits(
+    undisturbed, terminated, tmp_path
+):
+    workdir = shutil.copytree(terminated[0], tmp_path, dirs_exist_ok=True)
+    with Pair(workdir) as pair:
+        one, other = results(pair.finish())
+    expected = undisturbed[1][0]
+    for name in ("parameters_sha256", "accuracy", "loss", "steps"):
+        assert one[name] == other[name] == expected[name], name
+    assert metrics(workdir) == metrics(undisturbed[0])
+
+
+def test_one_process_goes_on_where_two_stopped(undisturbed, terminated, tmp_path):
+    workdir = shutil.copytree(terminated[0], tmp_path, dirs_exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as that the data start anew
+        fitted = run(workdir)
+    assert fitted.finished
+    two, one = metrics(undisturbed[0]), metrics(workdir)
+    np.testing.assert_allclose(list(one.values()), list(two.values()), atol=1e-4)
+    assert fitted.metrics["accuracy"] == pytest.approx(
+        undisturbed[1][0]["accuracy"], abs=1e-6
+    )
+
+
+# Flags, and one process
+
+
+ADDRESS = "10.0.0.1:1234"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"num_processes": 2}, r"beside --num-processes and --process-id, got None\.$"),
+        (
+            {"coordinator_address": "auto", "process_id": 0},
+            r"beside --num-processes and --process-id, got auto\.$",
+        ),
+        (
+            {"coordinator_address": "10.0.0.1"},
+            r"^coordinator_address: expected HOST:PORT or auto, got '10.0.0.1'\.$",
+        ),
+        (
+            {"coordinator_address": "host:port"},
+            r"expected HOST:PORT or auto, got 'host:port'\.$",
+        ),
+        (
+            {"coordinator_address": ADDRESS, "num_processes": 2},
+            rf"--num-processes and --process-id beside {ADDRESS}, got 2 and None\.$",
+        ),
+        (
+            {"coordinator_address": ADDRESS, "num_processes": 2, "process_id": 2},
+            r"^process_id: expected 0 <= process_id < num_processes, got 2 of 2\.$",
+        ),
+        ({"heartbeat": 0}, r"^heartbeat: expected at least 1 second, got 0\.$"),
+    ],
+)
+def test_flags_that_do_not_fit_together_are_an_error(flags, message):
+    with pytest.raises(ValueError, match=message):
+        Processes(**flags)
+
+
+def test_one_process_needs_no_word_with_others():
+    assert processes.of_all(7) == [7]
+    assert processes.is_first() and processes.shard() == (0, 1)
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(KeyError),
+        processes.joined(Processes()),
+        processes.Terminated() as terminated,
+    ):
+        assert not jax.distributed.is_initialized()
+        assert not terminated.at(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert terminated.at(1)
+        raise KeyError  # goes on its way
+    assert signal.getsignal(signal.SIGTERM) is before
