@@ -114,9 +114,9 @@ def made_plan(flags: Planned, **changes: Any) -> Plan:
 
 def plan(flags: Planned) -> None:
     """Compile for the slice and print what a chip needs, and what would fit."""
+    find_slice(flags.topology)
     jax.config.update("jax_platforms", "cpu")  # the chips need not be there
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot be read back
-    find_slice(flags.topology)
     networks: dict[str, dict[str, Any]] = {f"{flags.neuron}, T={flags.time_steps}": {}}
     if flags.compare:
         networks["relu, T=1"] = {"neuron": "relu", "time_steps": 1}

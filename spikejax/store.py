@@ -97,12 +97,13 @@ def _place(folder: Path, path: str) -> dict[str, Any]:
 
 def _parts(path: str, store: Any, struct: Any) -> dict[str, Any]:
     """The parts on this process's devices, being read: {index as text: future}."""
-    indices = struct.sharding.addressable_devices_indices_map(struct.shape).values()
+    cut = struct.sharding.addressable_devices_indices_map(struct.shape).values()
+    indices = {str(index): index for index in cut}  # devices may have the same part
     with _named(path):
         opened = store.result()
         if opened.shape != struct.shape or opened.dtype.numpy_dtype != struct.dtype:
             raise Damaged("shape and dtype are others")
-        return {str(index): opened[index].read() for index in indices}
+        return {name: opened[index].read() for name, index in indices.items()}
 
 
 def _array(path: str, parts: dict[str, Any], struct: Any) -> jax.Array:

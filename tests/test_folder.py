@@ -26,12 +26,16 @@ def test_of_several_processes_the_first_writes(tmp_path, monkeypatch):
 
 def test_a_folder_belongs_to_one_run(tmp_path):
     settings = {"seed": 0, "model": "vgg11"}
-    folder.check(tmp_path, settings)
+    folder.check(tmp_path, settings, {})
     assert folder.claim(tmp_path, settings) == tmp_path
-    folder.check(tmp_path, settings)
+    folder.check(tmp_path, settings, {})
     match = r"holds another: seed is 0 there and 1 here\. Take another --workdir"
     with pytest.raises(ValueError, match=match):
-        folder.check(tmp_path, settings | {"seed": 1})
+        folder.check(tmp_path, settings | {"seed": 1}, {})
+    newer = {"width": 1.0}
+    folder.check(tmp_path, settings | newer, newer)
+    with pytest.raises(ValueError, match="width is 1.0 there and 2.0 here"):
+        folder.check(tmp_path, settings | {"width": 2.0}, newer)
 
 
 def test_a_folder_that_a_process_does_not_see_is_an_error(tmp_path, monkeypatch):

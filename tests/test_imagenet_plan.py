@@ -1,0 +1,89 @@
+"""What ``experiments.imagenet plan`` says, without the compiler."""
+
+import dataclasses
+import sys
+
+import pytest
+
+from experiments import imagenet as script
+from spikejax.chips import GIB, find_slice
+from spikejax.plan import Plan
+
+
+def planned(temporaries, parameters=GIB):
+    """A plan for v5e:2x4, of which a chip has 15.75 GiB."""
+    return Plan(
+        where=find_slice("v5e:2x4"),
+        batch_size=512,
+        train_images=1e6,
+        parameters=parameters,
+        optimizer=parameters,
+        inputs=2 * parameters,
+        outputs=0,
+        temporaries=temporaries,
+        program=0,
+        flops=1e12,
+        bytes_accessed=1e9,
+        hbm_bytes=1e9,
+        cycles=0,
+        collectives=(),
+        loops=0,
+    )
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The changes for which a plan was made; LIF does not fit, remat mends it."""
+    made = []
+
+    def made_plan(flags, **changes):
+        made.append(changes)
+        fits = changes.get("neuron") != "lif" or changes.get("remat") == "blocks"
+        return planned(GIB if fits else 20 * GIB)
+
+    monkeypatch.setattr(script, "made_plan", made_plan)
+    monkeypatch.setattr(script.jax.config, "update", lambda *_: None)
+    return made
+
+
+def test_one_network_is_compiled_unless_more_are_asked_for(asked, capsys):
+    script.plan(script.Planned(topology="v5e:2x4"))
+    said = capsys.readouterr().out
+    assert asked == [{}]
+    assert "mt-parallel, T=1: fits: 3.00 GiB of the 15.75 GiB of a v5e" in said
+
+
+def test_networks_side_by_side_and_what_would_make_one_fit(asked, capsys):
+    script.plan(script.Planned(topology="v5e:2x4", compare=True))
+    said = capsys.readouterr().out
+    lif = {"neuron": "lif", "time_steps": 4}
+    assert asked[:3] == [{}, {"neuron": "relu", "time_steps": 1}, lif]
+    assert asked[3] == lif | {"remat": "blocks"}
+    assert [row.split() for row in said.splitlines() if "fits  " in row]
+    lines = said.splitlines()
+    start = lines.index("lif, T=4: does not fit: 22.00 GiB of the 15.75 GiB of a v5e")
+    assert lines[start + 1] == (
+        "  with --remat blocks it fits: 3.00 GiB of the 15.75 GiB of a v5e"
+    )
+    assert lines[start + 2].startswith("  with --batch-size 328 it does not fit")
+    assert len(lines) == start + 3  # sharding the parameters spares too little
+
+
+def test_sharding_is_tried_where_it_may_be_enough(asked):
+    flags = script.Planned(topology="v5e:2x4", remat="blocks")
+    wide = planned(GIB, parameters=10 * GIB)  # 17.5 of 21 GiB may be spared
+    assert list(script.attempts(flags, wide, {})) == ["--fsdp 8"]
+    flags = dataclasses.replace(flags, fsdp=8)
+    assert list(script.attempts(flags, wide, {})) == []
+
+
+def test_wrong_commands_are_one_line(monkeypatch, capsys):
+    with pytest.raises(ValueError, match="expected a slice that v5e has, got 3x3"):
+        script.plan(script.Planned(topology="v5e:3x3"))
+    monkeypatch.setattr(sys, "argv", ["imagenet", "resnet"])
+    with pytest.raises(SystemExit) as exit:
+        script.command()
+    assert exit.value.code == 1
+    assert capsys.readouterr().err.startswith(
+        "recipe: expected plan or one of mt-resnet34, "
+    )
