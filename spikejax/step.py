@@ -60,7 +60,8 @@ class TrainConfig:
             "steps": self.steps is None or self.steps >= 1,
             "batch_size": self.batch_size >= 1,
             "learning_rate": self.learning_rate > 0,
-            "learning_rate_batch": (self.learning_rate_batch or 1) >= 1,
+            "learning_rate_batch": self.learning_rate_batch is None
+            or self.learning_rate_batch >= 1,
             "warmup": 0 <= self.warmup < 1,
             "weight_decay": self.weight_decay >= 0,
             "clip": self.clip >= 0,

@@ -122,7 +122,7 @@ def test_equal_to_plain_numpy(make, project, region):
 @pytest.mark.parametrize("make", [general.cnn_10, general.lstm_10])
 def test_all_parameters_learn_and_the_step_compiles_once(make):
     several = partial(MultiThreshold, 2, v_threshold=0.1, learn_tau=True)
-    model = small(make, binarise=straight_through, neuron=several)
+    model = small(make, binarise=straight_through, neuron=several, depths=(1, 1))
     model.train()
     config = TrainConfig(steps=3)
     optimizer = make_optimizer(config, 3)

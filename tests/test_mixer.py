@@ -10,7 +10,7 @@ import pytest
 import slow_general
 from flax import nnx
 
-from spikejax import LIF, MultiThreshold, independent, mixer
+from spikejax import LIF, MultiThreshold, independent, mixer, sharding
 from spikejax.mixer import (
     Mixer,
     bernoulli,
@@ -351,6 +351,15 @@ def test_the_same_state_gives_the_same_spikes_also_in_evaluation():
     assert jnp.array_equal(ys, call(params, rest, xs)[0])
     layer(xs)
     assert not jnp.array_equal(ys, layer(xs)[0])
+
+
+def test_the_same_draws_on_several_devices():
+    mesh = sharding.data_mesh()
+    x = maps(8, 1, 4, 4, 3)
+    placed = sharding.place_batch({"x": np.asarray(x)}, mesh)["x"]
+    z = jax.jit(bernoulli)(placed, KEY)
+    assert not z.sharding.is_fully_replicated or mesh.size == 1
+    np.testing.assert_array_equal(z, bernoulli(x, KEY))
 
 
 def test_it_compiles_once():

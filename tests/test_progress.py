@@ -11,7 +11,14 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from spikejax import progress
-from spikejax.progress import NonFinite, Progress, check_finite, read_metrics, table
+from spikejax.progress import (
+    NonFinite,
+    Progress,
+    Trace,
+    check_finite,
+    read_metrics,
+    table,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -266,6 +273,35 @@ def test_numbers_that_are_not_finite_stop_the_run(loss, norms, message):
 
 def test_finite_numbers_pass():
     check_finite(1, 1e30, {"a": 0.0, "b": 1e-38})
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [(3, []), (4, ["start", "stop"]), (8, ["start", "stop"]), (20, ["start", "stop"])],
+)
+def test_a_profile_is_of_steps_4_to_8(tmp_path, monkeypatch, steps, expected):
+    calls = []
+    fake = SimpleNamespace(
+        start_trace=lambda folder: calls.append(("start", step, folder)),
+        stop_trace=lambda: calls.append(("stop", step)),
+    )
+    monkeypatch.setattr(jax, "profiler", fake)
+    trace = Trace(tmp_path)
+    for step in range(1, steps + 1):
+        trace.before(step, {})
+    trace.close()
+    assert [call[0] for call in calls] == expected
+    if calls:
+        assert calls[0] == ("start", 4, str(tmp_path))
+        assert calls[1] == ("stop", min(steps, 9))  # before the ninth
+
+
+def test_without_a_folder_nothing_is_profiled(monkeypatch):
+    monkeypatch.setattr(jax, "profiler", None)
+    trace = Trace(None)
+    for step in range(1, 20):
+        trace.before(step, {})
+    trace.close()
 
 
 def test_a_table_has_its_numbers_to_the_right(capsys):

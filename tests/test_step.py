@@ -148,6 +148,9 @@ def averaged():
         ("batch_size", 0, "at least 1"),
         ("learning_rate", 0.0, "more than 0"),
         ("learning_rate", -0.1, "more than 0"),
+        ("learning_rate_batch", 0, "at least 1 image"),
+        ("norm_groups", 0, "a divisor of the batch size"),
+        ("norm_groups", 3, "a divisor of the batch size"),
         ("warmup", 1.0, "a part of the training, 0 <= warmup < 1"),
         ("warmup", -0.1, "a part of the training, 0 <= warmup < 1"),
         ("weight_decay", -1e-4, "0 or more"),
@@ -284,6 +287,17 @@ def learning_rate(config, step):
 def test_learning_rate_warms_up_and_falls_along_a_cosine(warmup, step, expected):
     config = TrainConfig(steps=100, warmup=warmup, learning_rate=0.4)
     assert learning_rate(config, step) == pytest.approx(0.4 * expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "factor"), [(256, 1.0), (1024, 4.0), (64, 0.25)]
+)
+def test_learning_rate_grows_with_the_batch_where_it_is_told_to(batch_size, factor):
+    config = TrainConfig(
+        *(1.0, 100, batch_size), learning_rate=0.2, learning_rate_batch=256, warmup=0.1
+    )
+    assert learning_rate(config, 10) == pytest.approx(0.2 * factor, abs=1e-6)
+    assert learning_rate(config, 0) == pytest.approx(0.02 * factor, abs=1e-6)
 
 
 @pytest.mark.parametrize(
