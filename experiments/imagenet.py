@@ -96,6 +96,8 @@ class Planned(ImageNet):
 def made_plan(flags: Planned, **changes: Any) -> Plan:
     """The plan of the flags, with some of them changed."""
     flags = dataclasses.replace(flags, **changes)
+    if (size := flags.image_size) is None:
+        raise ValueError("image_size: expected a number to plan with, got None.")
     mean, std = images.PHOTOGRAPHS
     image_set: Any = SimpleNamespace(
         num_classes=CLASSES, shape=(None, None, 3), mean=mean, std=std
@@ -106,7 +108,7 @@ def made_plan(flags: Planned, **changes: Any) -> Plan:
         make_loss(flags),
         make_encode(flags, image_set),
         find_slice(flags.topology),
-        image_shape=(flags.image_size, flags.image_size, 3),
+        image_shape=(size, size, 3),
         train_images=flags.train.epochs * TRAIN_IMAGES,
         fsdp=flags.fsdp,
     )
