@@ -19,6 +19,7 @@ from flax import nnx
 
 from spikejax import surrogate
 from spikejax.compat import List
+from spikejax.convolution import convolve
 from spikejax.layers import LIF, Neuron
 from spikejax.recurrent import Bidirectional
 from spikejax.windows import Window, split, stitch, tile
@@ -310,7 +311,8 @@ def conv_network(
     channels: int, neuron: Callable = general_lif, *, rngs: nnx.Rngs, **options
 ) -> Stacked:
     """Two 3x3 convolutions with neurons, from ``neuron()``; options of ``Stacked``."""
-    layers = [nnx.Conv(channels, channels, (3, 3), rngs=rngs) for _ in range(2)]
+    conv = partial(nnx.Conv, conv_general_dilated=convolve)
+    layers = [conv(channels, channels, (3, 3), rngs=rngs) for _ in range(2)]
     return Stacked(layers, [neuron(), neuron()], channels, **options)
 
 

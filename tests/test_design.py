@@ -30,6 +30,7 @@ HOUSE = {
     "surrogate": set(),
     "neurons": {"surrogate"},
     "unroll": {"compat"},
+    "convolution": set(),
     "encode": {"compat"},
     "losses": {"compat"},
     "layers": CELLS,

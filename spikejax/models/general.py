@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax.compat import List
+from spikejax.convolution import convolve
 from spikejax.layers import Neuron
 from spikejax.mixer import (
     Binarise,
@@ -143,7 +144,8 @@ class General(nnx.Module):
         )
         second = {"region_threshold": region_threshold if spiking else None}
         channels = round(48 * width)
-        self.stem = nnx.Conv(in_channels, channels, (2, 2), (2, 2), rngs=rngs)
+        conv = partial(nnx.Conv, conv_general_dilated=convolve)
+        self.stem = conv(in_channels, channels, (2, 2), (2, 2), rngs=rngs)
         stages, merges, carried_merges = [], [], []
         for stage, depth in enumerate(depths):
             last = stage == len(depths) - 1
@@ -196,8 +198,9 @@ class Through(nnx.Module):
 
     def __init__(self, channels: int, neuron: Callable, *, rngs: nnx.Rngs, **_):
         self.features = channels
+        conv = partial(nnx.Conv, conv_general_dilated=convolve)
         self.convs = List(
-            nnx.Conv(channels, channels, (3, 3), rngs=rngs) for _ in range(2)
+            conv(channels, channels, (3, 3), rngs=rngs) for _ in range(2)
         )
         self.neurons = List([neuron(), neuron()])
 

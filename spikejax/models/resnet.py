@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax.compat import List
+from spikejax.convolution import convolve
 from spikejax.norm import td_batch_norm
 
 
@@ -66,6 +67,7 @@ def _conv(inputs, outputs, size, stride, dtype, rngs):
         (stride, stride),
         padding=((pad, pad), (pad, pad)),
         use_bias=False,
+        conv_general_dilated=convolve,
         kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
         dtype=dtype,
         rngs=rngs,

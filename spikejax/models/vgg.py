@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax.compat import List
+from spikejax.convolution import convolve
 from spikejax.norm import td_batch_norm
 
 POOL = 0  # stands in a plan for pooling
@@ -61,8 +62,9 @@ class VGG(nnx.Module):
         self.pool = pool
         widths = [step for step in plan if step != POOL]
         inputs = [in_channels, *widths[:-1]]
+        conv = partial(nnx.Conv, conv_general_dilated=convolve)
         self.convs = List(
-            nnx.Conv(a, b, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)
+            conv(a, b, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)
             for a, b in zip(inputs, widths, strict=True)
         )
         self.norms = List(norm(width, rngs=rngs) for width in widths)
