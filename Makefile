@@ -1,9 +1,10 @@
-# Each target makes the environment that it needs, in .venv or .venv-oldest.
+# Each target makes the environments that it needs: .venv, .venv-oldest or .venv-peers.
 # Another interpreter: make test PYTHON=python3.13
 PYTHON ?= python3
 
 .PHONY: demo test test-oldest lint bench docs
 .NOTPARALLEL:
+.DELETE_ON_ERROR:
 
 demo: .venv/.experiments
 	.venv/bin/python -m experiments.digits --workdir runs/digits
@@ -14,8 +15,9 @@ test: .venv/.dev
 test-oldest: .venv-oldest/.test
 	.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal
 
-bench: .venv/.experiments
-	.venv/bin/python -m benchmarks.training_step --workdir runs/bench
+bench: .venv/.experiments .venv-peers/.peers
+	.venv/bin/python -m benchmarks.versus --workdir runs/bench \
+		--peers .venv-peers/bin/python
 
 docs: .venv/.docs
 	.venv/bin/mkdocs build --strict
@@ -38,6 +40,12 @@ lint: .venv/.dev
 	$(call install,.venv-oldest,-e '.[experiments]' pytest pytest-xdist \
 		hypothesis lz4 zstandard \
 		-c constraints-oldest.txt)
+
+# SpikingJelly asks for more than it imports: torchvision, tensorboard and others.
+.venv-peers/.peers: constraints-peers.txt
+	$(call install,.venv-peers,torch snntorch spyx loguru tqdm \
+		-c constraints-peers.txt)
+	$(call install,.venv-peers,--no-deps spikingjelly -c constraints-peers.txt)
 
 # $(call install,environment,arguments of pip)
 define install

@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m benchmarks.training_step``; ratios within one run."""
+"""Benchmarks: ``python -m benchmarks.versus``; ratios within one run."""

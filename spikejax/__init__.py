@@ -2,6 +2,7 @@
 
 from spikejax import encode, losses, neurons, surrogate
 from spikejax.conversion import calibrate, convert, fold_norms
+from spikejax.convolution import convolve
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold, keep_membranes, neuron_layers
 from spikejax.neurons import NeuronParams, cascade, independent, lif, parallel
 from spikejax.norm import td_batch_norm
@@ -19,6 +20,7 @@ __all__ = [
     "calibrate",
     "cascade",
     "convert",
+    "convolve",
     "encode",
     "fold_norms",
     "independent",

@@ -97,11 +97,12 @@ def _backward(strides, padding, kept, g):
 
     def on_cpu(x, kernel, g):
         if max(strides) > 1:
-            return (
-                image_gradient(x, kernel, g, strides, padding),
-                kernel_gradient(x, kernel, g, strides, padding),
-            )
-        return usual(x, kernel, g)[0], summed_gradient(x, kernel, g, padding)
+            dx = image_gradient(x, kernel, g, strides, padding)
+            dk = kernel_gradient(x, kernel, g, strides, padding)
+        else:
+            dx, dk = usual(x, kernel, g)[0], summed_gradient(x, kernel, g, padding)
+        # Else XLA puts dk off to the end, and keeps x and g of every layer until then.
+        return lax.optimization_barrier((dx, dk))
 
     return lax.platform_dependent(*kept, g, cpu=on_cpu, default=usual)
 
@@ -120,7 +121,7 @@ def from_patches(x, kernel, strides, padding):
         y = (patches @ matrix).reshape(-1, height, width, matrix.shape[1])
         return lax.dynamic_update_index_in_dim(ys, y, i, 1)
 
-    ys = jnp.zeros((*parts.shape[:2], height, width, matrix.shape[1]))
+    ys = _space(parts, (height, width, matrix.shape[1]))
     ys = lax.fori_loop(0, parts.shape[1], add, ys)
     return ys.reshape(-1, *ys.shape[2:])
 
@@ -159,7 +160,7 @@ def image_gradient(x, kernel, g, strides, padding):
                 image += lax.pad(patches[:, :, :, u, v], jnp.float32(0), around)
         return lax.dynamic_update_index_in_dim(xs, image, i, 1)
 
-    xs = jnp.zeros((*gradients.shape[:2], *x.shape[1:]))
+    xs = _space(gradients, x.shape[1:])
     return lax.fori_loop(0, gradients.shape[1], add, xs).reshape(x.shape)
 
 
@@ -201,6 +202,11 @@ def _in_parts(images, size, most=None):
 
 def _part(parts, i):
     return lax.dynamic_index_in_dim(parts, i, 1, keepdims=False)
+
+
+def _space(parts, shape):
+    """Images to be overwritten; XLA would make zeros long before they are needed."""
+    return jnp.broadcast_to(parts[:, :, :1, :1, :1], (*parts.shape[:2], *shape))
 
 
 def _patches(x, kernel, strides, padding):

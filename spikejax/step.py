@@ -6,6 +6,7 @@ asked for, ema. ``spikejax.train`` repeats the steps.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import jax
@@ -188,6 +189,34 @@ def make_train_step(
         return new | {"step": state["step"] + 1}, metrics
 
     return train_step
+
+
+CPU_OPTIONS = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_disable_hlo_passes": "cse_barrier_expander",
+}
+
+
+@cache
+def compiler_options(platform: str) -> dict[str, Any]:
+    """For ``jax.jit(step, compiler_options=...)`` of a training step on a platform.
+
+    On "cpu": the order of operations that takes the least memory, instead of the one
+    that keeps most cores busy, and barriers that stay, without which ``jax.checkpoint``
+    is undone. Two fifths of the memory, and no more time (docs/results.md).
+    """
+    if platform != "cpu":
+        return {}
+    return {name: o for name, o in CPU_OPTIONS.items() if _accepted({name: o})}
+
+
+def _accepted(options):
+    """Whether this XLA has such options: their names are not promised to stay."""
+    try:
+        jax.jit(lambda: 0, compiler_options=options)()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def _in_groups(forward, xs, groups):

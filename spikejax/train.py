@@ -25,6 +25,7 @@ from spikejax.step import (
     Encode,
     Loss,
     TrainConfig,
+    compiler_options,
     initial_state,
     make_eval_step,
     make_optimizer,
@@ -163,7 +164,8 @@ def graphs(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.GraphDef]:
 def jit_train_step(step: Callable, state: Any, mesh: Mesh) -> Callable:
     """A training step jitted for a state, or its shapes, on a mesh."""
     out = sharding.state_shardings(state, mesh), sharding.replicated(mesh)
-    return jax.jit(step, donate_argnums=0, out_shardings=out)
+    options = compiler_options(mesh.devices.flat[0].platform)
+    return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
 
 
 class _Run:

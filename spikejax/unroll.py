@@ -11,6 +11,23 @@ UNROLLED = 4  # up to so many steps are written out, so that XLA fuses them
 REMATERIALISED = 64  # from so many steps on the backward pass computes them again
 
 
+@jax.custom_vjp
+def _gathered(xs):
+    """xs, whose gradient is summed over thresholds and steps once, if on a CPU.
+
+    XLA would write down each of the summands there, and sum them for each use.
+    """
+    return xs
+
+
+def _gather_gradient(_, g):
+    once = jax.lax.optimization_barrier
+    return (jax.lax.platform_dependent(g, cpu=once, default=lambda g: g),)
+
+
+_gathered.defvjp(lambda xs: (xs, None), _gather_gradient)
+
+
 def unroll(
     cell: Callable, params: Any, state: Any, xs: jax.Array
 ) -> tuple[Any, jax.Array]:
@@ -36,7 +53,7 @@ def unroll(
         )
     steps = xs.shape[1]
     if steps <= UNROLLED:
-        spikes = []
+        xs, spikes = _gathered(xs), []
         for t in range(steps):
             state, z = cell(params, state, xs[:, t])
             spikes.append(z)

@@ -13,12 +13,15 @@ from flax import nnx
 
 from spikejax import encode, sharding
 from spikejax.checksum import by_path
-from spikejax.layers import MultiThreshold
+from spikejax.layers import LIF, MultiThreshold
 from spikejax.losses import rate_cross_entropy
 from spikejax.models.resnet import ResNet
 from spikejax.norm import td_batch_norm
 from spikejax.step import (
+    CPU_OPTIONS,
     TrainConfig,
+    _accepted,
+    compiler_options,
     initial_state,
     make_eval_step,
     make_optimizer,
@@ -589,3 +592,44 @@ def test_evaluation_takes_the_moving_average(averaged):
         logits, run.predict(plain | {"params": state["ema"]}, images)
     )
     assert not np.allclose(logits, run.predict(plain, images))
+
+
+def compiled_step(options):
+    """A step of a small residual network, as it is compiled with the options."""
+    model = ResNet((2, 2), (4, 8), 3, neuron=LIF, rngs=nnx.Rngs(0))
+    config = TrainConfig(steps=10)
+    optimizer = make_optimizer(config, 10)
+    state = initial_state(model, optimizer, config)
+    step = make_train_step(
+        nnx.graphdef(model),
+        rate_cross_entropy,
+        lambda images, rng: encode.direct(images, 4),
+        optimizer,
+    )
+    images = jax.random.normal(jax.random.key(0), (16, 8, 8, 3))
+    batch = {"image": images, "label": jnp.arange(16) % 3}
+    jitted = jax.jit(step, compiler_options=options)
+    return jitted.lower(state, batch).compile(), state, batch
+
+
+def test_options_of_the_compiler_spare_memory_and_change_nothing():
+    options = compiler_options("cpu")
+    if options != CPU_OPTIONS:
+        pytest.skip(f"this XLA has {list(options)} of {list(CPU_OPTIONS)} only")
+    plain, state, batch = compiled_step({})
+    spared, _, _ = compiled_step(options)
+
+    def memory(compiled):
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert memory(spared) < 0.7 * memory(plain)
+    one, other = plain(state, batch), spared(state, batch)
+    for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
+        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_other_platforms_and_other_compilers_have_no_options():
+    assert compiler_options("tpu") == {}
+    assert not _accepted({"xla_cpu_nobody_has_this": True})
+    assert _accepted({"xla_disable_hlo_passes": "nobody_has_this"})

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spikejax.neurons import NeuronParams, cascade, lif
+from spikejax.neurons import NeuronParams, cascade, lif, parallel
 from spikejax.unroll import unroll
 
 # ``import spikejax.unroll as x`` would give the function: the package exports it.
@@ -168,3 +168,25 @@ def test_pieces_need_less_memory_than_a_plain_scan():
     plain = temporary_bytes(scan, cascade, 256).temp_size_in_bytes
     pieces = temporary_bytes(unroll, cascade, 256).temp_size_in_bytes
     assert 0 < pieces < plain / 2
+
+
+@pytest.mark.parametrize("cell", [lif, parallel])
+def test_the_gradient_of_the_input_is_written_once_and_is_the_sum(cell):
+    params = NeuronParams(0.5, (1.0,) if cell is lif else (1.0, 2.0))
+    xs = 2 * jax.random.normal(jax.random.key(0), (2, 3, 5))
+
+    def whole(xs):
+        return jnp.square(unroll(cell, params, jnp.zeros((2, 5)), xs)[1]).sum()
+
+    def by_hand(xs):
+        v, total = jnp.zeros((2, 5)), 0.0
+        for t in range(3):
+            v, z = cell(params, v, xs[:, t])
+            total += jnp.square(z).sum()
+        return total
+
+    text = jax.jit(jax.grad(whole)).lower(xs).as_text()
+    assert text.count("optimization_barrier") == 1
+    gradient = jax.grad(whole)(xs)
+    assert gradient.any()
+    np.testing.assert_allclose(gradient, jax.grad(by_hand)(xs), rtol=1e-6)

@@ -199,9 +199,7 @@ class Through(nnx.Module):
     def __init__(self, channels: int, neuron: Callable, *, rngs: nnx.Rngs, **_):
         self.features = channels
         conv = partial(nnx.Conv, conv_general_dilated=convolve)
-        self.convs = List(
-            conv(channels, channels, (3, 3), rngs=rngs) for _ in range(2)
-        )
+        self.convs = List(conv(channels, channels, (3, 3), rngs=rngs) for _ in range(2))
         self.neurons = List([neuron(), neuron()])
 
     def __call__(self, xs: jax.Array, carried: None = None) -> tuple[jax.Array, None]:

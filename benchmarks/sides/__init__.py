@@ -1,0 +1,1 @@
+"""One file a library: ``prepare(sizes, mode)`` builds its network, ready to run."""
