@@ -18,6 +18,7 @@ from flax import nnx
 
 import spikejax
 from spikejax import (
+    cache,
     encode,
     energy,
     folder,
@@ -195,6 +196,7 @@ def train(
 
 def _train(experiment, model, source, settings):
     folder.check(experiment.workdir, settings, _settings(Experiment(Path())))
+    cache.keep_programs()
     recipe, shard = experiment.train, processes.shard()
     mesh = sharding.data_mesh(fsdp=experiment.fsdp)
     sharding.check_batch_size(recipe.batch_size, mesh)

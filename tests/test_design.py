@@ -55,10 +55,11 @@ HOUSE = {
     "data.recordings": {"data.aedat4"},
     "data.frames": {"data.augment", "data.recordings"},
     "data.listing": {"data.recordings"},
-    "data.events": {"data.split"} | EVENTS - {"data.events", "data.aedat4"},
+    "data.events": {"data.split", "cache"} | EVENTS - {"data.events", "data.aedat4"},
     "checksum": set(),
     "sharding": {"compat", "checksum"},
     "processes": set(),
+    "cache": {"processes"},
     "store": {"checksum"},
     "checkpoint": {"compat", "checksum", "processes", "store"},
     "folder": {"processes"},
@@ -91,7 +92,7 @@ HOUSE = {
     | EVENTS
     | RUN
     | CONVERT
-    | {"", "network", "energy", "live", "plot", "chart"},
+    | {"", "cache", "network", "energy", "live", "plot", "chart"},
 }
 EXPERIMENT = set(HOUSE) - {""}
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from spikejax import cache
 from spikejax.data import frames, recordings
 from spikejax.data.listing import Listing, find
 from spikejax.data.recordings import Size
@@ -99,10 +100,7 @@ def load(
         the test split, or the last fifth of each recording: our choice.
     """
     listing = find(name, data_dir)
-    if cache_dir is None:
-        cache_dir = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        cache_dir = Path(cache_dir) / "spikejax"
-    kept = Path(cache_dir) / _fingerprint(listing, framing)
+    kept = Path(cache_dir or cache.folder()) / _fingerprint(listing, framing)
     if not kept.is_dir():
         _keep(listing, framing, kept)
     info = json.loads((kept / "info.json").read_text())
