@@ -2,9 +2,9 @@
 
     nnx.Conv(64, 128, (3, 3), strides=2, conv_general_dilated=convolve, rngs=rngs)
 
-On a CPU XLA is slow in two places (JAX 0.10.2): where there are strides, and in the
-gradient of the kernel over a large batch. The first is done as matrix products of
-patches here, the second as a sum over parts of the batch.
+On a CPU XLA is slow in two places (JAX 0.10.2): with strides, or a kernel larger than
+the images, and in the gradient of the kernel over a large batch. The first is done as
+matrix products of patches here, the second as a sum over parts of the batch.
 """
 
 from functools import partial
@@ -71,6 +71,12 @@ def convolve(
     return _convolve(x, kernel, tuple(strides), tuple(map(tuple, padding)))
 
 
+def _slow(x, kernel, strides):
+    """Whether XLA takes long on a CPU: with strides, or a kernel larger than images."""
+    height, width = x.shape[1:3]
+    return max(strides) > 1 or kernel.shape[0] > height or kernel.shape[1] > width
+
+
 def plain(x, kernel, strides, padding):
     """XLA's convolution of images."""
     return lax.conv_general_dilated(
@@ -82,7 +88,8 @@ def plain(x, kernel, strides, padding):
 def _convolve(x, kernel, strides, padding):
     options = {"strides": strides, "padding": padding}
     usual = partial(plain, **options)
-    gathered = max(strides) > 1 and kernel.shape[2] >= CHANNELS
+    few = max(strides) > 1 and kernel.shape[2] < CHANNELS
+    gathered = _slow(x, kernel, strides) and not few
     on_cpu = partial(from_patches, **options) if gathered else usual
     return lax.platform_dependent(x, kernel, cpu=on_cpu, default=usual)
 
@@ -96,7 +103,7 @@ def _backward(strides, padding, kept, g):
         return jax.vjp(lambda x, k: plain(x, k, strides, padding), x, kernel)[1](g)
 
     def on_cpu(x, kernel, g):
-        if max(strides) > 1:
+        if _slow(x, kernel, strides):
             dx = image_gradient(x, kernel, g, strides, padding)
             dk = kernel_gradient(x, kernel, g, strides, padding)
         else:

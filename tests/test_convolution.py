@@ -78,6 +78,14 @@ def test_equal_whatever_the_kernel_and_the_padding(
     same(convolve, x, kernel, strides, padding, **OPTIONS)
 
 
+@pytest.mark.parametrize("height, width", [(2, 5), (5, 2), (1, 1)])
+def test_equal_where_the_kernel_is_larger_than_the_images(height, width):
+    x, kernel = some(0, 16, height, width, 3), some(1, 3, 3, 3, 2)
+    same(convolve, x, kernel, (1, 1), "SAME", **OPTIONS)
+    text = jax.jit(partial(convolve, strides=(1, 1), padding="SAME", **OPTIONS))
+    assert "stablehlo.convolution" not in text.lower(x, kernel).as_text()
+
+
 def test_pixels_that_no_patch_sees_have_gradient_zero():
     x, kernel = some(0, 8, 4, 4, 1), some(1, 1, 1, 1, 1)
     _, gradient, _ = value_and_gradients(
