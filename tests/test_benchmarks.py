@@ -1,14 +1,17 @@
 """The benchmark measures what it says; how fast that is, no test asks."""
 
+import dataclasses
 import json
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import general_step, pipeline
+from benchmarks import general_step, growth, neuron, pipeline
 from benchmarks.pipeline import Pipeline
+from benchmarks.workloads import Sizes
 
 
 def test_each_crop_of_photographs_is_a_row(tmp_path):
@@ -44,3 +47,88 @@ def test_each_layer_is_a_row(tmp_path, monkeypatch):
 def test_general_step_measures_at_least_one_step():
     with pytest.raises(ValueError, match="bench: expected repeats, batch_size, side"):
         general_step.measure(general_step.Benchmark(repeats=0))
+
+
+def test_layers_of_neurons_stand_against_copies_of_the_same_arrays(tmp_path, capsys):
+    small = {"repeats": 2, "time_steps": (1, 6), "maps": 6, "side": 2, "channels": 2}
+    neuron.main(neuron.Benchmark(tmp_path, **small))
+    rows = json.loads((tmp_path / "neuron.json").read_text())
+    found = {(row["layer"], row["pass"], row["time_steps"]): row for row in rows}
+    assert len(found) == len(rows) == 5 * 2 * 2
+    for row in rows:
+        assert row["shape"] == [6 // row["time_steps"], row["time_steps"], 2, 2, 2]
+        low, high = row["ratio_quartiles"]
+        assert 0 < low <= row["ratio"] <= high and row["cpu_ratio"] > 0
+        assert len(row["steps_ms"]) == len(row["cpu_steps_ms"]) == 2
+    for which in ("forward", "gradient"):
+        for layer in ("copy", "ReLU"):
+            assert found[layer, which, 6]["bytes_to_least"] == 1
+        assert found["copy", which, 6]["ratio"] == 1
+        assert found["LIF", which, 1]["bytes_to_least"] >= 1
+        assert found["LIF", which, 1]["scratch_arrays"] == 0
+        assert found["LIF", which, 6]["bytes_to_least"] is None
+    said = capsys.readouterr().out
+    assert "Forward of 6 maps of 2x2x2" in said and "Gradient of 6" in said
+
+
+def test_the_gradient_of_a_benchmark_is_by_the_currents():
+    xs, gs = np.array([[[-2.0], [3.0]]]), np.array([[[5.0], [7.0]]])
+    made = neuron.functions()
+    np.testing.assert_array_equal(made["ReLU", "gradient"](xs, gs), [[[0.0], [7.0]]])
+    np.testing.assert_array_equal(made["copy", "gradient"](xs, gs), xs / 2 + 2 * gs)
+    assert made["LIF", "gradient"](xs, gs).all()
+
+
+def test_steps_take_turns_of_two_and_the_second_counts():
+    taken = []
+    steps = {name: partial(taken.append, name) for name in "ab"}
+    times = neuron.in_turns(steps, 3)
+    assert "".join(taken) == "aabb" * 3
+    low, high = times["a"]["quartiles_ms"]
+    assert 0 < low <= times["a"]["median_ms"] <= high
+    assert len(times["b"]["steps_ms"]) == len(times["b"]["cpu_steps_ms"]) == 3
+
+
+@pytest.mark.parametrize("wrong", [{"repeats": 0}, {"time_steps": (4, 3), "maps": 8}])
+def test_neuron_needs_time_steps_that_divide_the_maps(wrong):
+    with pytest.raises(ValueError, match="neuron: expected repeats, .* that divide"):
+        neuron.measure(neuron.Benchmark(**wrong))
+
+
+def test_each_size_is_a_row_and_each_sweep_a_panel(tmp_path, monkeypatch, capsys):
+    small = Sizes("convolutions", 2, 1, 8, (2, 2, 4))
+    sweep = growth.Sweep(
+        "tiny", "LIF", {t: dataclasses.replace(small, time_steps=t) for t in (1, 3)}
+    )
+    monkeypatch.setattr(growth, "SWEEPS", {"time steps": sweep, "again": sweep})
+    growth.main(growth.Growth(tmp_path, repeats=1))
+    rows = json.loads((tmp_path / "growth.json").read_text())
+    assert [(r["grows"], r["size"]) for r in rows[:3]] == [
+        ("time steps", 1),
+        ("time steps", 3),
+        ("again", 1),
+    ]
+    one, three = rows[:2]
+    assert one["unit"] == one["cpu_unit"] == 1
+    assert three["operations"] == 3 * one["operations"]
+    assert three["unit"] == pytest.approx(three["median_ms"] / one["median_ms"] / 3)
+    assert three["peak_mib"] > one["peak_mib"] > 0
+    said = capsys.readouterr().out
+    assert "Time steps: tiny" in said and "operations 1.00" in said
+    assert len(growth.draw(rows).axes) == 2
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_operations_are_those_of_the_convolutions_and_slopes_their_exponent():
+    sizes = Sizes("convolutions", 5, 2, 8, (4, 6, 7))
+    by_hand = 9 * (3 * 4 * 64 + 4 * 6 * 16 + 6 * 7 * 4)
+    assert growth.operations(sizes) == 5 * 2 * by_hand
+    rows = [{"size": n, "ms": 7 * n**1.5} for n in (1, 2, 8)]
+    assert growth.slope(rows, "ms") == pytest.approx(1.5)
+    wide = growth.SWEEPS["width"].sizes
+    assert wide[2].channels == (128, 256, 512) and wide[0.25].channels == (16, 32, 64)
+
+
+def test_growth_measures_at_least_one_step():
+    with pytest.raises(ValueError, match="growth: expected repeats >= 1, got 0."):
+        growth.measure(growth.Growth(repeats=0))

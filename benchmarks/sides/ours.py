@@ -4,6 +4,7 @@ A step is the one of ``spikejax.train``, which makes out the accuracy and the no
 each gradient besides.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import flax
@@ -14,6 +15,7 @@ from flax import nnx
 
 import spikejax
 from benchmarks.sides import xla
+from benchmarks.trainer import Recipe
 from benchmarks.workloads import CLASSES, STRIDES, Prepared, Sizes, batch
 from spikejax import (
     LIF,
@@ -31,9 +33,11 @@ from spikejax.step import (
     TrainConfig,
     compiler_options,
     initial_state,
+    make_optimizer,
     make_predict,
     make_train_step,
 )
+from spikejax.train import graphs
 
 OPTIONS = {"decay_input": False, "detach_reset": True}
 NEURONS = {
@@ -54,14 +58,14 @@ VERSIONS = {
 class Convolutions(nnx.Module):
     """Three convolutions, two of them with stride 2."""
 
-    def __init__(self, sizes, neuron, rngs):
+    def __init__(self, sizes, neuron, rngs, norm=td_batch_norm):
         widths = sizes.channels
         conv = partial(nnx.Conv, conv_general_dilated=convolve)
         self.convs = List(
             conv(a, b, (3, 3), (s, s), padding=1, use_bias=False, rngs=rngs)
             for a, b, s in zip((3, *widths), widths, STRIDES, strict=False)
         )
-        self.norms = List(td_batch_norm(width, rngs=rngs) for width in widths)
+        self.norms = List(norm(width, rngs=rngs) for width in widths)
         self.neurons = List(neuron() for _ in widths)
         self.head = nnx.Linear(widths[-1], CLASSES, rngs=rngs)
         xla.give_weights([*self.convs, self.head])
@@ -202,3 +206,42 @@ def _evaluation(graphdef, encoded):
         return state, (loss.mean(), ())
 
     return answer
+
+
+def train(sizes: Sizes, mode: str, recipe: Recipe) -> tuple[Callable, Callable]:
+    """(images, labels) -> loss, a step of the recipe, and images -> logits [B, K]."""
+    # Several thresholds are half a standard deviation apart, as in the experiments.
+    several = mode == "multi-threshold"
+    norm = partial(td_batch_norm, v_threshold=2.0) if several else td_batch_norm
+    network = Convolutions(sizes, NEURONS[mode], nnx.Rngs(0), norm)
+    config = TrainConfig(
+        steps=recipe.steps,
+        batch_size=sizes.batch_size,
+        learning_rate=recipe.learning_rate,
+        warmup=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+    )
+    optimizer = make_optimizer(config, recipe.steps)
+    state = initial_state(network, optimizer, config)
+    training, evaluation = graphs(network)
+
+    def encoded(images, rng):
+        return encode.direct(images, sizes.time_steps)
+
+    compiled = jax.jit(
+        make_train_step(training, losses.rate_cross_entropy, encoded, optimizer),
+        donate_argnums=0,
+        compiler_options=compiler_options(jax.default_backend()),
+    )
+    predict = jax.jit(make_predict(evaluation, encoded))
+
+    def step(images, labels):
+        nonlocal state
+        given = {"image": images, "label": labels.astype("int32")}
+        state, metrics = jax.block_until_ready(compiled(state, given))
+        return float(metrics["loss"])
+
+    def answer(images):
+        return jax.device_get(predict(state, images).mean(1))
+
+    return step, answer

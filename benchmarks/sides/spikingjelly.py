@@ -9,12 +9,14 @@ small images, made here of its layers, since its own file of it needs torchvisio
 import importlib.metadata
 import os
 import shutil
+from collections.abc import Callable
 
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 from benchmarks.sides import pytorch
+from benchmarks.trainer import Recipe
 from benchmarks.workloads import CLASSES, Prepared, Sizes
 
 VERSIONS = {"spikingjelly": importlib.metadata.version("spikingjelly")}
@@ -31,6 +33,61 @@ OF_THEIRS = {"tau": 2.0, "surrogate_function": surrogate.Sigmoid(4.0)}
 def prepare(sizes: Sizes, mode: str) -> Prepared:
     """Modes: step by step, multi-step, compiled (multi-step)."""
     network = NETWORKS[sizes.network](sizes)
+    outputs = _outputs(network, mode)
+    if sizes.network == "linear":
+        return pytorch.summed(sizes, network, outputs, VERSIONS)
+    adam = (lambda p: torch.optim.Adam(p, lr=1e-3)) if _is_theirs(sizes) else None
+    return pytorch.classifier(
+        sizes, network, lambda xs: outputs(xs).mean(0), VERSIONS, adam
+    )
+
+
+def train(sizes: Sizes, mode: str, recipe: Recipe) -> tuple[Callable, Callable]:
+    """(images, labels) -> loss, a step of the recipe, and images -> logits [B, K]."""
+    network = NETWORKS[sizes.network](sizes)
+    outputs = _outputs(network, mode)
+    evaluated = _outputs(network, "multi-step" if mode == "compiled" else mode)
+    pytorch.place(network)
+    parameters = list(network.parameters())
+    kernels = [p for p in parameters if p.ndim > 1]
+    others = [p for p in parameters if p.ndim <= 1]
+    optimizer = torch.optim.SGD(
+        [{"params": kernels, "weight_decay": recipe.weight_decay}, {"params": others}],
+        lr=1.0,
+        momentum=recipe.momentum,
+        nesterov=True,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate)
+
+    def over_time(images):
+        xs = torch.from_numpy(images).to(pytorch.DEVICE).permute(0, 3, 1, 2)
+        return xs.repeat(sizes.time_steps, 1, 1, 1, 1)
+
+    def update(images, labels):
+        network.train()
+        logits = outputs(over_time(images)).mean(0)
+        loss = nn.functional.cross_entropy(
+            logits, torch.from_numpy(labels).to(pytorch.DEVICE)
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        return loss.detach()
+
+    @torch.inference_mode()
+    def answer(images):
+        network.eval()
+        return evaluated(over_time(images)).mean(0).cpu().numpy()
+
+    def step(images, labels):
+        return pytorch.synchronised(lambda: update(images, labels))()
+
+    return step, answer
+
+
+def _outputs(network, mode):
+    """Spikes over time, from rest; it sets the network's step mode."""
     functional.set_step_mode(network, "s" if mode == "step by step" else "m")
     compiled = network
     if mode == "compiled":
@@ -43,12 +100,7 @@ def prepare(sizes: Sizes, mode: str) -> Prepared:
             return torch.stack([compiled(x) for x in xs])
         return compiled(xs)
 
-    if sizes.network == "linear":
-        return pytorch.summed(sizes, network, outputs, VERSIONS)
-    adam = (lambda p: torch.optim.Adam(p, lr=1e-3)) if _is_theirs(sizes) else None
-    return pytorch.classifier(
-        sizes, network, lambda xs: outputs(xs).mean(0), VERSIONS, adam
-    )
+    return outputs
 
 
 def _is_theirs(sizes):

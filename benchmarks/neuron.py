@@ -1,0 +1,199 @@
+"""What layers of neurons cost: time and traffic against a copy of the same arrays.
+
+    python -m benchmarks.neuron --workdir runs/neuron
+
+The currents are float32 [B, T, 32, 32, 64]; B falls as T grows, so that their number
+stays. A layer that goes over memory once reads the currents and writes the spikes. Its
+gradient, forward and backward pass together, reads the currents and what comes back to
+the spikes, and writes the gradient by the currents. The copies move those arrays and
+compute next to nothing: x + 1, and a x + b g. So a ratio of 1 is the limit, 2 is the
+time of a second pass over all of them.
+
+The layers take turns; each step is synchronised, and follows one of its own that does
+not count, as what others freed costs time. CPU time is that of all threads, and suffers
+less from other work. "bytes" is what the compiler counts, to the least: 1 is
+one pass, but what one fusion reads several times counts each time, though it comes from
+memory once. Where time is a loop it is left out: the compiler counts the body of a loop
+once. "scratch" is memory beside those arrays, in parts of one of them. Prints
+two tables and writes neuron.json.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.sides.ours import NEURONS
+from benchmarks.turns import quartiles, ratio
+from spikejax.flags import parse, reported
+from spikejax.progress import table
+from spikejax.step import compiler_options
+
+COPY = "copy"
+PASSES = {"forward": 2, "gradient": 3}  # arrays that have to be read or written
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """What to measure."""
+
+    workdir: Path = Path("runs/neuron")
+    """Folder for neuron.json."""
+    repeats: int = 9
+    """Timed steps of each layer, each after one that is not."""
+    time_steps: tuple[int, ...] = (1, 4, 8, 16, 64)
+    """Each T in turn."""
+    maps: int = 128
+    """Maps of currents, B times T."""
+    side: int = 32
+    """Height and width of a map."""
+    channels: int = 64
+    """Channels of a map."""
+
+
+def in_turns(
+    steps: Mapping[Any, Callable[[], Any]], repeats: int
+) -> dict[Any, dict[str, Any]]:
+    """Milliseconds of each step, by the clock and of the processor, turn by turn.
+
+    Args:
+        steps: name -> a step that waits for its end.
+        repeats: timed steps of each, each after one that is not.
+    """
+    clock, processor = {name: [] for name in steps}, {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            step()  # or it would pay for the memory that the one before gave back
+            began, cpu = time.perf_counter(), time.process_time()
+            step()
+            processor[name].append(1000 * (time.process_time() - cpu))
+            clock[name].append(1000 * (time.perf_counter() - began))
+    return {
+        name: {
+            "median_ms": statistics.median(clock[name]),
+            "quartiles_ms": quartiles(clock[name])[::2],
+            "steps_ms": clock[name],
+            "cpu_ms": statistics.median(processor[name]),
+            "cpu_steps_ms": processor[name],
+        }
+        for name in steps
+    }
+
+
+def gradient(layer: Callable, xs: jax.Array, gs: jax.Array) -> jax.Array:
+    """Of the spikes of xs, by xs; gs is what comes back to the spikes."""
+    return jax.vjp(layer, xs)[1](gs)[0]
+
+
+def functions() -> dict[tuple[str, str], Callable]:
+    """(layer, pass) -> what is timed."""
+    made: dict[tuple[str, str], Callable] = {
+        (COPY, "forward"): lambda xs: xs + 1,
+        (COPY, "gradient"): lambda xs, gs: 0.5 * xs + 2 * gs,
+    }
+    for name in ("ReLU", "LIF", "multi-threshold", "cascade"):
+        layer = NEURONS[name]()
+        made[name, "forward"] = layer
+        made[name, "gradient"] = lambda xs, gs, f=layer: gradient(f, xs, gs)
+    return made
+
+
+def measure(given: Benchmark) -> list[dict[str, Any]]:
+    """One row for each layer, pass and T."""
+    sizes = given.repeats, given.maps, given.side, given.channels, *given.time_steps
+    if min(sizes) < 1 or any(given.maps % steps for steps in given.time_steps):
+        raise ValueError(
+            "neuron: expected repeats, side and channels >= 1, and time_steps that "
+            f"divide the maps, got {given.repeats}, {given.side}, {given.channels}, "
+            f"{given.time_steps} and {given.maps}."
+        )
+    return [row for steps in given.time_steps for row in _rows(given, steps)]
+
+
+def _rows(given, time_steps):
+    """The rows of one T, whose layers take turns."""
+    side, maps = (given.side, given.side), given.maps // time_steps
+    shape = maps, time_steps, *side, given.channels
+    rng = np.random.default_rng(0)
+    xs, gs = jax.device_put(rng.standard_normal((2, *shape), np.float32))
+    arrays = {"forward": (xs,), "gradient": (xs, gs)}
+    options = compiler_options(jax.default_backend())
+    steps, facts = {}, {}
+    for (name, which), function in functions().items():
+        some = arrays[which]
+        jitted = jax.jit(function, compiler_options=options)
+        compiled = jitted.lower(*some).compile()
+        steps[name, which] = _waits(compiled, some)
+        cost: Any = compiled.cost_analysis()
+        memory: Any = compiled.memory_analysis()
+        least = PASSES[which] * xs.nbytes
+        loops = " while(" in compiled.as_text()
+        facts[name, which] = {
+            "bytes_to_least": None if loops else cost["bytes accessed"] / least,
+            "scratch_arrays": memory.temp_size_in_bytes / xs.nbytes,
+        }
+    times = in_turns(steps, given.repeats)
+    rows = []
+    for (name, which), row in times.items():
+        copy = times[COPY, which]
+        low, middle, high = ratio(row, copy)
+        rows.append(
+            {
+                "layer": name,
+                "pass": which,
+                "time_steps": time_steps,
+                "shape": shape,
+                **row,
+                "ratio": middle,
+                "ratio_quartiles": [low, high],
+                "cpu_ratio": row["cpu_ms"] / copy["cpu_ms"],
+                **facts[name, which],
+                "jax": jax.__version__,
+                "device": jax.devices()[0].device_kind,
+            }
+        )
+    return rows
+
+
+def _waits(compiled, arrays):
+    return lambda: jax.block_until_ready(compiled(*arrays))
+
+
+def main(given: Benchmark) -> None:
+    """Measure, print the tables, write neuron.json."""
+    rows = measure(given)
+    given.workdir.mkdir(parents=True, exist_ok=True)
+    path = given.workdir / "neuron.json"
+    path.write_text(json.dumps(rows, indent=2))
+    for which in PASSES:
+        table(
+            f"{which.capitalize()} of {given.maps} maps of {given.side}x{given.side}x"
+            f"{given.channels}. Ratios: to a copy",
+            ["", "T", "ms", "CPU ms", "ratio", "CPU ratio", "bytes", "scratch"],
+            [_cells(row) for row in rows if row["pass"] == which],
+        )
+    print(f"Written: {path}")
+
+
+def _cells(row):
+    low, high = row["ratio_quartiles"]
+    return [
+        row["layer"],
+        str(row["time_steps"]),
+        f"{row['median_ms']:.1f}",
+        f"{row['cpu_ms']:.1f}",
+        f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})",
+        f"{row['cpu_ratio']:.2f}",
+        "" if row["bytes_to_least"] is None else f"{row['bytes_to_least']:.2f}",
+        f"{row['scratch_arrays']:.2f}",
+    ]
+
+
+if __name__ == "__main__":
+    reported(main, parse(Benchmark(), __doc__))
