@@ -11,11 +11,11 @@ time of a second pass over all of them.
 
 The layers take turns; each step is synchronised, and follows one of its own that does
 not count, as what others freed costs time. CPU time is that of all threads, and suffers
-less from other work. "bytes" is what the compiler counts, to the least: 1 is
-one pass, but what one fusion reads several times counts each time, though it comes from
-memory once. Where time is a loop it is left out: the compiler counts the body of a loop
-once. "scratch" is memory beside those arrays, in parts of one of them. Prints
-two tables and writes neuron.json.
+less from other work. "bytes" is what the compiler counts, to the least: 1 is one pass,
+but what one fusion reads several times counts each time, though it comes from memory
+once; where time is a loop it is left out, as the compiler counts the loop's body once.
+"scratch" is memory beside those arrays, in parts of one of them. Prints two tables and
+writes neuron.json.
 """
 
 import dataclasses
@@ -133,7 +133,7 @@ def _rows(given, time_steps):
         cost: Any = compiled.cost_analysis()
         memory: Any = compiled.memory_analysis()
         least = PASSES[which] * xs.nbytes
-        loops = " while(" in compiled.as_text()
+        loops = " while(" in str(compiled.as_text())
         facts[name, which] = {
             "bytes_to_least": None if loops else cost["bytes accessed"] / least,
             "scratch_arrays": memory.temp_size_in_bytes / xs.nbytes,
