@@ -28,6 +28,7 @@ from spikejax.mixer import (
 )
 from spikejax.windows import Window, overlap, tile, whole
 
+Conv = partial(nnx.Conv, conv_general_dilated=convolve)
 REGION = 0.2  # what the authors take for a spike among the means of several windows
 
 
@@ -144,8 +145,7 @@ class General(nnx.Module):
         )
         second = {"region_threshold": region_threshold if spiking else None}
         channels = round(48 * width)
-        conv = partial(nnx.Conv, conv_general_dilated=convolve)
-        self.stem = conv(in_channels, channels, (2, 2), (2, 2), rngs=rngs)
+        self.stem = Conv(in_channels, channels, (2, 2), (2, 2), rngs=rngs)
         stages, merges, carried_merges = [], [], []
         for stage, depth in enumerate(depths):
             last = stage == len(depths) - 1
@@ -198,8 +198,7 @@ class Through(nnx.Module):
 
     def __init__(self, channels: int, neuron: Callable, *, rngs: nnx.Rngs, **_):
         self.features = channels
-        conv = partial(nnx.Conv, conv_general_dilated=convolve)
-        self.convs = List(conv(channels, channels, (3, 3), rngs=rngs) for _ in range(2))
+        self.convs = List(Conv(channels, channels, (3, 3), rngs=rngs) for _ in range(2))
         self.neurons = List([neuron(), neuron()])
 
     def __call__(self, xs: jax.Array, carried: None = None) -> tuple[jax.Array, None]:
