@@ -19,7 +19,6 @@ was trained before with the same recipe stays in both.
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -237,10 +236,7 @@ def main(given: Accuracy) -> None:
         test_images=given.test_images,
         seed=given.seed,
     )
-    processors = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        processors = len(os.sched_getaffinity(0))
-    threads = given.threads or processors
+    threads = given.threads or turns.processors()
     env = turns.environment(threads, given.device)
     if given.train != "ours":
         mode = given.theirs

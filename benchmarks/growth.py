@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.neuron import in_turns
 from benchmarks.sides.ours import prepare
+from benchmarks.turns import in_turns
 from benchmarks.workloads import STRIDES, Sizes
 from spikejax.flags import parse, reported
 from spikejax.plot import BLUE, GREY, ORANGE, Picture, frame

@@ -20,9 +20,7 @@ writes neuron.json.
 
 import dataclasses
 import json
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ import jax
 import numpy as np
 
 from benchmarks.sides.ours import NEURONS
-from benchmarks.turns import quartiles, ratio
+from benchmarks.turns import in_turns, ratio
 from spikejax.flags import parse, reported
 from spikejax.progress import table
 from spikejax.step import compiler_options
@@ -55,35 +53,6 @@ class Benchmark:
     """Height and width of a map."""
     channels: int = 64
     """Channels of a map."""
-
-
-def in_turns(
-    steps: Mapping[Any, Callable[[], Any]], repeats: int
-) -> dict[Any, dict[str, Any]]:
-    """Milliseconds of each step, by the clock and of the processor, turn by turn.
-
-    Args:
-        steps: name -> a step that waits for its end.
-        repeats: timed steps of each, each after one that is not.
-    """
-    clock, processor = {name: [] for name in steps}, {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            step()  # or it would pay for the memory that the one before gave back
-            began, cpu = time.perf_counter(), time.process_time()
-            step()
-            processor[name].append(1000 * (time.process_time() - cpu))
-            clock[name].append(1000 * (time.perf_counter() - began))
-    return {
-        name: {
-            "median_ms": statistics.median(clock[name]),
-            "quartiles_ms": quartiles(clock[name])[::2],
-            "steps_ms": clock[name],
-            "cpu_ms": statistics.median(processor[name]),
-            "cpu_steps_ms": processor[name],
-        }
-        for name in steps
-    }
 
 
 def gradient(layer: Callable, xs: jax.Array, gs: jax.Array) -> jax.Array:

@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,17 +87,11 @@ def main(
     def say(answer):
         print(json.dumps(answer), file=answers, flush=True)
 
-    try:
+    with worker.errors_said(say):
         worker.use_processors(int(os.environ["OMP_NUM_THREADS"]))
         for answer in trained(side, mode, int(time_steps), sizes, recipe, Path(images)):
             say(answer)
             sys.stdin.readline()
-    except ModuleNotFoundError as error:
-        say({"missing": error.name})
-    except Exception as error:
-        traceback.print_exc()
-        lines = str(error).strip().splitlines() or [""]
-        say({"error": f"{type(error).__name__}: {lines[0]}"})
 
 
 def trained(

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,42 @@ def _summary(said: list[dict]) -> dict[str, Any]:
         "first_call_s": said[0]["compile_s"] + said[0]["ms"] / 1000,
         "first_loss": said[0]["loss"],
     }
+
+
+def in_turns(
+    steps: Mapping[Any, Callable[[], Any]], repeats: int
+) -> dict[Any, dict[str, Any]]:
+    """Milliseconds of each step, by the clock and of the processor, turn by turn.
+
+    Args:
+        steps: name -> a step that waits for its end.
+        repeats: timed steps of each, each after one that is not.
+    """
+    clock, processor = {name: [] for name in steps}, {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            step()  # or it would pay for the memory that the one before gave back
+            began, cpu = time.perf_counter(), time.process_time()
+            step()
+            processor[name].append(1000 * (time.process_time() - cpu))
+            clock[name].append(1000 * (time.perf_counter() - began))
+    return {
+        name: {
+            "median_ms": statistics.median(clock[name]),
+            "quartiles_ms": quartiles(clock[name])[::2],
+            "steps_ms": clock[name],
+            "cpu_ms": statistics.median(processor[name]),
+            "cpu_steps_ms": processor[name],
+        }
+        for name in steps
+    }
+
+
+def processors() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

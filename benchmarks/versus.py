@@ -16,7 +16,6 @@ workloads that were not measured again stay in both.
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +53,7 @@ class Versus:
 
 def measure(name: str, workload: Workload, given: Versus) -> list[dict[str, Any]]:
     """The rows of one workload."""
-    threads = given.threads or _processors()
+    threads = given.threads or turns.processors()
     env = turns.environment(threads, given.device)
     logs = given.workdir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -78,12 +77,6 @@ def measure(name: str, workload: Workload, given: Versus) -> list[dict[str, Any]
     turns.compare(workload, rows)
     shared = {"workload": name, "title": workload.title, "threads": threads}
     return [shared | row for row in rows]
-
-
-def _processors():
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def show(workload: Workload, rows: list[dict[str, Any]]) -> None:

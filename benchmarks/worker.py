@@ -12,13 +12,16 @@ less what was resident before the first, plus what the network held then (parame
 data, state of the optimiser). Code that the step loads counts too, some 10 to 40 MiB.
 """
 
+import contextlib
 import importlib
 import json
 import os
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -32,7 +35,7 @@ def main(side: str, mode: str, sizes: str, threads: str) -> None:
     def say(answer):
         print(json.dumps(answer), file=answers, flush=True)
 
-    try:
+    with errors_said(say):
         prepared = prepare(side, mode, json.loads(sizes))
         say(
             {
@@ -47,6 +50,13 @@ def main(side: str, mode: str, sizes: str, threads: str) -> None:
         for _ in sys.stdin:
             say(timed(prepared, before) | {"compile_s": spent})
             spent = 0.0
+
+
+@contextlib.contextmanager
+def errors_said(say: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """What is missing, or goes wrong inside, becomes an answer."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         say({"missing": error.name})
     except Exception as error:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import general_step, growth, neuron, pipeline
+from benchmarks import general_step, growth, neuron, pipeline, turns
 from benchmarks.pipeline import Pipeline
 from benchmarks.workloads import Sizes
 
@@ -82,7 +82,7 @@ def test_the_gradient_of_a_benchmark_is_by_the_currents():
 def test_steps_take_turns_of_two_and_the_second_counts():
     taken = []
     steps = {name: partial(taken.append, name) for name in "ab"}
-    times = neuron.in_turns(steps, 3)
+    times = turns.in_turns(steps, 3)
     assert "".join(taken) == "aabb" * 3
     low, high = times["a"]["quartiles_ms"]
     assert 0 < low <= times["a"]["median_ms"] <= high
