@@ -614,8 +614,10 @@ def compiled_step(options):
 
 def test_options_of_the_compiler_spare_memory_and_change_nothing():
     options = compiler_options("cpu")
-    if options != CPU_OPTIONS:
-        pytest.skip(f"this XLA has {list(options)} of {list(CPU_OPTIONS)} only")
+    accepted = [name for name, o in CPU_OPTIONS.items() if _accepted({name: o})]
+    assert list(options) == accepted
+    if len(accepted) < len(CPU_OPTIONS):
+        pytest.skip(f"this XLA has {accepted} of {list(CPU_OPTIONS)} only")
     plain, state, batch = compiled_step({})
     spared, _, _ = compiled_step(options)
 
