@@ -19,7 +19,7 @@ DATA |= {"data.sources", "data.images"}
 EVENTS = {"data.aedat4", "data.recordings", "data.frames", "data.listing"}
 EVENTS |= {"data.events"}
 CONVERT = {"quant", "swap", "conversion", "stream"}
-GRAPHS = {"nodes", "graph", "trace", "nir_layers", "nir_neurons"}
+NIR = {"nodes", "nir.graph", "nir.trace", "nir.layers", "nir.neurons"}
 RUN = {"sharding", "processes", "checkpoint", "progress", "step", "train", "folder"}
 
 # Room -> the rooms of spikejax that it may import. Down only, and no side room
@@ -72,12 +72,13 @@ HOUSE = {
     "stream": LAYERS | {"quant", "swap"},
     "live": LAYERS,
     "nodes": LAYERS,
-    "graph": LAYERS,
-    "trace": LAYERS | {"swap"},
-    "nir_layers": LAYERS | {"nodes"},
-    "nir_neurons": LAYERS | {"nodes", "nir_layers", "quant"},
-    "export": LAYERS | GRAPHS | CONVERT | {"recurrent"},
-    "nir_import": LAYERS | GRAPHS,
+    "nir": NIR | {"nir.write", "nir.read"},
+    "nir.graph": LAYERS,
+    "nir.trace": LAYERS | {"swap"},
+    "nir.layers": LAYERS | {"nodes"},
+    "nir.neurons": LAYERS | {"nodes", "nir.layers", "quant"},
+    "nir.write": LAYERS | NIR | CONVERT | {"recurrent"},
+    "nir.read": LAYERS | NIR,
     "importer": NETWORKS | {"nodes"},
     "plot": LAYERS | {"quant"},
     "chips": set(),
@@ -110,7 +111,7 @@ OPTIONAL = {
     "lz4": set(),
     "zstandard": set(),
     "tonic": set(),
-    "nir": {"nir_layers", "nir_neurons", "export", "nir_import"},
+    "nir": {"nir.layers", "nir.neurons", "nir.write", "nir.read"},
     "tensorflow": set(),
 }
 

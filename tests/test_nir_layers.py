@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spikejax.nir_layers import broadcastable, convolution, linear, read_layer
+from spikejax.nir.layers import broadcastable, convolution, linear, read_layer
 from spikejax.nodes import Flatten, Pool, Scale, Threshold
 
 RNGS = nnx.Rngs(0)

@@ -9,7 +9,7 @@ import pytest
 
 from spikejax import neurons
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold
-from spikejax.nir_neurons import (
+from spikejax.nir.neurons import (
     EULER,
     EXPONENTIAL,
     Dialect,

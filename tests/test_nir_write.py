@@ -11,12 +11,12 @@ from flax import nnx
 
 from spikejax import neurons
 from spikejax.conversion import calibrate, convert
-from spikejax.export import to_nir
 from spikejax.layers import IF, LIF, MultiThreshold
 from spikejax.models.resnet import ResNet, ms, plain, sew
 from spikejax.models.vgg import POOL, VGG, avg_pool, max_pool
-from spikejax.nir_import import from_nir
-from spikejax.nir_neurons import EXPONENTIAL, Dialect, node
+from spikejax.nir.neurons import EXPONENTIAL, Dialect, node
+from spikejax.nir.read import from_nir
+from spikejax.nir.write import to_nir
 from spikejax.nodes import LI
 from spikejax.recurrent import Recurrent
 
@@ -233,7 +233,7 @@ def test_a_sum_that_is_used_twice_stays_a_sum():
 @pytest.mark.parametrize(
     ("does", "message"),
     [
-        (lambda self, xs: xs.mean(1), r"a sum over the axes \(1,\) at test_export"),
+        (lambda self, xs: xs.mean(1), r"a sum over the axes \(1,\) at test_nir_write"),
         (lambda self, xs: xs * xs, "a product of two values or a division by one"),
         (lambda self, xs: 1 / (xs + xs), "a product of two values or a division by"),
         (lambda self, xs: nnx.relu(xs), "the operation max at .* call calibrate and"),

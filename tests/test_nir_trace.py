@@ -7,7 +7,7 @@ from flax import nnx
 
 from spikejax.compat import List
 from spikejax.layers import LIF
-from spikejax.trace import trace
+from spikejax.nir.trace import trace
 
 XS = jnp.ones((1, 2, 4, 4, 3))
 WHOLE = (nnx.Conv, nnx.Linear)
@@ -36,7 +36,7 @@ def test_layers_are_whole_and_what_joins_them_is_named():
     (constant,) = (i for i in third.inputs if not isinstance(i, int))
     assert float(constant) == pytest.approx(float(jnp.exp(2.0)) + 1)
     assert fourth.inputs == (third.output, 0) and traced.output == fourth.output
-    assert fourth.shape == XS.shape and fourth.where.startswith("test_trace.py")
+    assert fourth.shape == XS.shape and fourth.where.startswith("test_nir_trace.py")
 
 
 def test_a_layer_may_be_the_model_and_is_left_as_it_was():

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spikejax.graph import Graph
 from spikejax.layers import LIF, keep_membranes
+from spikejax.nir.graph import Graph
 from spikejax.nodes import LI, Scale, Threshold
 from spikejax.recurrent import Recurrent
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from spikejax import neurons
 from spikejax.layers import IF, LIF, Neuron
-from spikejax.nir_layers import broadcastable
+from spikejax.nir.layers import broadcastable
 from spikejax.nodes import LI, NodeNeuron, integrate
 from spikejax.quant import ScaledIF
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import nir
 
 from spikejax import neurons
-from spikejax.graph import Edge, Graph
-from spikejax.nir_layers import read_layer
-from spikejax.nir_neurons import EXPONENTIAL, Dialect, read_neurons
+from spikejax.nir.graph import Edge, Graph
+from spikejax.nir.layers import read_layer
+from spikejax.nir.neurons import EXPONENTIAL, Dialect, read_neurons
 from spikejax.nodes import late_reset
 
 # As NIR's text has it, and to_nir and SpikingJelly write it.

@@ -4,7 +4,7 @@
     nir.write("network.nir", graph)
 
 ``dt``, the length of a time step in seconds, is all that NIR knows of our steps; how
-neurons become equations, and what is exact, stands in ``spikejax.nir_neurons``.
+neurons become equations, and what is exact, stands in ``spikejax.nir.neurons``.
 """
 
 import math
@@ -17,13 +17,13 @@ from flax import nnx
 
 from spikejax.compat import iter_modules
 from spikejax.conversion import fold_norms
-from spikejax.graph import Graph
 from spikejax.layers import Neuron
-from spikejax.nir_layers import convolution, linear
-from spikejax.nir_neurons import EULER, Integration, SoftReset, loop, specs, write
+from spikejax.nir.graph import Graph
+from spikejax.nir.layers import convolution, linear
+from spikejax.nir.neurons import EULER, Integration, SoftReset, loop, specs, write
+from spikejax.nir.trace import Operation, trace
 from spikejax.quant import QuantReLU
 from spikejax.recurrent import Recurrent
-from spikejax.trace import Operation, trace
 
 WHOLE = (nnx.Conv, nnx.Linear, QuantReLU, Graph)  # besides neurons
 UNCHANGED = ("copy", "convert_element_type", "sharding_constraint")
@@ -55,7 +55,7 @@ def to_nir(
         model: network of nnx.Conv, nnx.Linear and neurons; stays as it is.
         xs: an input [B, T, H, W, C] or [B, T, C]; only its shape counts.
         dt: seconds in a time step, > 0. It fixes NIR's time constants and nothing else.
-        soft_reset: ``nir_neurons.loop`` is exact; ``nir_neurons.node`` is for readers
+        soft_reset: ``loop`` is exact; ``node`` is for readers
             that subtract, as Sinabs does.
         integration: EULER, or EXPONENTIAL for readers that integrate so.
         sum_pool: write a mean over windows as SumPool2d, with its factor in the weights

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from spikejax.layers import IF, LIF
-from spikejax.nir_import import NORSE, SINABS, SNNTORCH, STANDARD, from_nir
+from spikejax.nir.read import NORSE, SINABS, SNNTORCH, STANDARD, from_nir
 from spikejax.nodes import LI, NodeNeuron
 
 GOLDEN = Path(__file__).parent / "golden"
