@@ -71,8 +71,9 @@ class ImageNet(Experiment):
     """The recipe."""
 
 
+DEFAULT = ImageNet()
 RECIPES = {
-    "mt-resnet34": ImageNet(),
+    "mt-resnet34": DEFAULT,
     "lif-resnet34": ImageNet(neuron="lif", time_steps=4),
     "relu-resnet34": ImageNet(neuron="relu"),
     "mt-resnet18": ImageNet(model="resnet18-imagenet"),

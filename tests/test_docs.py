@@ -5,6 +5,8 @@ cannot run here is fenced as ```py.
 """
 
 import re
+import runpy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
+COMMAND = re.compile(r"python -m experiments\.(\w+)((?: plan)?)([^`\n#&>|]*)")
 WITH_EXAMPLES = [page for page in PAGES if BLOCK.search(page.read_text("utf-8"))]
 
 
@@ -39,3 +42,30 @@ def test_links_lead_to_files(page):
     links = LINK.findall(page.read_text("utf-8"))
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing, f"{name(page)} links to {missing}, which do not exist"
+
+
+@cache
+def flags():
+    pytest.importorskip("tyro")
+    return runpy.run_path(str(ROOT / "docs" / "flags.py"))
+
+
+def test_the_page_of_flags_is_what_the_scripts_have():
+    page = (ROOT / "docs" / "flags.md").read_text("utf-8")
+    assert page == flags()["page"](), "run python docs/flags.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_have_the_flags_that_they_name(page):
+    text = page.read_text("utf-8").replace("\\\n", " ")
+    for script, verb, rest in COMMAND.findall(text):
+        known = flags()["scripts"]().get(script + verb, {})
+        words = [word.strip("[].") for word in rest.split()]
+        for word, value in zip(words, [*words[1:], ""], strict=False):
+            if not word.startswith("--") or word == "--help" or script == "prepare":
+                continue
+            assert word in known or script.isupper(), f"{name(page)}: {script} {word}"
+            choices = re.findall("`([^`]+)`", known[word].values if known else "")
+            assert not choices or value in choices or value.isupper(), (
+                f"{name(page)}: {word} {value}"
+            )
