@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import jax
 
-from spikejax.chips import find_slice
+from spikejax.chips import find_slice, tpu_devices
 from spikejax.data import images
 from spikejax.experiment import Experiment, main, make_encode, make_loss
 from spikejax.flags import fail, parse, reported
@@ -117,9 +117,10 @@ def made_plan(flags: Planned, **changes: Any) -> Plan:
 
 def plan(flags: Planned) -> None:
     """Compile for the slice and print what a chip needs, and what would fit."""
-    find_slice(flags.topology)
+    where = find_slice(flags.topology)
     jax.config.update("jax_platforms", "cpu")  # the chips need not be there
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot be read back
+    tpu_devices(where)  # is the compiler there?
     networks: dict[str, dict[str, Any]] = {f"{flags.neuron}, T={flags.time_steps}": {}}
     if flags.compare:
         networks["relu, T=1"] = {"neuron": "relu", "time_steps": 1}

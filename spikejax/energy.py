@@ -113,6 +113,11 @@ def measure(model: nnx.Module, xs: jax.Array) -> Report:
     Reference: Yik et al. 2023, arXiv:2304.04640 (NeuroBench), where a binary activation
     is the only spike; energies Horowitz 2014, doi:10.1109/ISSCC.2014.6757323.
     """
+    if not isinstance(model, nnx.Module):
+        raise ValueError(
+            "measure: expected a module of Flax NNX, whose layers can be found, got "
+            f"{type(model).__name__}. A network of Linen has to be written in NNX."
+        )
     if xs.ndim < 2 or 0 in xs.shape[:2]:
         raise ValueError(
             f"measure: expected input [B, T, ...], B and T >= 1, got {xs.shape}. "

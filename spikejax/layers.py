@@ -276,7 +276,8 @@ class MultiThreshold(Neuron):
             makes integrate-and-fire neurons.
         learn_tau: learn one tau for the layer.
         learn_thresholds: learn the thresholds.
-        Other arguments are those of LIF.
+        Other arguments are those of LIF. After a batch norm, v_threshold=0.5 and
+        decay_input=False put four thresholds where the inputs lie.
 
     Reference: Wang, Zhang, Zhang 2023, arXiv:2303.11127.
     """

@@ -42,6 +42,7 @@ def asked(monkeypatch):
         return planned(GIB if fits else 20 * GIB)
 
     monkeypatch.setattr(script, "made_plan", made_plan)
+    monkeypatch.setattr(script, "tpu_devices", lambda where: [])
     monkeypatch.setattr(script.jax.config, "update", lambda *_: None)
     return made
 
