@@ -226,7 +226,7 @@ def rows(flags: Conversion) -> Iterator[dict[str, Any]]:
             yield nets.row(name, fitted.model, accuracy, 4) | more
 
 
-def figure(found: list[dict[str, Any]]):
+def figure(found: list[dict[str, Any]]) -> Any:
     """Accuracy against time steps, one line a row."""
     from spikejax import chart
 
