@@ -29,9 +29,9 @@ import numpy as np
 
 from benchmarks.sides.ours import NEURONS
 from benchmarks.turns import in_turns, ratio
+from spikejax.compiler import compiler_options
 from spikejax.flags import parse, reported
 from spikejax.progress import table
-from spikejax.step import compiler_options
 
 COPY = "copy"
 PASSES = {"forward": 2, "gradient": 3}  # arrays that have to be read or written

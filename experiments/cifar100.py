@@ -16,7 +16,7 @@ from pathlib import Path
 
 from spikejax.experiment import Experiment, main
 from spikejax.flags import parse, reported
-from spikejax.step import TrainConfig
+from spikejax.recipe import TrainConfig
 
 DEFAULT = Experiment(
     workdir=Path("runs/cifar100"),

@@ -36,7 +36,7 @@ from spikejax.experiment import (
 from spikejax.flags import parse, reported
 from spikejax.progress import table
 from spikejax.quant import QuantReLU
-from spikejax.step import TrainConfig
+from spikejax.recipe import TrainConfig
 from spikejax.stream import agreement, confidence_front, evaluate_steps, stream
 
 SHOWN = (1, 2, 4, 8, 16, 32)  # time steps of the table

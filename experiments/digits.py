@@ -15,7 +15,7 @@ from typing import Any, Literal
 from spikejax.experiment import Experiment, NeuronName, main, run
 from spikejax.flags import parse, reported
 from spikejax.progress import table
-from spikejax.step import TrainConfig
+from spikejax.recipe import TrainConfig
 
 NETWORKS: dict[str, tuple[NeuronName, int]] = {
     "LIF, T=1": ("lif", 1),

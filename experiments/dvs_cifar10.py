@@ -29,7 +29,7 @@ from spikejax.experiment import Experiment, Input, NeuronName, report, train
 from spikejax.flags import parse, reported
 from spikejax.live import live
 from spikejax.progress import table
-from spikejax.step import TrainConfig
+from spikejax.recipe import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from spikejax.experiment import Experiment, run
 from spikejax.flags import parse, reported
 from spikejax.progress import table
-from spikejax.step import TrainConfig
+from spikejax.recipe import TrainConfig
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "bernoulli": {},

@@ -35,7 +35,7 @@ from spikejax.flags import fail, parse, reported
 from spikejax.network import NeuronName, build_model
 from spikejax.plan import Plan, batch_that_fits, plan_training, remedies, rows, verdict
 from spikejax.progress import table
-from spikejax.step import TrainConfig
+from spikejax.recipe import TrainConfig
 
 TRAIN_IMAGES, CLASSES = 1_281_167, 1000
 

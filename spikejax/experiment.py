@@ -30,7 +30,7 @@ from spikejax.data import augment, images
 from spikejax.data.crop import center_crop, inception_crop
 from spikejax.network import NeuronName, build_model
 from spikejax.processes import Processes
-from spikejax.step import TrainConfig
+from spikejax.recipe import TrainConfig
 from spikejax.train import Fitted, fit
 
 ENERGY_IMAGES = 256  # test images over which spikes and energy are measured, if

@@ -16,14 +16,8 @@ from flax import nnx
 from spikejax import sharding
 from spikejax.chips import GIB, Slice, tpu_devices
 from spikejax.collectives import Collective, collectives
-from spikejax.step import (
-    Encode,
-    Loss,
-    TrainConfig,
-    initial_state,
-    make_optimizer,
-    make_train_step,
-)
+from spikejax.recipe import TrainConfig, make_optimizer
+from spikejax.step import Encode, Loss, initial_state
 from spikejax.traffic import cycles, hbm_bytes
 from spikejax.train import graphs, jit_train_step
 
@@ -209,12 +203,7 @@ def plan_training(
     optimizer = make_optimizer(config, max(1, int(train_images / config.batch_size)))
     state = jax.eval_shape(lambda: initial_state(build(), optimizer, config))
     graphdef, _ = graphs(nnx.eval_shape(build))
-    step = make_train_step(
-        *(graphdef, loss, encode, optimizer, config.ema),
-        norm_groups=config.norm_groups,
-        gather=sharding.whole(mesh),
-    )
-    step = jit_train_step(step, state, mesh)
+    step = jit_train_step(config, graphdef, loss, encode, optimizer, state, mesh)
     over_batch = sharding.over_batch(mesh)
 
     def lying(leaf, place):

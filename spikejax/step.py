@@ -5,14 +5,14 @@ asked for, ema. ``spikejax.train`` repeats the steps.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+
+from spikejax.recipe import TrainConfig
 
 Encode = Callable[[jax.Array, jax.Array], jax.Array]  # (images, rng) -> xs [B, T, ...]
 Loss = Callable[[jax.Array, jax.Array], jax.Array]  # (logits, labels) -> [B]
@@ -20,103 +20,6 @@ Loss = Callable[[jax.Array, jax.Array], jax.Array]  # (logits, labels) -> [B]
 
 def _as_they_lie(params: Any) -> Any:
     return params
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train."""
-
-    epochs: float = 10.0
-    """Passes over the training images."""
-    steps: int | None = None
-    """Training steps, instead of epochs."""
-    batch_size: int = 128
-    """Images a step, over all devices."""
-    seed: int = 0
-    """Of the initial weights, the order of the images and their augmentation."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """sgd has Nesterov momentum 0.9 and L2 decay, adamw decoupled decay."""
-    learning_rate: float = 0.1
-    """At its peak; it falls along a cosine to zero."""
-    learning_rate_batch: int | None = None
-    """Images a step for which it holds; it grows in proportion to --batch-size."""
-    warmup: float = 0.05
-    """Part of the training, in 0..1, in which the learning rate rises."""
-    weight_decay: float = 5e-4
-    """On kernels alone: not on norms, biases, leaks and thresholds."""
-    clip: float = 0.0
-    """Largest norm of the gradient; 0 clips nothing."""
-    ema: float = 0.0
-    """Evaluate a moving average of the parameters with this decay; 0 keeps none."""
-    norm_groups: int = 1
-    """Parts of the batch that are normalised apart; 1 takes the whole."""
-    evaluate_every: float = 1.0
-    """Epochs between evaluations; each saves a checkpoint too."""
-    save_every: int = 1000
-    """Steps between checkpoints."""
-
-    def __post_init__(self):
-        bounds = {
-            "epochs": self.epochs > 0,
-            "steps": self.steps is None or self.steps >= 1,
-            "batch_size": self.batch_size >= 1,
-            "learning_rate": self.learning_rate > 0,
-            "learning_rate_batch": self.learning_rate_batch is None
-            or self.learning_rate_batch >= 1,
-            "warmup": 0 <= self.warmup < 1,
-            "weight_decay": self.weight_decay >= 0,
-            "clip": self.clip >= 0,
-            "ema": 0 <= self.ema < 1,
-            "norm_groups": self.norm_groups >= 1
-            and self.batch_size % self.norm_groups == 0,
-            "evaluate_every": self.evaluate_every > 0,
-            "save_every": self.save_every >= 1,
-        }
-        for name, good in bounds.items():
-            if not good:
-                raise ValueError(
-                    f"{name}: expected {_RANGES[name]}, got {getattr(self, name)}."
-                )
-
-
-_RANGES = {
-    "epochs": "more than 0",
-    "steps": "at least 1",
-    "batch_size": "at least 1",
-    "learning_rate": "more than 0",
-    "learning_rate_batch": "at least 1 image",
-    "warmup": "a part of the training, 0 <= warmup < 1",
-    "weight_decay": "0 or more",
-    "clip": "0 (off) or more",
-    "ema": "0 (off) <= ema < 1",
-    "norm_groups": "a divisor of the batch size",
-    "evaluate_every": "more than 0 epochs",
-    "save_every": "at least 1 step",
-}
-
-
-def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping, weight decay on kernels, SGD or AdamW with warm-up and cosine.
-
-    Reference: the rate in proportion to the batch, Goyal et al. 2017, arXiv:1706.02677.
-    """
-    warmup = int(config.warmup * steps)
-    peak = config.learning_rate
-    if config.learning_rate_batch:
-        peak *= config.batch_size / config.learning_rate_batch
-    schedule = optax.warmup_cosine_decay_schedule(
-        peak / max(1, warmup), peak, warmup, steps
-    )
-
-    def kernels(params):
-        return jax.tree.map(lambda p: p.ndim > 1, params)
-
-    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
-    if config.optimizer == "adamw":
-        adamw = optax.adamw(schedule, weight_decay=config.weight_decay, mask=kernels)
-        return optax.chain(clip, adamw)
-    decay = optax.add_decayed_weights(config.weight_decay, mask=kernels)
-    return optax.chain(clip, decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
 
 
 def initial_state(
@@ -151,7 +54,8 @@ def make_train_step(
 
     Args:
         graphdef: of the model, in training mode.
-        loss, encode, optimizer: see ``spikejax.train.fit`` and ``make_optimizer``.
+        loss, encode: see ``spikejax.train.fit``.
+        optimizer: see ``spikejax.recipe.make_optimizer``.
         ema: decay of the moving average of the parameters, 0 keeps none.
         norm_groups: parts of the batch with batch statistics of their own, of which the
             state keeps the mean. As many as devices, and the forward pass needs no
@@ -189,34 +93,6 @@ def make_train_step(
         return new | {"step": state["step"] + 1}, metrics
 
     return train_step
-
-
-CPU_OPTIONS = {
-    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-    "xla_disable_hlo_passes": "cse_barrier_expander",
-}
-
-
-@cache
-def compiler_options(platform: str) -> dict[str, Any]:
-    """For ``jax.jit(step, compiler_options=...)`` of a training step on a platform.
-
-    On "cpu": the order of operations that takes the least memory, instead of the one
-    that keeps most cores busy, and barriers that stay, without which ``jax.checkpoint``
-    is undone. Two fifths of the memory, and no more time (docs/results.md).
-    """
-    if platform != "cpu":
-        return {}
-    return {name: o for name, o in CPU_OPTIONS.items() if _accepted({name: o})}
-
-
-def _accepted(options):
-    """Whether this XLA has such options: their names are not promised to stay."""
-    try:
-        jax.jit(lambda: 0, compiler_options=options)()
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
 
 
 def _in_groups(forward, xs, groups):

@@ -14,21 +14,21 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from spikejax import processes, sharding
 from spikejax.checkpoint import Checkpoints
 from spikejax.checksum import by_path, parameters_sha256
+from spikejax.compiler import compiler_options
 from spikejax.progress import Progress, Trace, check_finite, read_metrics
+from spikejax.recipe import TrainConfig, make_optimizer
 from spikejax.step import (
     Encode,
     Loss,
-    TrainConfig,
-    compiler_options,
     initial_state,
     make_eval_step,
-    make_optimizer,
     make_predict,
     make_train_step,
 )
@@ -122,13 +122,10 @@ def fit(
     state = sharding.place_state(initial_state(model, optimizer, config), mesh)
     train_graph, eval_graph = graphs(model)
     del model  # it holds whole parameters on one device
-    train_step = make_train_step(
-        *(train_graph, loss, encode, optimizer, config.ema),
-        norm_groups=config.norm_groups,
-        gather=sharding.whole(mesh),
+    train_step = jit_train_step(
+        config, train_graph, loss, encode, optimizer, state, mesh
     )
     predict = make_predict(eval_graph, encode, sharding.whole(mesh))
-    train_step = jit_train_step(train_step, state, mesh)
     run = _Run(config, steps, steps_per_epoch, train_step, predict, loss, mesh)
     run.profile = Trace(Path(workdir) / "profile" if profile else None)
     notes = asdict(config) | (settings or {})
@@ -161,8 +158,21 @@ def graphs(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.GraphDef]:
     return nnx.graphdef(model), evaluation
 
 
-def jit_train_step(step: Callable, state: Any, mesh: Mesh) -> Callable:
-    """A training step jitted for a state, or its shapes, on a mesh."""
+def jit_train_step(
+    config: TrainConfig,
+    graphdef: nnx.GraphDef,
+    loss: Loss,
+    encode: Encode,
+    optimizer: optax.GradientTransformation,
+    state: Any,
+    mesh: Mesh,
+) -> Callable:
+    """The training step of ``fit``, jitted for a state, or its shapes, on a mesh."""
+    step = make_train_step(
+        *(graphdef, loss, encode, optimizer, config.ema),
+        norm_groups=config.norm_groups,
+        gather=sharding.whole(mesh),
+    )
     out = sharding.state_shardings(state, mesh), sharding.replicated(mesh)
     options = compiler_options(mesh.devices.flat[0].platform)
     return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)

@@ -21,6 +21,7 @@ EVENTS |= {"data.events"}
 CONVERT = {"quant", "swap", "conversion", "stream"}
 NIR = {"nodes", "nir.graph", "nir.trace", "nir.layers", "nir.neurons"}
 RUN = {"sharding", "processes", "checkpoint", "progress", "step", "train", "folder"}
+RUN |= {"recipe", "compiler"}
 
 # Room -> the rooms of spikejax that it may import. Down only, and no side room
 # (train, energy, plot, data) another one.
@@ -64,7 +65,9 @@ HOUSE = {
     "checkpoint": {"compat", "checksum", "processes", "store"},
     "folder": {"processes"},
     "progress": set(),
-    "step": LAYERS,
+    "recipe": set(),
+    "compiler": set(),
+    "step": {"recipe"},
     "train": LAYERS | RUN - {"train", "folder"} | {"checksum"},
     "energy": LAYERS,
     "swap": LAYERS | {"quant"},
@@ -84,7 +87,7 @@ HOUSE = {
     "chips": set(),
     "collectives": set(),
     "traffic": set(),
-    "plan": {"chips", "collectives", "traffic", "sharding", "step", "train"},
+    "plan": {"chips", "collectives", "traffic", "sharding", "recipe", "step", "train"},
     "chart": {"plot"},
     "flags": set(),
     "network": NETWORKS,

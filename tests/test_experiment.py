@@ -24,7 +24,7 @@ from spikejax.data import images
 from spikejax.experiment import Experiment
 from spikejax.flags import parse, reported
 from spikejax.processes import Processes
-from spikejax.step import TrainConfig
+from spikejax.recipe import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = TrainConfig(steps=3, batch_size=64, evaluate_every=100)

@@ -14,7 +14,8 @@ from spikejax import LIF, MultiThreshold, losses
 from spikejax.checksum import by_path
 from spikejax.mixer import mean, sine, straight_through, threshold, unchanged
 from spikejax.models import MODELS, general
-from spikejax.step import TrainConfig, initial_state, make_optimizer, make_train_step
+from spikejax.recipe import TrainConfig, make_optimizer
+from spikejax.step import initial_state, make_train_step
 from spikejax.windows import overlap, tile, whole
 
 SMALL = {"depths": (2, 1), "width": 1 / 12}  # channels 4 and 8, for 8x8 images

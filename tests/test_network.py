@@ -13,7 +13,7 @@ from spikejax.data import images
 from spikejax.experiment import Experiment
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold
 from spikejax.models import MODELS
-from spikejax.step import TrainConfig
+from spikejax.recipe import TrainConfig
 
 NAMES = ("lif", "plif", "if", "mt-parallel", "mt-cascade", "relu")
 

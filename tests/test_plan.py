@@ -22,8 +22,8 @@ from spikejax.plan import (
     rows,
     verdict,
 )
+from spikejax.recipe import TrainConfig
 from spikejax.sharding import data_mesh, over_batch, replicated
-from spikejax.step import TrainConfig
 
 EIGHT = find_slice("v5e:2x4")
 TOO_LARGE = (  # libtpu 0.0.42.1 for v5e

@@ -23,7 +23,7 @@ from spikejax import losses, processes, sharding
 from spikejax.data import images
 from spikejax.layers import PLIF
 from spikejax.processes import Processes
-from spikejax.step import TrainConfig
+from spikejax.recipe import TrainConfig
 from spikejax.train import fit
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,13 +22,8 @@ from spikejax.quant import (
     quantise,
     uniform,
 )
-from spikejax.step import (
-    TrainConfig,
-    initial_state,
-    make_eval_step,
-    make_predict,
-    make_train_step,
-)
+from spikejax.recipe import TrainConfig
+from spikejax.step import initial_state, make_eval_step, make_predict, make_train_step
 
 
 def lsq(x, scale, levels):

@@ -18,7 +18,7 @@ from spikejax.checksum import parameters_sha256
 from spikejax.data import images
 from spikejax.layers import MultiThreshold
 from spikejax.progress import NonFinite
-from spikejax.step import TrainConfig
+from spikejax.recipe import TrainConfig
 
 STEPS, EPOCH = (
     12,

@@ -28,15 +28,10 @@ from spikejax import (
     td_batch_norm,
 )
 from spikejax.compat import List
+from spikejax.compiler import compiler_options
 from spikejax.models import resnet
-from spikejax.step import (
-    TrainConfig,
-    compiler_options,
-    initial_state,
-    make_optimizer,
-    make_predict,
-    make_train_step,
-)
+from spikejax.recipe import TrainConfig, make_optimizer
+from spikejax.step import initial_state, make_predict, make_train_step
 from spikejax.train import graphs
 
 OPTIONS = {"decay_input": False, "detach_reset": True}
