@@ -26,7 +26,6 @@ from spikejax.checksum import (
     difference,
     key_data,
     key_like,
-    parameters_sha256,
     seal,
     signature,
 )
@@ -34,8 +33,6 @@ from spikejax.store import Text, cause, read_leaves, read_notes, read_position
 
 Record = dict[str, Any]  # what is noted beside a checkpoint
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder being written
-
-__all__ = ["CheckpointWarning", "Checkpoints", "checksums", "parameters_sha256"]
 
 
 class CheckpointWarning(UserWarning):
@@ -95,7 +92,6 @@ class Checkpoints:
         data_iterator: DataIterator,
         *,
         metric: float | None = None,
-        wait: bool = False,
     ) -> None:
         """Saves in the background; the state may be donated on return.
 
@@ -106,23 +102,21 @@ class Checkpoints:
             state: nested dict of `jax.Array`, typed random keys among them.
             data_iterator: its position is saved with the state.
             metric: higher is better; None or NaN never is the best.
-            wait: return only when the checkpoint is on the disk.
         """
-        if step != self._newest:
-            self._check_step(step)
-            metric = None if metric is None else float(metric)
-            leaves = {path: key_data(leaf) for path, leaf in _arrays(state).items()}
-            position = json.dumps(seal(data_iterator.get_state()))
-            self._finish()
-            self._saving = ocp.save_checkpointables_async(
-                str(self.directory / str(step)),
-                {"state": leaves, "data": Text(position)},
-                custom_metadata=seal(self._new_record(step, state, metric)),
-            )
-            self._metrics[step] = metric
-            self._newest = step
-        if wait:
-            self._finish()
+        if step == self._newest:
+            return
+        self._check_step(step)
+        metric = None if metric is None else float(metric)
+        leaves = {path: key_data(leaf) for path, leaf in _arrays(state).items()}
+        position = json.dumps(seal(data_iterator.get_state()))
+        self._finish()
+        self._saving = ocp.save_checkpointables_async(
+            str(self.directory / str(step)),
+            {"state": leaves, "data": Text(position)},
+            custom_metadata=seal(self._new_record(step, state, metric)),
+        )
+        self._metrics[step] = metric
+        self._newest = step
 
     def restore(
         self, abstract_state: dict[str, Any], data_iterator: DataIterator

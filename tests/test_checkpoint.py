@@ -1,11 +1,10 @@
+import contextlib
 import copy
 import functools
 import gc
 import os
+import re
 import shutil
-import signal
-import subprocess
-import sys
 import warnings
 
 import grain
@@ -14,28 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from spikejax import checkpoint, processes
-from spikejax.checkpoint import Checkpoints, CheckpointWarning, checksums
+from spikejax import checkpoint, processes, sharding
+from spikejax.checkpoint import Checkpoints, CheckpointWarning
+from spikejax.checksum import checksums
 
 CONFIG = {"width": 64, "neuron": "lif", "note": None}
 DATA_FILE = "data/process_0-of-1.json"
 
 
-def mesh_of(devices):
-    return jax.make_mesh(
-        (devices,),
-        ("data",),
-        axis_types=(AxisType.Auto,),
-        devices=jax.devices()[:devices],
-    )
-
-
 @functools.cache
 def make_state(step, devices=8):
     """A state like that of a run: sharded kernel, optax's tuples, random keys."""
-    mesh = mesh_of(devices)
+    mesh = sharding.data_mesh(jax.devices()[:devices])
     everywhere = NamedSharding(mesh, PartitionSpec())
     across = NamedSharding(mesh, PartitionSpec(None, None, None, "data"))
     kernel = jax.random.normal(jax.random.key(step), (3, 3, 8, 64))
@@ -93,40 +84,25 @@ def folder(saved, tmp_path):
 
 
 def restore(folder, like=None, config=CONFIG, data=None):
-    checkpoints = Checkpoints(folder, keep=3, config=config)
+    """What is found there: (step, state), or None."""
     like = make_state(0) if like is None else like
-    data = make_data() if data is None else data
-    return checkpoints, checkpoints.restore(abstract(like), data)
+    with contextlib.closing(Checkpoints(folder, keep=3, config=config)) as checkpoints:
+        return checkpoints.restore(abstract(like), data or make_data())
 
 
 def test_an_empty_folder_has_nothing_to_restore(tmp_path):
     data = make_data(2)
-    checkpoints, found = restore(tmp_path / "new" / "folder", data=data)
-    assert found is None and checkpoints.steps == []
+    assert restore(tmp_path / "new" / "folder", data=data) is None
     assert data.get_state() == make_data(2).get_state()
-    checkpoints.close()
 
 
-def test_state_and_data_come_back_as_they_were(folder):
+@pytest.mark.parametrize("devices", [8, 2])
+def test_state_and_data_come_back_as_they_were(folder, devices):
     data = make_data()
-    checkpoints, (step, state) = restore(folder, data=data)
-    checkpoints.close()
+    step, state = restore(folder, make_state(0, devices), data=data)
     assert step == 3
-    assert_same(state, make_state(3))
+    assert_same(state, make_state(3, devices))
     np.testing.assert_array_equal(next(data), next(make_data(3)))
-
-
-def test_restored_keys_draw_the_same_numbers(folder):
-    checkpoints, (_, state) = restore(folder)
-    checkpoints.close()
-    for name, key in make_state(3)["keys"].items():
-        assert jax.random.uniform(state["keys"][name]) == jax.random.uniform(key)
-
-
-def test_a_state_moves_to_other_devices(folder):
-    checkpoints, (_, state) = restore(folder, like=make_state(0, devices=2))
-    checkpoints.close()
-    assert_same(state, make_state(3, devices=2))
 
 
 def test_the_state_may_be_donated_while_it_is_saved(tmp_path):
@@ -137,8 +113,7 @@ def test_the_state_may_be_donated_while_it_is_saved(tmp_path):
         kernel = step_on(kernel)
         checkpoints.save(step, {"kernel": kernel}, make_data())
     checkpoints.close()
-    checkpoints, (step, state) = restore(tmp_path, like={"kernel": kernel})
-    checkpoints.close()
+    step, state = restore(tmp_path, like={"kernel": kernel})
     assert step == 3 and bool((state["kernel"] == 3).all())
 
 
@@ -155,10 +130,6 @@ def save_all(folder, metrics, keep=2, first=1):
     return checkpoints.steps
 
 
-def test_no_save_is_skipped_while_another_is_on_its_way(tmp_path):
-    assert save_all(tmp_path, [None] * 6, keep=6) == [1, 2, 3, 4, 5, 6]
-
-
 @pytest.mark.parametrize(
     ("metrics", "left"),
     [
@@ -172,6 +143,7 @@ def test_no_save_is_skipped_while_another_is_on_its_way(tmp_path):
 )
 def test_the_best_and_the_last_few_are_kept(tmp_path, metrics, left):
     assert save_all(tmp_path, metrics) == left
+    assert save_all(tmp_path / "all", metrics, keep=5) == [1, 2, 3, 4, 5]
 
 
 def test_the_best_is_known_after_a_new_start(tmp_path):
@@ -194,23 +166,14 @@ def test_a_checkpoint_half_removed_is_none(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["2", "3"]
 
 
-def test_wait_leaves_a_checkpoint_on_the_disk(tmp_path):
-    checkpoints = Checkpoints(tmp_path, config=CONFIG)
-    checkpoints.save(1, make_state(1), make_data(), wait=True)
-    other, found = restore(tmp_path)
-    assert found is not None and found[0] == 1
-    other.close()
-    checkpoints.close()
-
-
 def test_the_step_at_hand_is_not_saved_again(folder):
-    checkpoints, (step, state) = restore(folder)
+    checkpoints, state = Checkpoints(folder, keep=3, config=CONFIG), make_state(3)
+    checkpoints.restore(abstract(state), make_data())
     before = (folder / "3").stat().st_mtime_ns
-    checkpoints.save(step, state, make_data(), wait=True)
-    assert (folder / "3").stat().st_mtime_ns == before
-    checkpoints.save(4, state, make_data())
-    checkpoints.save(4, state, make_data(), wait=True)
+    for step in (3, 4, 4):
+        checkpoints.save(step, state, make_data())
     checkpoints.close()
+    assert (folder / "3").stat().st_mtime_ns == before
     assert checkpoints.steps == [2, 3, 4]
 
 
@@ -240,7 +203,6 @@ DAMAGE = {
     "leaf flipped": lambda path: flip(largest_file(path), -9000),
     "leaf truncated": lambda path: truncate(largest_file(path)),
     "leaf missing": lambda path: largest_file(path).unlink(),
-    "index flipped": lambda path: flip(path / "state/manifest.ocdbt", 40),
     "index missing": lambda path: (path / "state/manifest.ocdbt").unlink(),
     "tree truncated": lambda path: truncate(path / "state/_METADATA"),
     "notes missing": lambda path: (path / "_CHECKPOINT_METADATA").unlink(),
@@ -253,39 +215,27 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    folder, damage, capfd, caplog
-):
+def test_damage_gives_way_to_the_checkpoint_before(folder, damage, capfd, caplog):
     DAMAGE[damage](folder / "3")
     data = make_data()
+    checkpoints = Checkpoints(folder, keep=3, config=CONFIG)
     with pytest.warns(CheckpointWarning) as caught:
-        checkpoints, (step, state) = restore(folder, data=data)
-    (warning,) = caught
-    assert "checkpoint 3 in " in str(warning.message)
-    assert "is damaged (" in str(warning.message)
-    assert "going on from checkpoint 2; " in str(warning.message)
+        step, state = checkpoints.restore(abstract(make_state(0)), data)
+    (warning,), (kept,) = caught, folder.glob("damaged-3-*")
+    pattern = r"checkpoint 3 in .* is damaged \(.*going on from checkpoint 2; .*"
+    assert re.fullmatch(pattern + kept.name, str(warning.message))
     assert step == 2 and checkpoints.steps == [1, 2]
     assert_same(state, make_state(2))
     assert data.get_state() == make_data(2).get_state()
-    (kept,) = folder.glob("damaged-3-*")
-    assert kept.name in str(warning.message)
 
-    checkpoints.save(3, make_state(3), make_data(3), wait=True)
+    checkpoints.save(3, make_state(3), make_data(3))
     checkpoints.close()
-    checkpoints, (step, state) = restore(folder)
-    checkpoints.close()
+    step, state = restore(folder)
     assert step == 3
     assert_same(state, make_state(3))
     gc.collect()  # asyncio reports what failed unseen when it is collected
     printed = "".join(capfd.readouterr()) + caplog.text
     assert "Traceback" not in printed and "Error" not in printed
-
-
-def test_the_warning_says_what_is_damaged(folder):
-    flip(largest_file(folder / "3"), -9000)
-    leaf = r"\((params/stem/kernel|opt/.*) (has a wrong checksum|cannot be read)\)"
-    with pytest.warns(CheckpointWarning, match=leaf):
-        restore(folder)[0].close()
 
 
 def test_no_flipped_byte_gives_a_wrong_state(saved, tmp_path):
@@ -299,27 +249,24 @@ def test_no_flipped_byte_gives_a_wrong_state(saved, tmp_path):
         flip(folder / file.relative_to(saved), place)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CheckpointWarning)
-            checkpoints, (step, state) = restore(folder)
-        checkpoints.close()
+            step, state = restore(folder)
         assert_same(state, make_state(step))
 
 
 def test_each_damaged_checkpoint_has_its_warning(folder):
-    DAMAGE["leaf missing"](folder / "3")
+    DAMAGE["leaf flipped"](folder / "3")
     DAMAGE["data missing"](folder / "2")
     with pytest.warns(CheckpointWarning) as caught:
-        checkpoints, (step, _) = restore(folder)
-    checkpoints.close()
-    assert step == 1
-    named = [str(warning.message).split(" in ")[0] for warning in caught]
-    assert named == ["checkpoint 3", "checkpoint 2"]
+        assert restore(folder)[0] == 1
+    leaf, data = (str(warning.message).split(" is damaged ") for warning in caught)
+    assert leaf[0].startswith("checkpoint 3 in ") and data[0].startswith("checkpoint 2")
+    what = r"\((params/stem/kernel|opt/.*) (has a wrong checksum|cannot be read)\)"
+    assert re.match(what, leaf[1]) and "FileNotFoundError" in data[1]
 
 
-def test_an_old_damaged_checkpoint_does_no_harm(folder):
+def test_old_damage_and_other_settings_do_no_harm(folder):
     DAMAGE["notes missing"](folder / "1")
-    checkpoints, (step, _) = restore(folder)
-    checkpoints.close()
-    assert step == 3
+    assert restore(folder, config=CONFIG | {"steps": 900})[0] == 3
 
 
 def test_damaged_checkpoints_only_are_an_error(folder):
@@ -333,62 +280,25 @@ def test_damaged_checkpoints_only_are_an_error(folder):
     assert data.get_state() == make_data(5).get_state()
 
 
-def with_leaf(leaf):
-    state = copy.deepcopy(make_state(0))
-    state["params"]["stem"]["bias"] = jax.device_put(leaf, state["step"].sharding)
-    return state
-
-
-def without_leaf():
-    state = copy.deepcopy(make_state(0))
-    del state["params"]["stem"]["bias"]
-    return state
-
-
-def other_optimiser():
-    state = copy.deepcopy(make_state(0))
-    optimiser = optax.sgd(0.1, momentum=0.9)
-    state["opt"] = jax.device_put(
-        optimiser.init(state["params"]), state["step"].sharding
-    )
-    return state
-
-
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("leaf", "here"),
     [
-        (
-            lambda: with_leaf(jnp.ones(32, jnp.bfloat16)),
-            r"params/stem/bias is bfloat16\[64\] there and bfloat16\[32\] here",
-        ),
-        (
-            lambda: with_leaf(jnp.ones(64)),
-            r"params/stem/bias is bfloat16\[64\] there and float32\[64\] here",
-        ),
-        (
-            lambda: with_leaf(jax.random.key(0)),
-            r"params/stem/bias is bfloat16\[64\] there and key<fry>\[\] here",
-        ),
-        (without_leaf, r"params/stem/bias is bfloat16\[64\] there and absent here"),
-        (other_optimiser, r"opt/.* there and .* here \(and \d+ more\)"),
+        (jnp.ones(32, jnp.bfloat16), r"bfloat16\[32\] here"),
+        (jnp.ones(64), r"float32\[64\] here"),
+        (jax.random.key(0), r"key<fry>\[\] here"),
+        (None, "absent here"),
     ],
 )
-def test_another_configuration_is_told_from_damage(folder, make, message):
-    with pytest.raises(ValueError, match=f"another configuration: .*{message}"):
-        restore(folder, like=make())
+def test_another_configuration_is_told_from_damage(folder, leaf, here):
+    state = copy.deepcopy(make_state(0))
+    state["params"]["stem"]["bias"] = jax.device_put(leaf, state["step"].sharding)
+    message = rf"another configuration: .*stem/bias is bfloat16\[64\] there and {here}"
+    settings = "; of the settings, width is 64 there and 32 here. Give the settings"
+    with pytest.raises(ValueError, match=message + settings):
+        restore(folder, state, config=CONFIG | {"width": 32})
+    with pytest.raises(ValueError, match=message + ". Give"):
+        restore(folder, state)
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3"]
-
-
-def test_another_configuration_names_the_settings(folder):
-    message = "settings, width is 64 there and 32 here. Give the settings"
-    with pytest.raises(ValueError, match=message):
-        restore(folder, without_leaf(), config=CONFIG | {"width": 32})
-
-
-def test_other_settings_alone_are_no_error(folder):
-    checkpoints, (step, _) = restore(folder, config=CONFIG | {"steps": 900})
-    checkpoints.close()
-    assert step == 3
 
 
 def test_another_data_iterator_is_another_configuration(folder):
@@ -405,17 +315,15 @@ def test_positions_that_differ_start_the_data_anew_with_one_line(folder, monkeyp
     data = make_data(5)
     message = "checkpoint 3 in .* 1 processes .*: the order of the data starts anew"
     with pytest.warns(CheckpointWarning, match=message):
-        checkpoints, (step, _) = restore(folder, data=data)
-    checkpoints.close()
-    assert step == 3 and data.get_state() == make_data(5).get_state()
+        assert restore(folder, data=data)[0] == 3
+    assert data.get_state() == make_data(5).get_state()
 
 
 def test_damage_that_another_process_finds_is_damage_for_all(folder, monkeypatch):
     told = iter([[3, 3], [False, True], [False, False]])
     monkeypatch.setattr(processes, "of_all", lambda value: next(told))
     with pytest.warns(CheckpointWarning, match="another process cannot read it"):
-        checkpoints, (step, state) = restore(folder)
-    checkpoints.close()
+        step, state = restore(folder)
     assert step == 2
     assert_same(state, make_state(2))
 
@@ -430,7 +338,9 @@ def test_a_folder_that_processes_do_not_share_is_an_error(folder, monkeypatch):
         restore(folder)
 
 
-def test_a_leaf_without_a_place_is_refused_at_the_door(tmp_path):
+def test_a_leaf_without_a_place_and_keeping_none_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="expected keep >= 1, got 0"):
+        Checkpoints(tmp_path, keep=0, config={})
     checkpoints = Checkpoints(tmp_path, config=CONFIG)
     with pytest.raises(ValueError, match=r"sharding in step, got 3. Place it"):
         checkpoints.save(3, {"step": 3}, make_data())
@@ -438,57 +348,3 @@ def test_a_leaf_without_a_place_is_refused_at_the_door(tmp_path):
     with pytest.raises(ValueError, match=r"sharding in a, got ShapeDtypeStruct"):
         checkpoints.restore(struct, make_data())
     checkpoints.close()
-
-
-def test_keep_below_one_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="expected keep >= 1, got 0"):
-        Checkpoints(tmp_path, keep=0, config={})
-
-
-KILLED = """
-import sys, time
-import jax, jax.numpy as jnp
-from spikejax import checkpoint
-from spikejax.store import Text
-
-class Data:
-    def get_state(self):
-        return {"next_index": 7}
-
-class Slow(Text):
-    async def save(self, directory):
-        async def write():
-            await directory.await_creation()
-            print("saving", flush=True)
-            time.sleep(60)
-        return write()
-
-checkpoints = checkpoint.Checkpoints(sys.argv[1], keep=1, config={})
-state = {"x": jax.device_put(jnp.arange(8.0), jax.devices()[0])}
-checkpoints.save(1, state, Data(), wait=True)
-checkpoint.Text = Slow
-checkpoints.save(2, state, Data())
-time.sleep(60)
-"""
-
-
-def test_a_save_cut_off_by_sigkill_leaves_the_one_before(tmp_path):
-    child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    with child:
-        assert child.stdout.readline() == "saving\n"
-        os.killpg(child.pid, signal.SIGKILL)
-    assert len(list(tmp_path.iterdir())) == 2
-    data = make_data()
-    like = {"x": jax.device_put(jnp.zeros(8), jax.devices()[0])}
-    checkpoints, (step, state) = restore(tmp_path, like, data=data)
-    assert [path.name for path in tmp_path.iterdir()] == ["1"]
-    checkpoints.save(2, state, data)
-    checkpoints.close()
-    assert step == 1 and state["x"].tolist() == list(range(8))
-    assert data.get_state() == {"next_index": 7}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]

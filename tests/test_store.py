@@ -30,7 +30,7 @@ def state():
 def folder(state, tmp_path_factory):
     """A checkpoint of whole leaves, as eight devices have them."""
     checkpoints = Checkpoints(tmp_path_factory.mktemp("store"), config={"width": 32})
-    checkpoints.save(1, state, Nowhere(), wait=True)
+    checkpoints.save(1, state, Nowhere())
     checkpoints.close()
     return checkpoints.directory / "1"
 
