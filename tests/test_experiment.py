@@ -1,32 +1,23 @@
-"""The contract of a run, from flags to result.json, and what it says of bad input."""
+"""The contract of a run, from settings to result.json, and what it refuses."""
 
-import ast
 import dataclasses
-import inspect
-import io
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_sources import write
+from test_flags import command
 
-from experiments import cifar10, cifar100, digits
 from spikejax import experiment
 from spikejax.data import images
 from spikejax.experiment import Experiment
-from spikejax.flags import parse, reported
-from spikejax.processes import Processes
 from spikejax.recipe import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 SHORT = TrainConfig(steps=3, batch_size=64, evaluate_every=100)
 RESULT = {
     "accuracy",
@@ -44,13 +35,6 @@ RESULT = {
     "versions",
     "device",
 }
-NAMES = ("lif", "plif", "if", "mt-parallel", "mt-cascade", "relu")
-
-
-def command(monkeypatch, *flags, script=digits, main=digits.demo):
-    """What `python -m experiments.NAME FLAGS` does, in this process."""
-    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
-    reported(main, parse(script.DEFAULT, script.__doc__))
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +78,6 @@ def test_result_json_is_complete(fake):
     assert {"spikejax", "jax", "flax"} <= set(result["versions"])
     # 3x3 convolutions 3-16-32-32, norms, leaks, 32 to 10 classes
     assert result["parameters"] == 9 * (48 + 512 + 1024) + 2 * 80 + 3 + 330
-
-
-def test_no_half_written_file_stays(fake):
-    assert not list(fake[0].glob("*.tmp"))
 
 
 def test_the_same_run_again_gives_the_same_result(fake):
@@ -151,207 +131,53 @@ def test_sigterm_saves_and_leaves_with_exit_code_0(tmp_path, monkeypatch, capsys
     assert json.loads((tmp_path / "result.json").read_text())["steps"] == 4
 
 
-def test_sigterm_before_training_leaves_with_exit_code_0(tmp_path, monkeypatch, capsys):
-    before = signal.getsignal(signal.SIGTERM)
-
-    def load(*_):
-        os.kill(os.getpid(), signal.SIGTERM)
-        pytest.fail("SIGTERM was not heard")
-
-    monkeypatch.setattr(images, "load", load)
-    with pytest.raises(SystemExit) as exit:
-        command(monkeypatch, "--workdir", tmp_path / "new", "--neuron", "lif")
-    assert exit.value.code == 0
-    assert "The same command goes on" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-# Bad input
-
-
-@pytest.fixture
-def refused(monkeypatch, capsys, tmp_path):
-    """Runs a command that must end in exit code 1 and one line that matches."""
-
-    def run(match, *flags, neuron="mt-parallel", workdir=tmp_path / "new"):
-        flags = ["--neuron", neuron, "--batch-size", 48, *flags]
-        flags += ["--workdir", workdir]
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            command(monkeypatch, *flags)
-        assert exit.value.code == 1
-        err = capsys.readouterr().err
-        assert err.count("\n") == 1 and "Traceback" not in err
-        assert re.search(match, err), err
-        assert not (tmp_path / "new").exists()
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("flag", "meant"),
-    [
-        ("--learning-rat", "--learning-rate"),
-        ("--num-threshold", "--num-thresholds"),
-        ("--timesteps", "--time-steps"),
-        ("--batch", "--batch-size"),
-    ],
-)
-def test_an_unknown_flag_is_told_from_the_one_meant(refused, flag, meant):
-    refused(rf"^flags: .*, got {flag}\. Did you mean {meant}\?$", flag, 4)
-    refused(rf"^flags: .*, got {flag}=4\. Did you mean {meant}\?$", f"{flag}=4")
-
-
-@pytest.mark.parametrize("flag", ["--zzzzz", "surplus"])
-def test_a_flag_like_no_other_points_at_help(refused, flag):
-    refused(rf"got {flag}\. --help lists them\.$", flag)
+# What is refused
 
 
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        (["--steps", "many"], r"--steps.*'many'"),
-        (["--time-steps", "1.5"], r"--time-steps.*'1.5'"),
-        (["--learning-rate", "fast"], r"--learning-rate.*'fast'"),
-        (["--neuron", "lfi"], r"'lfi' for argument '--neuron'.*'lif'"),
-        (["--optimizer", "adam"], r"'adam' for argument '--optimizer'.*'adamw'"),
-        (["--augment", "all"], r"'all' for argument '--augment'.*'crop-flip'"),
-        (["--steps"], r"Missing value for argument '--steps'"),
-        (["--time-steps", "0"], r"time_steps: expected at least 1, got 0\.$"),
-        (["--num-thresholds", "0"], r"num_thresholds: expected at least 1, got 0\.$"),
-        (["--learning-rate", "-0.1"], r"learning_rate: .* more than 0, got -0.1\.$"),
-        (["--label-smoothing", "1"], r"label_smoothing: .* 0 <= p < 1, got 1.0\.$"),
-        (["--steps", "0"], r"steps: expected at least 1, got 0\.$"),
-        (["--epochs", "0"], r"epochs: expected more than 0, got 0.0\.$"),
-        (["--seed", "-1"], r"train_batches: expected seed .* >= 0, got -1"),
-        (["--model", "vgg"], r"^model: expected one of convnet, .*got 'vgg'\.$"),
-        (["--batch-size", "1600"], r"no larger than the set, got batch_size 1600"),
-        (["--data", "cifar1O"], r"^data: .*got 'cifar1O'\. Did you mean cifar10"),
+        ({"time_steps": 0}, r"time_steps: expected at least 1, got 0\.$"),
+        ({"num_thresholds": 0}, r"num_thresholds: expected at least 1, got 0\.$"),
+        ({"augment": "inception"}, r"image_size: expected a number .*, got none"),
+        ({"label_smoothing": 1.0}, r"label_smoothing: .* 0 <= p < 1, got 1.0\.$"),
+        (
+            {"neuron": "relu", "time_steps": 4},
+            r"time_steps: expected 1 for --neuron relu, .*, got 4\.$",
+        ),
     ],
 )
-def test_bad_input_is_one_line(refused, flags, match):
-    refused(match, *flags)
-
-
-def test_a_network_without_state_takes_one_step(refused):
-    match = r"time_steps: expected 1 for --neuron relu, .*, got 4\.$"
-    refused(match, "--time-steps", 4, neuron="relu")
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # of frames around errors
-def test_a_narrow_terminal_gets_one_line_too(refused, monkeypatch, encoding):
-    monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
-    refused(r"^flags: [^─╭|]*--steps: .*'many'[^─╭|]*$", "--steps", "many")
-    refused(r"^flags: .*--neuron.*mt-parallel.*\)\.$", neuron="lfi")
-
-
-def test_a_batch_that_the_devices_cannot_share(refused):
-    many = jax.device_count()
-    if many == 1:
-        pytest.skip("one device takes any batch")
-    match = rf"^batch size: expected a multiple of the {many} device.*Take {many}\.$"
-    refused(match, "--batch-size", many + 1)
-
-
-def test_a_folder_of_another_run(fake, refused):
-    folder, _ = fake
-    before = (folder / "config.json").read_text()
-    match = (
-        rf"^workdir: .*, got {folder}, which holds another: data is 'fake' there and "
-        r"'digits' here\. Take another --workdir, or delete it\.$"
-    )
-    refused(match, workdir=folder)
-    assert (folder / "config.json").read_text() == before
-
-
-def test_a_folder_of_a_run_with_another_seed(fake):
-    train = dataclasses.replace(SHORT, seed=1)
-    with pytest.raises(ValueError, match="another: seed is 0 there and 1 here"):
-        experiment.run(Experiment(fake[0], data="fake", train=train))
-
-
-def test_a_file_in_the_place_of_the_folder(tmp_path, refused):
-    file = tmp_path / "file"
-    file.write_text("")
-    refused(rf"'{file}'", workdir=file)
-
-
-def test_a_set_that_is_not_prepared(refused, tmp_path):
-    match = rf"^mnist: .*Run: python -m experiments.prepare mnist --data-dir {tmp_path}"
-    refused(match, "--data", "mnist", "--data-dir", tmp_path)
-
-
-def test_a_truncated_file_of_a_set(refused, tmp_path):
-    folder = Path(write(tmp_path / "data"))
-    file = next(folder.glob("*train.array_record*"))
-    os.truncate(file, file.stat().st_size // 2)
-    match = rf"^tiny_pets: expected 20 examples in {file}, got 0: .* truncated"
-    refused(match, "--data", "tiny_pets", "--data-dir", tmp_path / "data")
-
-
-def test_the_shell_sees_exit_code_1_and_one_line(tmp_path):
-    child = subprocess.run(
-        [sys.executable, "-m", "experiments.cifar10", "--learning-rat", "1"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert child.returncode == 1 and child.stdout == ""
-    lines = [x for x in child.stderr.splitlines() if "absl" not in x]  # old Grain's
-    assert len(lines) == 1 and lines[0].endswith("Did you mean --learning-rate?")
-
-
-# Help
-
-
-def documented(config):
-    """{field: its docstring} of a dataclass."""
-    (tree,) = ast.parse(inspect.getsource(config)).body
-    pairs = zip(tree.body, tree.body[1:], strict=False)
-    return {
-        field.target.id: text.value.value
-        for field, text in pairs
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
-
-
-@pytest.mark.parametrize("script", [digits, cifar10, cifar100])
-def test_help_explains_every_flag(script, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as exit:
-        command(monkeypatch, "--help", script=script)
-    assert exit.value.code == 0
-    text = re.sub(r"[\s│]+", "", capsys.readouterr().out)
-    configs = (Experiment, TrainConfig, Processes)
-    lines = {name: line for c in configs for name, line in documented(c).items()}
-    if script is digits:
-        lines |= documented(digits.Digits)
-    fields = {f.name for c in configs for f in dataclasses.fields(c)}
-    assert set(lines) == fields
-    for name, line in lines.items():
-        assert re.sub(r"\s+", "", line) in text, name
-        assert (
-            name in ("train", "processes") or f"--{name.replace('_', '-')}" in text
-        ), name
-    assert re.sub(r"\s+", "", script.__doc__.split("\n")[0]) in text
+def test_settings_out_of_range_are_refused(flags, match):
+    with pytest.raises(ValueError, match=match):
+        Experiment(Path(), **flags)
 
 
 @pytest.mark.parametrize(
-    ("flags", "name", "value"),
+    ("flags", "match"),
     [
-        (["--learning-rate", "0.3"], "learning_rate", 0.3),
-        (["--steps", "7"], "steps", 7),
-        (["--batch-size=16"], "batch_size", 16),
+        ({"model": "vgg"}, r"^model: expected one of convnet, .*got 'vgg'\.$"),
+        ({"data": "mnist"}, r"^mnist: .*Run: python -m experiments.prepare mnist --da"),
+        ({"train": TrainConfig(seed=-1)}, "^train_batches: expected seed .* got -1"),
+        ({"train": TrainConfig(batch_size=1600)}, "larger than the set, got .* 1600"),
+        ({"train": TrainConfig(batch_size=9)}, r"multiple of the 8 device.*Take 8\.$"),
     ],
 )
-def test_flags_of_the_recipe_need_no_prefix(monkeypatch, flags, name, value):
-    monkeypatch.setattr(sys, "argv", ["cifar10", *flags])
-    parsed = parse(cifar10.DEFAULT, None)
-    assert getattr(parsed.train, name) == value
-    rest = dataclasses.replace(parsed, train=cifar10.DEFAULT.train)
-    assert rest == cifar10.DEFAULT
+def test_a_run_that_cannot_be_leaves_no_folder(flags, match, tmp_path):
+    if "8 device" in match and jax.device_count() != 8:
+        pytest.skip("other devices may share it")
+    workdir = tmp_path / "new"
+    with pytest.raises(ValueError, match=match):
+        experiment.run(Experiment(workdir, data_dir=tmp_path, **flags))
+    assert not workdir.exists()
+
+
+def test_a_folder_of_a_run_with_another_seed(fake):
+    folder, _ = fake
+    before = (folder / "config.json").read_text()
+    train = dataclasses.replace(SHORT, seed=1)
+    with pytest.raises(ValueError, match="another: seed is 0 there and 1 here"):
+        experiment.run(Experiment(folder, data="fake", train=train))
+    assert (folder / "config.json").read_text() == before
 
 
 # From flags to parts
@@ -391,60 +217,3 @@ def test_augmentation_keeps_shape_and_type(name):
 
 def test_no_augmentation_is_none():
     assert experiment.make_augment(Experiment(Path("x"))) is None
-
-
-# The demo
-
-
-@pytest.fixture
-def trained(monkeypatch, fake):
-    """The experiments that the demo would run."""
-    ran = []
-
-    def run(flags, *_):
-        ran.append(flags)
-        return fake[1] | {"accuracy": len(ran) / 8}
-
-    monkeypatch.setattr(digits, "run", run)
-    monkeypatch.setattr(experiment, "run", run)
-    return ran
-
-
-def test_the_demo_compares_five_networks(trained, tmp_path, monkeypatch, capsys):
-    command(monkeypatch, "--workdir", tmp_path, "--num-thresholds", 3, "--seed", 5)
-    rows = json.loads((tmp_path / "summary.json").read_text())
-    settings = [(r["neuron"], r["num_thresholds"], r["time_steps"]) for r in rows]
-    assert settings == [
-        ("lif", 1, 1),
-        ("mt-parallel", 3, 1),
-        ("mt-cascade", 3, 1),
-        ("lif", 1, 4),
-        ("relu", 1, 1),
-    ]
-    assert all(set(row) >= RESULT for row in rows)
-    assert [row["accuracy"] for row in rows] == [1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8]
-    assert (tmp_path / "digits.png").read_bytes()[:4] == b"\x89PNG"
-    folders = ["lif-t1", "mt-parallel-t1", "mt-cascade-t1", "lif-t4", "relu-t1"]
-    assert [flags.workdir for flags in trained] == [tmp_path / f for f in folders]
-    for flags, row in zip(trained, rows, strict=True):
-        assert (flags.neuron, flags.time_steps) == (row["neuron"], row["time_steps"])
-        assert flags.train.seed == 5 and flags.num_thresholds == 3
-        assert type(flags) is Experiment
-    out = capsys.readouterr().out
-    for name, row in zip(digits.NETWORKS, rows, strict=True):
-        assert re.search(rf"{re.escape(name)} .*{row['accuracy']:.2%}", out)
-
-
-def test_with_a_neuron_the_demo_trains_that_one(trained, tmp_path, monkeypatch, capsys):
-    command(monkeypatch, "--workdir", tmp_path, "--neuron", "mt-cascade")
-    (flags,) = trained
-    assert flags.neuron == "mt-cascade" and flags.workdir == tmp_path
-    assert not (tmp_path / "summary.json").exists()
-    assert "accuracy 12.50%" in capsys.readouterr().out
-
-
-def test_a_demo_that_was_stopped_writes_no_summary(tmp_path, monkeypatch):
-    (tmp_path / "left").mkdir()
-    monkeypatch.setattr(digits, "run", lambda flags: None)
-    command(monkeypatch, "--workdir", tmp_path)
-    assert not (tmp_path / "summary.json").exists()

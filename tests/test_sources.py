@@ -1,6 +1,5 @@
-"""Sets of TFDS's format, written here, small: read, damaged, refused, prepared."""
+"""Sets of TFDS's format, written here, small: read, damaged, refused."""
 
-import io
 import json
 import shutil
 import sys
@@ -8,70 +7,11 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from PIL import Image
+from tiny_pets import GREY, VARYING, grey, png, write
 
-from experiments import prepare
 from spikejax.data import images, split
 from spikejax.data.crop import center_crop, inception_crop
 from spikejax.data.images import eval_batches, load, train_batches
-
-GREY = {
-    "image": tfds.features.Image(shape=(6, 5, 1)),
-    "label": tfds.features.ClassLabel(names=["cat", "dog", "owl"]),
-}
-
-
-def png(array):
-    file = io.BytesIO()
-    Image.fromarray(array).save(file, "PNG")
-    return file.getvalue()
-
-
-VARYING = {**GREY, "image": tfds.features.Image(shape=(None, None, 1))}
-
-
-def grey(count, seed=0, label=None):
-    rng = np.random.default_rng(seed)
-    return [
-        {
-            "image": png(rng.integers(0, 256, (6, 5), np.uint8)),
-            "label": i % 3 if label is None else label,
-        }
-        for i in range(count)
-    ]
-
-
-def builder_class(features, splits, version="1.0.0", configs=()):
-    def split(self, examples):
-        return iter(enumerate(examples))
-
-    def info(self):
-        return tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(features), description="-"
-        )
-
-    members = {
-        "VERSION": tfds.core.Version(version),
-        "BUILDER_CONFIGS": [tfds.core.BuilderConfig(name=name) for name in configs],
-        "_info": info,
-        "_split_generators": lambda self, _: {
-            name: self._generate_examples(examples) for name, examples in splits.items()
-        },
-        "_generate_examples": split,
-        "__module__": __name__,
-    }
-    return type("TinyPets", (tfds.core.GeneratorBasedBuilder,), members)
-
-
-def write(folder, features=GREY, splits=None, **options):
-    """Prepares a set named tiny_pets; returns the folder of its files."""
-    splits = splits or {"train": grey(20), "test": grey(6, seed=1)}
-    with tfds.core.registered.skip_registration():
-        made = builder_class(features, splits, **options)
-    for config in options.get("configs", (None,)):
-        builder = made(data_dir=folder, config=config, file_format="array_record")
-        builder.download_and_prepare()
-    return builder.data_path
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +143,7 @@ def test_workers_read_what_is_not_in_memory(tmp_path):
 # Sets that cannot be read
 
 
-def refused(match, name, data_dir):
+def refused(match, data_dir, name="tiny_pets"):
     """Loading and drawing a batch ends in one line that matches."""
     with pytest.raises(ValueError, match=match) as caught:
         train_batches(load(name, data_dir).train, 2, seed=0)
@@ -223,8 +163,8 @@ def refused(match, name, data_dir):
 def test_an_unknown_name_is_refused_with_the_closest(name, hint, tmp_path):
     refused(
         rf"expected digits, fake, tiny_imagenet, folder or a TFDS set.*{hint}",
-        name,
         tmp_path,
+        name,
     )
 
 
@@ -232,14 +172,14 @@ def test_a_set_that_is_not_prepared_says_what_to_run(tmp_path):
     refused(
         rf"mnist: expected a prepared set in {tmp_path}, got none\. "
         rf"Run: python -m experiments\.prepare mnist --data-dir {tmp_path}$",
-        "mnist",
         tmp_path,
+        "mnist",
     )
 
 
 def test_without_a_folder_tfds_default_is_meant(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
-    refused(rf"in {tmp_path}.*Run: python -m experiments.prepare mnist$", "mnist", None)
+    refused(rf"in {tmp_path}.*Run: python -m experiments.prepare mnist$", None, "mnist")
     write(tmp_path)
     assert len(load("tiny_pets").test) == 6
 
@@ -247,9 +187,7 @@ def test_without_a_folder_tfds_default_is_meant(tmp_path, monkeypatch):
 def test_a_preparation_that_was_broken_off_does_not_count(tmp_path):
     write(tmp_path).rename(tmp_path / "tiny_pets/incomplete.X1_1.0.0")
     # Which one: whether another test has told TFDS of such a builder.
-    refused(
-        "expected (digits, fake, .* a TFDS set|a prepared set)", "tiny_pets", tmp_path
-    )
+    refused("expected (digits, fake, .* a TFDS set|a prepared set)", tmp_path)
 
 
 def file_of(folder, split):
@@ -260,11 +198,7 @@ def file_of(folder, split):
 def test_a_missing_file_is_named(copied, split):
     data_dir, folder = copied
     file_of(folder, split).unlink()
-    refused(
-        rf"expected the file .*tiny_pets-{split}\.array.*, got none",
-        "tiny_pets",
-        data_dir,
-    )
+    refused(rf"expected the file .*tiny_pets-{split}\.array.*, got none", data_dir)
 
 
 @pytest.mark.parametrize("size", [0, 100, 65536, 131071])
@@ -273,11 +207,7 @@ def test_a_truncated_file_is_named(copied, size):
     whole = file_of(folder, "test").read_bytes()
     assert len(whole) == 131072
     file_of(folder, "test").write_bytes(whole[:size])
-    refused(
-        r"expected 6 examples in .*tiny_pets-test.array_record.*, got 0: .* truncated",
-        "tiny_pets",
-        data_dir,
-    )
+    refused(r"expected 6 examples in .*tiny_pets-test.*, got 0: .* truncated", data_dir)
 
 
 def test_a_flipped_byte_is_found(copied):
@@ -286,18 +216,14 @@ def test_a_flipped_byte_is_found(copied):
     content = bytearray(file.read_bytes())
     content[1000] ^= 1
     file.write_bytes(content)
-    refused(
-        r"split 'train': expected readable array_record.* damaged",
-        "tiny_pets",
-        data_dir,
-    )
+    refused(r"split 'train': expected readable array_record.* damaged", data_dir)
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
 def test_a_truncated_description_is_refused(copied, name):
     data_dir, folder = copied
     (folder / name).write_text((folder / name).read_text()[:40])
-    refused(r"tiny_pets: expected a readable dataset_info", "tiny_pets", data_dir)
+    refused(r"tiny_pets: expected a readable dataset_info", data_dir)
 
 
 def test_another_file_format_is_refused(copied):
@@ -305,7 +231,7 @@ def test_another_file_format_is_refused(copied):
     info = json.loads((folder / "dataset_info.json").read_text())
     info["fileFormat"] = "tfrecord"
     (folder / "dataset_info.json").write_text(json.dumps(info))
-    refused(r"expected array_record files, got tfrecord", "tiny_pets", data_dir)
+    refused(r"expected array_record files, got tfrecord", data_dir)
 
 
 @pytest.mark.parametrize("label", ["mask", "label"])
@@ -313,42 +239,42 @@ def test_a_set_without_classes_is_refused(tmp_path, label):
     examples = [{"image": e["image"], label: 1} for e in grey(4)]
     features = {"image": GREY["image"], label: tfds.features.Scalar(np.int32)}
     write(tmp_path, features, {"train": examples, "test": examples})
-    refused(
-        f"expected the features image and label.* got image, {label}",
-        "tiny_pets",
-        tmp_path,
-    )
+    refused(f"expected the features image and label.* got image, {label}", tmp_path)
 
 
-def test_sixteen_bit_images_are_refused(tmp_path):
-    features = {**GREY, "image": tfds.features.Image(shape=(6, 5, 1), dtype=np.uint16)}
-    write(tmp_path, features)
-    refused(r"expected uint8 images, got uint16", "tiny_pets", tmp_path)
+def colours(dtype):
+    return tfds.features.Image(shape=(6, 5, 1), dtype=dtype)
 
 
-def test_labels_out_of_range_are_refused(tmp_path):
-    write(tmp_path, splits={"train": grey(3, label=-1), "test": grey(3)})
-    refused(r"expected labels from 0 to 2, got -1 at index 0", "tiny_pets", tmp_path)
+ODD = {"image": png(np.zeros((4, 4), np.uint8)), "label": 0}
 
 
-def test_a_set_of_varying_shapes_needs_a_crop(tmp_path):
-    write(tmp_path, VARYING)
-    refused(r"tiny_pets/1.0.0, split 'train', whose images have", "tiny_pets", tmp_path)
-
-
-def test_an_image_of_another_shape_than_the_info_says_needs_a_crop(tmp_path):
-    odd = {"image": png(np.zeros((4, 4), np.uint8)), "label": 0}
-    write(tmp_path, splits={"train": [*grey(3), odd], "test": grey(3)})
-    refused(
-        r"one shape \(6, 5, 1\), got \(4, 4, 1\) at index \d\. .* needs a crop",
-        "tiny_pets",
-        tmp_path,
-    )
+@pytest.mark.parametrize(
+    ("features", "splits", "match"),
+    [
+        (GREY | {"image": colours(np.uint16)}, {}, "expected uint8 images, got uint16"),
+        (VARYING, {}, "tiny_pets/1.0.0, split 'train', whose images have"),
+        (
+            GREY,
+            {"train": grey(3, label=-1)},
+            "expected labels from 0 to 2, got -1 at index 0",
+        ),
+        (
+            GREY,
+            {"train": [*grey(3), ODD]},
+            r"one shape \(6, 5, 1\), got \(4, 4, 1\) at index \d\. .* needs a crop",
+        ),
+    ],
+    ids=["16 bit", "any shape", "no label", "an odd shape"],
+)
+def test_a_set_that_cannot_be_trained_on_is_refused(tmp_path, features, splits, match):
+    write(tmp_path, features, {"train": grey(3), "test": grey(3)} | splits)
+    refused(match, tmp_path)
 
 
 def test_a_set_without_a_held_out_split_is_refused(tmp_path):
     write(tmp_path, splits={"train": grey(3)})
-    refused(r"train and test or validation, got train\. ", "tiny_pets", tmp_path)
+    refused(r"train and test or validation, got train\. ", tmp_path)
 
 
 # The real thing
@@ -367,55 +293,3 @@ def test_cifar10_is_read_without_tensorflow(data_dir):
     assert np.all(counts == 1000)
     assert np.allclose(mean, cifar.mean, atol=0.005)
     assert "tensorflow" not in sys.modules
-
-
-# Preparing
-
-
-def test_preparing_without_tensorflow_names_the_extra(monkeypatch):
-    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"pip install 'spikejax\[prepare\]'$") as exit:
-        prepare.main("mnist")
-    assert "\n" not in str(exit.value)
-
-
-def test_preparing_an_unknown_set_is_refused():
-    with pytest.raises(SystemExit, match=r"got 'minst'. Did you mean mnist"):
-        prepare.main("minst")
-
-
-def test_what_is_prepared_can_be_loaded(tmp_path, monkeypatch, capsys):
-    made = builder_class(GREY, {"train": grey(5), "test": grey(2)})
-    monkeypatch.setattr(tfds, "builder", lambda name, **options: made(**options))
-    monkeypatch.setattr(tfds, "list_builders", lambda **_: ["tiny_pets"])
-    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: name)
-    prepare.main("tiny_pets", str(tmp_path))
-    assert "tiny_pets is prepared in" in capsys.readouterr().out
-    assert len(load("tiny_pets", tmp_path).train) == 5
-
-
-@pytest.mark.parametrize("name", ["tiny_imagenet", "folder"])
-def test_what_needs_no_preparing_says_so(name):
-    with pytest.raises(SystemExit, match=rf"as it is\. Train at once: --data {name} "):
-        prepare.main(name)
-
-
-def test_archives_that_are_fetched_by_hand_are_asked_for_in_one_line(monkeypatch):
-    class Builder:
-        def download_and_prepare(self):
-            raise AssertionError("Manual directory\n  is empty.")
-
-    monkeypatch.setattr(tfds, "builder", lambda name, **options: Builder())
-    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: name)
-    with pytest.raises(SystemExit, match=r"^prepare mnist: Manual directory is empty"):
-        prepare.main("mnist")
-
-
-def test_a_download_that_fails_is_one_line(monkeypatch):
-    def builder(name, **options):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(tfds, "builder", builder)
-    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: name)
-    with pytest.raises(SystemExit, match=r"^mnist: no route to host$"):
-        prepare.main("mnist")

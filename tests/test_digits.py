@@ -1,0 +1,68 @@
+"""The demo: five networks side by side, or one."""
+
+import json
+import re
+
+import pytest
+from test_flags import command
+
+from experiments import digits
+from spikejax import experiment
+from spikejax.experiment import Experiment
+
+RESULT = {"seconds": 12.4, "spikes_per_image": 2345.6, "energy_nj": 1234.5}
+RESULT |= {"ann_energy_nj": 9876.5}
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The experiments that the demo would run."""
+    ran = []
+
+    def run(flags, *_):
+        ran.append(flags)
+        return RESULT | {"accuracy": len(ran) / 8}
+
+    monkeypatch.setattr(digits, "run", run)
+    monkeypatch.setattr(experiment, "run", run)
+    return ran
+
+
+def test_the_demo_compares_five_networks(trained, tmp_path, monkeypatch, capsys):
+    command(monkeypatch, "--workdir", tmp_path, "--num-thresholds", 3, "--seed", 5)
+    rows = json.loads((tmp_path / "summary.json").read_text())
+    settings = [(r["neuron"], r["num_thresholds"], r["time_steps"]) for r in rows]
+    assert settings == [
+        ("lif", 1, 1),
+        ("mt-parallel", 3, 1),
+        ("mt-cascade", 3, 1),
+        ("lif", 1, 4),
+        ("relu", 1, 1),
+    ]
+    assert all(row.items() >= RESULT.items() for row in rows)
+    assert [row["accuracy"] for row in rows] == [1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8]
+    assert (tmp_path / "digits.png").read_bytes()[:4] == b"\x89PNG"
+    folders = ["lif-t1", "mt-parallel-t1", "mt-cascade-t1", "lif-t4", "relu-t1"]
+    assert [flags.workdir for flags in trained] == [tmp_path / f for f in folders]
+    for flags, row in zip(trained, rows, strict=True):
+        assert (flags.neuron, flags.time_steps) == (row["neuron"], row["time_steps"])
+        assert flags.train.seed == 5 and flags.num_thresholds == 3
+        assert type(flags) is Experiment
+    out = capsys.readouterr().out
+    for name, row in zip(digits.NETWORKS, rows, strict=True):
+        assert re.search(rf"{re.escape(name)} .*{row['accuracy']:.2%}", out)
+
+
+def test_with_a_neuron_the_demo_trains_that_one(trained, tmp_path, monkeypatch, capsys):
+    command(monkeypatch, "--workdir", tmp_path, "--neuron", "mt-cascade")
+    (flags,) = trained
+    assert flags.neuron == "mt-cascade" and flags.workdir == tmp_path
+    assert not (tmp_path / "summary.json").exists()
+    assert "accuracy 12.50%" in capsys.readouterr().out
+
+
+def test_a_demo_that_was_stopped_writes_no_summary(tmp_path, monkeypatch):
+    (tmp_path / "left").mkdir()
+    monkeypatch.setattr(digits, "run", lambda flags: None)
+    command(monkeypatch, "--workdir", tmp_path)
+    assert not (tmp_path / "summary.json").exists()

@@ -1,0 +1,64 @@
+"""The script that prepares image sets: what it leaves, and what it refuses."""
+
+import pytest
+import tensorflow_datasets as tfds
+from tiny_pets import GREY, builder_class, grey
+
+from experiments import prepare
+from spikejax.data.images import load
+
+
+@pytest.fixture
+def builder(monkeypatch):
+    """Has TFDS give another builder, where TensorFlow seems to be there."""
+
+    def give(make):
+        monkeypatch.setattr(tfds, "builder", lambda name, **options: make(**options))
+
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: name)
+    return give
+
+
+def test_preparing_without_tensorflow_names_the_extra(monkeypatch):
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"pip install 'spikejax\[prepare\]'$") as exit:
+        prepare.main("mnist")
+    assert "\n" not in str(exit.value)
+
+
+def test_preparing_an_unknown_set_is_refused():
+    with pytest.raises(SystemExit, match=r"got 'minst'. Did you mean mnist"):
+        prepare.main("minst")
+
+
+def test_what_is_prepared_can_be_loaded(builder, tmp_path, monkeypatch, capsys):
+    builder(builder_class(GREY, {"train": grey(5), "test": grey(2)}))
+    monkeypatch.setattr(tfds, "list_builders", lambda **_: ["tiny_pets"])
+    prepare.main("tiny_pets", str(tmp_path))
+    assert "tiny_pets is prepared in" in capsys.readouterr().out
+    assert len(load("tiny_pets", tmp_path).train) == 5
+
+
+@pytest.mark.parametrize("name", ["tiny_imagenet", "folder"])
+def test_what_needs_no_preparing_says_so(name):
+    with pytest.raises(SystemExit, match=rf"as it is\. Train at once: --data {name} "):
+        prepare.main(name)
+
+
+def test_archives_that_are_fetched_by_hand_are_asked_for_in_one_line(builder):
+    class Builder:
+        def download_and_prepare(self):
+            raise AssertionError("Manual directory\n  is empty.")
+
+    builder(lambda **_: Builder())
+    with pytest.raises(SystemExit, match=r"^prepare mnist: Manual directory is empty"):
+        prepare.main("mnist")
+
+
+def test_a_download_that_fails_is_one_line(builder):
+    def make(**_):
+        raise ConnectionError("no route to host")
+
+    builder(make)
+    with pytest.raises(SystemExit, match=r"^mnist: no route to host$"):
+        prepare.main("mnist")
