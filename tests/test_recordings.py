@@ -62,6 +62,18 @@ def test_evt2_words_by_hand(tmp_path):
     assert recording.size is None and extent(recording.events) == (5, 10)
 
 
+@pytest.mark.parametrize(
+    "name, header",
+    [
+        ("a.raw", b"% evt 2.0\n% geometry 50x40\n"),
+        ("a.dat", b"% Height 40\n% Width 50\n"),
+    ],
+)
+def test_the_size_of_the_camera_is_in_the_header(tmp_path, name, header):
+    data = WRITERS[name](made_up(), header)
+    assert read(written(tmp_path / name, data)).size == (40, 50)
+
+
 def test_the_clock_of_nmnist_runs_over(tmp_path):
     rows = [(1, 2, 128, 0, 9), (0, 240, 0, 0, 0), (3, 4, 0, 0, 9)]
     path = written(tmp_path / "a.bin", np.array(rows, np.uint8).tobytes())
@@ -109,15 +121,12 @@ def assert_same(events, x, y, t, p):
 @pytest.mark.parametrize(
     "name, encoding, count", [("ncars.dat", "dat", 2009), ("evt2.raw", "evt2", 521252)]
 )
-def test_prophesee_files_as_expelliarmus_reads_them(
-    formats, tmp_path, name, encoding, count
-):
+def test_prophesee_as_expelliarmus_reads_it(formats, tmp_path, name, encoding, count):
     expelliarmus = pytest.importorskip("expelliarmus")
     path = formats / name
     if name == "evt2.raw":
-        path = written(
-            tmp_path / name, lzma.decompress((formats / "evt2.raw.xz").read_bytes())
-        )
+        whole = lzma.decompress((formats / "evt2.raw.xz").read_bytes())
+        path = written(tmp_path / name, whole)
     expected = expelliarmus.Wizard(encoding=encoding).read(path)
     events = read(path).events
     assert len(events) == count
