@@ -38,12 +38,12 @@ class Neuron(nnx.Module):
         thresholds: Sequence[float],
         *,
         tau: float,
-        v_reset: float | None,
+        v_reset: float | None = None,
         decay_input: bool,
-        detach_reset: bool,
-        surrogate: Spike,
-        learn_tau: bool,
-        learn_thresholds: bool,
+        detach_reset: bool = False,
+        surrogate: Spike = surrogate.ATAN,
+        learn_tau: bool = False,
+        learn_thresholds: bool = False,
     ):
         who = type(self).__name__
         neurons.check_thresholds(who, thresholds, rising=cell is neurons.parallel)

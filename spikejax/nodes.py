@@ -77,12 +77,7 @@ class LI(Neuron):
             integrate,
             (1.0,),
             tau=tau,
-            v_reset=None,
             decay_input=decay_input,
-            detach_reset=False,
-            surrogate=surrogate.ATAN,
-            learn_tau=False,
-            learn_thresholds=False,
         )
 
 
@@ -121,10 +116,6 @@ class NodeNeuron(Neuron):
             tau=math.inf,
             v_reset=v_reset,
             decay_input=False,
-            detach_reset=False,
-            surrogate=surrogate.ATAN,
-            learn_tau=False,
-            learn_thresholds=False,
         )
         self.decay_input = decay_input
         self.start = v_start

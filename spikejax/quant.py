@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spikejax import neurons, surrogate
+from spikejax import neurons
 from spikejax.layers import Neuron
 
 Law = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # (rng, shape) -> noise
@@ -213,12 +213,7 @@ class ScaledIF(Neuron):
             neurons.lif if num_thresholds == 1 else neurons.parallel,
             neurons.equal_thresholds(num_thresholds),
             tau=math.inf,
-            v_reset=None,
             decay_input=False,
-            detach_reset=False,
-            surrogate=surrogate.ATAN,
-            learn_tau=False,
-            learn_thresholds=False,
         )
         neurons.check_thresholds("ScaledIF", [v_threshold], rising=False)
         self.v_threshold = nnx.Param(jnp.asarray(v_threshold, jnp.float32))
