@@ -72,7 +72,6 @@ class Progress:
         total_steps: the last step.
         start: the step from which the run goes on, 0 for a new one.
         batch_size: images a step, to show images a second.
-        quiet: record only.
     """
 
     def __init__(
@@ -82,21 +81,18 @@ class Progress:
         *,
         start: int = 0,
         batch_size: int | None = None,
-        quiet: bool = False,
     ):
         self._workdir = Path(workdir)
         self._total, self._start = total_steps, start
         self._batch_size = batch_size
-        self._records = jax.process_index() == 0
-        self._prints = self._records and not quiet
+        self._is_first = jax.process_index() == 0
         self._bar: Any = None
         self._next_line = 0.0
         self._recent: deque[tuple[float, int]] = deque(maxlen=200)
 
     def __enter__(self) -> "Progress":
-        if self._records:
+        if self._is_first:
             self._open_files()
-        if self._prints:
             self._console = _console()
             if self._console.is_terminal:
                 self._bar = _bar(self._console)
@@ -109,7 +105,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if self._records:
+        if self._is_first:
             self._file.close()
             self._board.close()
 
@@ -121,7 +117,7 @@ class Progress:
         if self._bar is not None:
             text = self._describe(step, metrics)
             self._bar.update(self._task, completed=step, text=text)
-        elif self._prints and (now >= self._next_line or step == self._total):
+        elif self._is_first and (now >= self._next_line or step == self._total):
             self._next_line = now + SECONDS_BETWEEN_LINES
             self._say(f"step {step}/{self._total}  {self._describe(step, metrics)}")
 
@@ -134,7 +130,7 @@ class Progress:
         named = {names.get(name, name): value for name, value in metrics.items()}
         self._record(step, "eval", named, metrics)
         values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        if self._prints:
+        if self._is_first:
             self._say(f"step {step}/{self._total}  evaluation: {values}")
         self._recent.clear()  # the rate is that of training alone
 
@@ -157,7 +153,7 @@ class Progress:
         entry: Mapping[str, float],
         scalars: Mapping[str, float],
     ) -> None:
-        if not self._records:
+        if not self._is_first:
             return
         finite = {k: float(v) if math.isfinite(v) else None for k, v in entry.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")

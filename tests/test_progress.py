@@ -197,14 +197,6 @@ def test_the_rate_leaves_evaluations_out(tmp_path, capsys, clock):
     assert lines[-1] == "step 10/10  loss 0.500  2 steps/s  0:00:00 left"
 
 
-def test_quiet_records_only(tmp_path, capsys):
-    train(tmp_path, [1, 2], quiet=True)
-    with Progress(tmp_path, 100, start=2, quiet=True) as shown:
-        shown.evaluate(3, {"loss": 1.0})
-    assert "".join(capsys.readouterr()) == ""
-    assert [entry["step"] for entry in entries(tmp_path)] == [1, 2, 3]
-
-
 def test_other_processes_neither_record_nor_print(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     train(tmp_path, [1, 2])

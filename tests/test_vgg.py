@@ -122,7 +122,7 @@ def number_of_parameters(*args, **options):
 
 @pytest.mark.parametrize(
     ("make", "number"),
-    [(vgg.vgg11, 9_228_362), (vgg.vgg13, 9_413_066), (vgg.vgg16, 14_724_042)],
+    [(vgg.vgg11, 9_228_362), (vgg.vgg16, 14_724_042)],
 )
 def test_known_numbers_of_parameters(make, number):
     assert number_of_parameters(make, num_classes=10) == number

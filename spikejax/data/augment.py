@@ -62,14 +62,13 @@ def random_flip() -> Augment:
     return augment
 
 
-def cutout(size: int, fill: int | Sequence[int] = 128) -> Augment:
-    """Paints over a square around a random pixel; its part outside is lost.
+def cutout(size: int) -> Augment:
+    """Paints a square around a random pixel grey; its part outside is lost.
 
     Args:
         size: side of the square in pixels, >= 1 (16 on CIFAR-10, 8 on CIFAR-100).
-        fill: grey value, or one per channel. The paper paints the mean of the set.
 
-    Reference: DeVries and Taylor 2017, arXiv:1708.04552.
+    Reference: DeVries and Taylor 2017, arXiv:1708.04552, who paint the mean of the set.
     """
     if size < 1:
         raise ValueError(f"cutout: expected size >= 1, got {size}. Use 16 on CIFAR-10.")
@@ -80,7 +79,7 @@ def cutout(size: int, fill: int | Sequence[int] = 128) -> Augment:
         lefts = rng.integers(0, width, count) - size // 2
         out = images.copy()
         for i, (y, x) in enumerate(zip(tops.tolist(), lefts.tolist(), strict=True)):
-            out[i, max(y, 0) : y + size, max(x, 0) : x + size] = fill
+            out[i, max(y, 0) : y + size, max(x, 0) : x + size] = 128
         return out
 
     return augment

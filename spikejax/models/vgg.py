@@ -93,10 +93,6 @@ class VGG(nnx.Module):
 vgg11 = partial(
     VGG, (64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL)
 )
-vgg13 = partial(
-    VGG,
-    (64, 64, POOL, 128, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL),
-)
 vgg16 = partial(
     VGG,
     (64, 64, POOL, 128, 128, POOL, 256, 256, 256, POOL, 512, 512, 512, POOL)
