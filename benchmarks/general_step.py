@@ -9,9 +9,6 @@ each step is synchronised. Prints a table and writes bench.json.
 """
 
 import dataclasses
-import json
-import statistics
-import time
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +16,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from spikejax import LIF
+from benchmarks.turns import in_turns, ratio
+from spikejax import LIF, folder
 from spikejax.flags import parse, reported
 from spikejax.mixer import Mixer, conv_network, lstm_network, straight_through
 from spikejax.models.general import Through
@@ -34,7 +32,7 @@ class Benchmark:
     workdir: Path = Path("runs/bench-general")
     """Folder for bench.json."""
     repeats: int = 11
-    """Timed steps of each layer, after two that are not."""
+    """Timed steps of each layer, each after one that is not."""
     batch_size: int = 32
     """Maps a step."""
     side: int = 16
@@ -82,7 +80,7 @@ class Step:
 
 
 def measure(benchmark: Benchmark) -> list[dict]:
-    """One row a layer: median of the steps, and its ratio to the convolutions'."""
+    """One row a layer: its steps, and their ratio to the convolutions' with ReLU."""
     sizes = benchmark.repeats, benchmark.batch_size, benchmark.side, benchmark.channels
     if min(sizes) < 1:
         raise ValueError(
@@ -92,43 +90,29 @@ def measure(benchmark: Benchmark) -> list[dict]:
     steps = {
         name: Step(make, window, benchmark) for name, (make, window) in LAYERS.items()
     }
-    times = {name: [] for name in steps}
-    for turn in range(benchmark.repeats + 2):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            if turn >= 2:
-                times[name].append(1000 * (time.perf_counter() - began))
-    first = statistics.median(times[next(iter(times))])
+    rows = in_turns(steps, benchmark.repeats)
+    first = rows[next(iter(rows))]
+    where = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
     return [
-        {
-            "layer": name,
-            "median_ms": statistics.median(values),
-            "min_ms": min(values),
-            "max_ms": max(values),
-            "ratio": statistics.median(values) / first,
-            "jax": jax.__version__,
-            "device": jax.devices()[0].device_kind,
-        }
-        for name, values in times.items()
+        {"layer": name, **row, "ratio": ratio(row, first)[1], **where}
+        for name, row in rows.items()
     ]
 
 
 def main(benchmark: Benchmark) -> None:
     """Measure, print the table, write bench.json."""
     rows = measure(benchmark)
-    benchmark.workdir.mkdir(parents=True, exist_ok=True)
     path = benchmark.workdir / "bench.json"
-    path.write_text(json.dumps(rows, indent=2))
+    folder.write(path, rows)
     table(
         f"Gradient of one layer, {benchmark.batch_size} maps of {benchmark.side}x"
         f"{benchmark.side}x{benchmark.channels}",
-        ["", "median ms", "min to max", "to ReLU"],
+        ["", "median ms", "quartiles", "to ReLU"],
         [
             [
                 row["layer"],
                 f"{row['median_ms']:.1f}",
-                f"{row['min_ms']:.1f} to {row['max_ms']:.1f}",
+                "{:.1f} to {:.1f}".format(*row["quartiles_ms"]),
                 f"{row['ratio']:.2f}",
             ]
             for row in rows

@@ -15,7 +15,6 @@ smallest size and grows as the operations do.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import numpy as np
 from benchmarks.sides.ours import prepare
 from benchmarks.turns import in_turns
 from benchmarks.workloads import STRIDES, Sizes
+from spikejax import folder
 from spikejax.flags import parse, reported
 from spikejax.plot import BLUE, GREY, ORANGE, Picture, frame
 from spikejax.progress import table
@@ -180,9 +180,8 @@ def draw(rows: list[dict[str, Any]]) -> Picture:
 def main(growth: Growth) -> None:
     """Measure, print the tables, write growth.json and growth.png."""
     rows = measure(growth)
-    growth.workdir.mkdir(parents=True, exist_ok=True)
     path = growth.workdir / "growth.json"
-    path.write_text(json.dumps(rows, indent=2))
+    folder.write(path, rows)
     for name in SWEEPS:
         show(name, [row for row in rows if row["grows"] == name])
     draw(rows).savefig(path.with_suffix(".png"), dpi=150)

@@ -19,7 +19,6 @@ writes neuron.json.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import numpy as np
 
 from benchmarks.sides.ours import NEURONS
 from benchmarks.turns import in_turns, ratio
+from spikejax import folder
 from spikejax.compiler import compiler_options
 from spikejax.flags import parse, reported
 from spikejax.progress import table
@@ -137,9 +137,8 @@ def _waits(compiled, arrays):
 def main(given: Benchmark) -> None:
     """Measure, print the tables, write neuron.json."""
     rows = measure(given)
-    given.workdir.mkdir(parents=True, exist_ok=True)
     path = given.workdir / "neuron.json"
-    path.write_text(json.dumps(rows, indent=2))
+    folder.write(path, rows)
     for which in PASSES:
         table(
             f"{which.capitalize()} of {given.maps} maps of {given.side}x{given.side}x"

@@ -9,7 +9,6 @@ not given are left out. Prints a table and writes pipeline.json.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import PIL
 from PIL import Image
 
+from spikejax import folder
 from spikejax.data import augment, crop, images
 from spikejax.data.files import FileRecords, open_zip, tiny_imagenet
 from spikejax.data.split import EncodedImages
@@ -125,9 +125,8 @@ def measure(given: Pipeline) -> list[dict]:
 def main(given: Pipeline) -> None:
     """Measure, print the table, write pipeline.json."""
     rows = measure(given)
-    given.workdir.mkdir(parents=True, exist_ok=True)
     path = given.workdir / "pipeline.json"
-    path.write_text(json.dumps(rows, indent=2))
+    folder.write(path, rows)
     table(
         "Input pipeline",
         ["", "images/s of one core"],

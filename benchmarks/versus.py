@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from benchmarks import turns
 from benchmarks.workloads import WORKLOADS, Workload
+from spikejax import folder
 from spikejax.flags import parse, reported
 from spikejax.plot import BLUE, COLOURS, GREY, Picture
 from spikejax.progress import table
@@ -188,7 +189,7 @@ def main(given: Versus) -> None:
         rows = measure(name, workload, given)
         show(workload, rows)
         kept = [row for row in kept if row["workload"] != name] + rows
-        path.write_text(json.dumps(kept, indent=2))
+        folder.write(path, kept)
     if any("ratio" in row for row in kept):
         draw(kept).savefig(path.with_suffix(".png"), dpi=150)
     print(f"Written: {path} and bench.png")

@@ -13,7 +13,6 @@ same folder goes on where it stopped.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spikejax import energy
+from spikejax import energy, folder
 from spikejax.conversion import calibrate, convert, least_error, percentile
 from spikejax.data import images
 from spikejax.experiment import (
@@ -236,11 +235,10 @@ def figure(found: list[dict[str, Any]]) -> Any:
 
 def main(flags: Conversion) -> None:
     """Train, convert, print the table, write summary.json and convert.png."""
-    flags.workdir.mkdir(parents=True, exist_ok=True)
     found = []
     for row in rows(flags):
         found.append(row)
-        (flags.workdir / "summary.json").write_text(json.dumps(found, indent=2))
+        folder.write(flags.workdir / "summary.json", found)
     steps_shown = shown(flags.max_steps)
     table(
         "Accuracy of the converted network",

@@ -8,10 +8,10 @@ trains that one. A minute on two CPU cores; results in docs/results.md.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
+from spikejax import folder
 from spikejax.experiment import Experiment, NeuronName, main, run
 from spikejax.flags import parse, reported
 from spikejax.progress import table
@@ -69,7 +69,7 @@ def show(rows: list[dict[str, Any]], workdir: Path) -> None:
     """Print the table, and write it as summary.json and digits.png."""
     from spikejax import chart
 
-    (workdir / "summary.json").write_text(json.dumps(rows, indent=2))
+    folder.write(workdir / "summary.json", rows)
     table(
         "Handwritten digits, 297 test images",
         ["neuron", "accuracy", "seconds", "spikes/image", "nJ/image"],

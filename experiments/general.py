@@ -13,10 +13,10 @@ three have been run to the end (docs/results.md), relu and lif-t4 have not.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
+from spikejax import folder
 from spikejax.experiment import Experiment, run
 from spikejax.flags import parse, reported
 from spikejax.progress import table
@@ -86,7 +86,7 @@ def show(comparison: Comparison) -> None:
     rows = compare(comparison)
     if not rows:
         return
-    (comparison.workdir / "summary.json").write_text(json.dumps(rows, indent=2))
+    folder.write(comparison.workdir / "summary.json", rows)
     table(
         "One architecture; energy in nJ an image: what is real-valued costs MACs",
         ["network", "accuracy", "spikes", "ACs", "MACs", "energy", "dense"],
