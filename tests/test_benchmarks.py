@@ -42,7 +42,8 @@ def test_each_layer_is_a_row(tmp_path, monkeypatch):
     relu, windows = json.loads((tmp_path / "bench.json").read_text())
     assert relu["layer"] == names[0] and relu["ratio"] == 1
     low, high = windows["quartiles_ms"]
-    assert 0 < low <= windows["median_ms"] <= high and windows["ratio"] > 0
+    assert 0 < low <= windows["median_ms"] <= high
+    assert windows["ratio"] == turns.ratio(windows, relu)[1]
 
 
 def test_general_step_measures_at_least_one_step():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from spikejax import neurons
 from spikejax.layers import LIF, keep_membranes
@@ -24,6 +25,7 @@ XS = jnp.asarray([[1.0, 3.0, -2.0, 0.5]])[..., None]  # [1, 4, 1]
 )
 def test_a_leaky_integrator_by_hand(layer, expected):
     np.testing.assert_allclose(layer(XS)[0, :, 0], expected)
+    assert not jax.tree.leaves(nnx.state(layer, nnx.Param))
 
 
 def test_a_late_reset_takes_the_whole_threshold_after_the_leak():

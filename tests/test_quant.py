@@ -1,6 +1,7 @@
 """Quantised ReLU: values, gradients, noise, and the neuron that it becomes."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -207,8 +208,17 @@ def test_membranes_start_at_half_the_threshold_when_kept():
 def test_it_is_the_if_neuron_started_at_half():
     """The plain IF neuron, given half a threshold more in the first step."""
     xs = jax.random.normal(jax.random.key(0), (5, 9, 7))
-    spikes = IF()(xs.at[:, 0].add(0.5))
-    np.testing.assert_array_equal(ScaledIF(1.0)(xs), spikes)
+
+    def spikes(layer, xs):
+        spikes = layer(xs)
+        return (spikes * jnp.arange(9.0)[:, None]).sum(), spikes
+
+    one, other = (
+        jax.grad(partial(spikes, layer), has_aux=True)(given)
+        for layer, given in ((IF(), xs.at[:, 0].add(0.5)), (ScaledIF(1.0), xs))
+    )
+    np.testing.assert_array_equal(other[1], one[1])
+    np.testing.assert_allclose(other[0], one[0], rtol=1e-5)
 
 
 STEPS = 4
