@@ -269,6 +269,16 @@ def test_files_and_functions_are_short(name):
         )
 
 
+def test_files_of_tests_are_short():
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    lines = {file.name: len(file.read_text("utf-8").splitlines()) for file in files}
+    long = {name: count for name, count in lines.items() if count > MAX_FILE_LINES}
+    assert not long, (
+        f"{long}: at most {MAX_FILE_LINES} lines. Join tests that repeat others, or "
+        "split the file by the noun that each part tests."
+    )
+
+
 @pytest.mark.parametrize("name", SPIKEJAX)
 def test_errors_are_raised_not_asserted(name):
     lines = [n.lineno for n in ast.walk(TREES[name]) if isinstance(n, ast.Assert)]
