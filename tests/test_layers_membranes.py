@@ -1,0 +1,168 @@
+"""Membranes of layers: kept from call to call, a sequence may come in slices."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from spikejax import surrogate
+from spikejax.layers import IF, LIF, PLIF, Membrane, MultiThreshold, keep_membranes
+from spikejax.neurons import cascade, independent
+
+# name -> a layer, so that every option is on somewhere
+LAYERS = {
+    "if": lambda: IF(),
+    "if hard": lambda: IF(0.75, v_reset=0.0),
+    "lif": lambda: LIF(3.0),
+    "lif below": lambda: LIF(v_reset=-0.25, decay_input=False),
+    "lif learned": lambda: LIF(1.5, 0.5, learn_tau=True, learn_threshold=True),
+    "plif": lambda: PLIF(v_reset=0.0, detach_reset=True),
+    "parallel": lambda: MultiThreshold(4, decay_input=False),
+    "parallel given": lambda: MultiThreshold((0.5, 0.75, 2), learn_thresholds=True),
+    "parallel hard": lambda: MultiThreshold(2, v_threshold=0.5, v_reset=-0.25),
+    "cascade": lambda: MultiThreshold(3, cascade, tau=math.inf, decay_input=False),
+    "cascade dyadic": lambda: MultiThreshold((1, 0.5, 0.25), cascade, learn_tau=True),
+    "cascade learned": lambda: MultiThreshold(2, cascade, learn_thresholds=True),
+    "independent": lambda: MultiThreshold(3, independent, v_threshold=0.5),
+    "independent hard": lambda: MultiThreshold(
+        (0.6, 1.6), independent, v_reset=0.0, surrogate=surrogate.rectangle()
+    ),
+}
+every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def currents(steps, seed=0, shape=(3,)):
+    return 2 * jax.random.normal(jax.random.key(seed), (2, steps, *shape)) + 0.5
+
+
+def two_layers(neuron):
+    """Two layers of neurons with weights before them."""
+    rngs = nnx.Rngs(0)
+    first, second = nnx.Linear(3, 8, rngs=rngs), nnx.Linear(8, 5, rngs=rngs)
+    return nnx.Sequential(first, neuron(), second, neuron())
+
+
+@every_layer
+def test_whole_equals_step_by_step(name):
+    xs = currents(4)
+    whole = LAYERS[name]()(xs)
+    layer = keep_membranes(LAYERS[name]())
+    steps = [layer(xs[:, t : t + 1]) for t in range(4)]
+    assert 0 < (whole > 0).mean() < 1
+    np.testing.assert_array_equal(whole, jnp.concatenate(steps, 1))
+
+
+@pytest.mark.parametrize("name", ["plif", "independent hard"])
+def test_a_long_sequence_equals_its_slices_whatever_their_lengths(name):
+    xs = currents(80)
+    whole = keep_membranes(LAYERS[name]())
+    sliced = keep_membranes(LAYERS[name]())
+    spikes = whole(xs)
+    slices = [sliced(piece) for piece in np.split(np.asarray(xs), [1, 4, 10, 75], 1)]
+    np.testing.assert_array_equal(spikes, jnp.concatenate(slices, 1))
+    np.testing.assert_allclose(whole.membrane[...], sliced.membrane[...], 0, 1e-5)
+
+
+def test_without_keep_membranes_every_call_starts_from_rest():
+    layer, xs = LIF(), currents(3)
+    np.testing.assert_array_equal(layer(xs), layer(xs))
+    assert layer.membrane is None
+    assert not jax.tree.leaves(nnx.state(layer))
+
+
+def test_keep_membranes_again_starts_anew():
+    layer, xs = keep_membranes(LIF(4.0, v_reset=-0.5)), currents(3)
+    first, second = layer(xs), layer(xs)
+    assert (first != second).any()
+    np.testing.assert_array_equal(keep_membranes(layer)(xs), first)
+    other = keep_membranes(layer)(currents(3, shape=(5,)))  # and for another shape
+    assert other.shape == (2, 3, 5)
+
+
+def test_rest_is_the_reset_value():
+    layer = keep_membranes(LIF(v_reset=-0.5, decay_input=False))
+    layer(jnp.zeros((2, 1, 3)))
+    assert jnp.all(layer.membrane[...] == -0.5)
+
+
+def test_membranes_are_no_parameters():
+    network = keep_membranes(two_layers(PLIF))
+    network(currents(2))
+    params, membranes, rest = nnx.state(network, nnx.Param, Membrane, ...)
+    assert len(jax.tree.leaves(membranes)) == 2 and not jax.tree.leaves(rest)
+    assert len(jax.tree.leaves(params)) == 6
+
+
+def test_membranes_stream_through_plain_jit():
+    xs = currents(5)
+    network = keep_membranes(two_layers(MultiThreshold))
+    network(xs[:, :1])  # now the membranes have their shapes
+    graphdef, state = nnx.split(network)
+    traced = []
+
+    @jax.jit
+    def step(state, x):
+        traced.append(x)
+        network = nnx.merge(graphdef, state)
+        spikes = network(x[:, None])
+        return nnx.to_pure_dict(nnx.state(network)), spikes
+
+    state, slices = nnx.to_pure_dict(state), []
+    for t in range(1, 5):
+        state, spikes = step(state, xs[:, t])
+        slices.append(spikes)
+    whole = two_layers(MultiThreshold)(xs)
+    np.testing.assert_allclose(whole[:, 1:], jnp.concatenate(slices, 1), 0, 1e-6)
+    assert len(traced) == 1
+
+
+def test_membranes_stream_through_nnx_jit():
+    xs = currents(4)
+    layer = keep_membranes(MultiThreshold())
+    step = nnx.jit(lambda layer, x: layer(x[:, None]))
+    steps = [step(layer, xs[:, t]) for t in range(4)]
+    np.testing.assert_array_equal(MultiThreshold()(xs), jnp.concatenate(steps, 1))
+
+
+@pytest.mark.parametrize(
+    "name", ["lif", "parallel given", "cascade dyadic", "independent"]
+)
+def test_bfloat16_in_gives_bfloat16_out_and_a_float32_membrane(name):
+    xs = currents(4).astype(jnp.bfloat16)
+    layer = keep_membranes(LAYERS[name]())
+    spikes, backward = jax.vjp(LAYERS[name](), xs)
+    (gradient,) = backward(jnp.ones_like(spikes))
+    assert spikes.dtype == gradient.dtype == jnp.bfloat16
+    assert gradient.shape == xs.shape
+    layer(xs)
+    assert layer.membrane[...].dtype == jnp.float32
+    exact = LAYERS[name]()(xs.astype(jnp.float32))
+    np.testing.assert_array_equal(spikes, exact.astype(jnp.bfloat16))
+
+
+def test_small_bfloat16_currents_add_up_to_a_spike():
+    # In bfloat16 the sum stops at 1/2, where half a bit is all that an input adds.
+    xs = jnp.full((1, 600, 1), 2.0**-9, jnp.bfloat16)
+    spikes = IF()(xs)
+    assert spikes[0, 511, 0] == 1 and spikes.sum() == 1
+
+
+@pytest.mark.parametrize("neuron", [LIF, partial(MultiThreshold, 2, independent)])
+def test_a_held_membrane_refuses_input_of_another_batch_size(neuron):
+    layer = keep_membranes(neuron())
+    layer(jnp.zeros((2, 4, 3)))
+    with pytest.raises(
+        ValueError,
+        match=r"expected input for its membrane \(.*2, 3\), got \(5, 4, 3\). "
+        r"Call keep_membranes\(model\) to start anew",
+    ):
+        layer(jnp.zeros((5, 4, 3)))
+
+
+def test_keep_membranes_needs_a_model_with_neurons():
+    with pytest.raises(ValueError, match="with spiking neurons, found none in Linear."):
+        keep_membranes(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
