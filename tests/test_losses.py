@@ -54,9 +54,10 @@ def test_label_smoothing_is_that_of_optax(smoothing):
 
 
 def test_tet_draws_logits_to_the_target():
-    loss = losses.tet(LOGITS, LABELS, weight=1.0, target=2.0)
-    expected = np.mean((np.asarray(LOGITS) - 2.0) ** 2, (1, 2))
-    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    for options, target in (({"target": 2.0}, 2.0), ({}, 1.0)):
+        loss = losses.tet(LOGITS, LABELS, weight=1.0, **options)
+        expected = np.mean((np.asarray(LOGITS) - target) ** 2, (1, 2))
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
 def test_tet_weighs_its_parts():
@@ -81,8 +82,10 @@ def test_mse_of_counts_by_hand():
 
 @pytest.mark.parametrize("loss", ALL)
 def test_losses_are_float32_one_an_example_and_the_same_in_jit(loss):
-    value = loss(LOGITS.astype(jnp.bfloat16), LABELS)
+    short = LOGITS.astype(jnp.bfloat16)
+    value = loss(short, LABELS)
     assert value.shape == (4,) and value.dtype == jnp.float32
+    np.testing.assert_array_equal(value, loss(short.astype(jnp.float32), LABELS))
     np.testing.assert_allclose(
         jax.jit(loss)(LOGITS, LABELS), loss(LOGITS, LABELS), rtol=1e-6
     )

@@ -69,11 +69,14 @@ def test_gradient_of_the_scale():
     np.testing.assert_allclose(gradient, (d * g).sum() / math.sqrt(2 * 3), rtol=1e-5)
     gradient = nnx.grad(lambda m: (m(x) * g).sum())(qcfs(3, scale=0.5)).scale[...]
     np.testing.assert_allclose(gradient, (d * g).sum(), rtol=1e-5)
+    by_scale = jax.grad(quantise, 1)
+    assert [by_scale(x, 0.5, 0.0, 3) for x in (0.0, 1.5)] == [0, 3]  # the ends
 
 
 def test_gradients_take_the_noise_for_a_part_of_the_input():
     x, noise = jnp.array([-0.1, 0.4, 1.4]), jnp.array([0.4, 0.3, 0.4])
     u = x / 0.5 + noise  # 0.2, 1.1, 3.2
+    assert quantise(x, 0.5, noise, 3).tolist() == [0, 0.5, 1.5]
     by_x, by_scale = jax.grad(lambda x, s: quantise(x, s, noise, 3).sum(), (0, 1))(
         x, 0.5
     )
@@ -149,9 +152,20 @@ def test_qcfs(levels):
     np.testing.assert_allclose(y, expected, atol=1e-6)
 
 
-def test_the_type_of_the_input_is_kept():
-    assert QuantReLU()(jnp.ones((2, 3), jnp.bfloat16)).dtype == jnp.bfloat16
-    assert ScaledIF()(jnp.ones((2, 3), jnp.bfloat16)).dtype == jnp.bfloat16
+@pytest.mark.parametrize(
+    "layer", [QuantReLU(), ScaledIF(), lambda xs: ScaledIF()(xs, trains=True)]
+)
+def test_the_type_of_the_input_is_kept(layer):
+    ys, backward = jax.vjp(layer, jnp.ones((2, 3), jnp.bfloat16))
+    assert ys.dtype == backward(ys)[0].dtype == jnp.bfloat16
+
+
+def test_what_stands_where_nothing_is_given():
+    for bits in (1, 2, 4):
+        assert QuantReLU(bits).scale[...] * (2**bits - 1) == pytest.approx(1.5)
+    assert QuantReLU().levels == 3 and qcfs().levels == 8
+    assert QuantReLU(rngs=nnx.Rngs(0)).rngs is None  # without noise nothing is drawn
+    assert ScaledIF().v_threshold[...] == 1
 
 
 @pytest.mark.parametrize(
@@ -219,6 +233,7 @@ def test_it_is_the_if_neuron_started_at_half():
     )
     np.testing.assert_array_equal(other[1], one[1])
     np.testing.assert_allclose(other[0], one[0], rtol=1e-5)
+    assert set(nnx.to_pure_dict(nnx.state(ScaledIF(), nnx.Param))) == {"v_threshold"}
 
 
 STEPS = 4
@@ -283,9 +298,11 @@ def test_evaluation_has_no_noise(run):
         ({"levels": 0}, "QuantReLU: expected at least 1 level, got 0"),
         ({"noise": -1.0}, "QuantReLU: expected noise of 0 or more, got -1.0"),
         ({"noise": math.nan}, "QuantReLU: expected noise of 0 or more, got nan"),
+        ({"noise": math.inf}, "QuantReLU: expected noise of 0 or more, got inf"),
         ({"noise": 1.0}, r"expected rngs with noise 1.0, got none. Give rngs=nnx.Rngs"),
         ({"scale": 0.0}, "QuantReLU: expected a positive scale, got 0.0"),
         ({"scale": math.nan}, "QuantReLU: expected a positive scale, got nan"),
+        ({"scale": math.inf}, "QuantReLU: expected a positive scale, got inf"),
     ],
 )
 def test_bad_input_of_the_quantised_relu(options, message):

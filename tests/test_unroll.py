@@ -1,5 +1,6 @@
 """Unroll: written out or in a loop, a sequence has one answer."""
 
+import re
 import sys
 from functools import partial
 
@@ -170,20 +171,29 @@ def test_a_loop_needs_less_memory_than_a_plain_scan():
 @pytest.mark.parametrize("cell", [lif, parallel])
 def test_the_gradient_of_the_input_is_written_once_and_is_the_sum(cell):
     params = NeuronParams(0.5, (1.0,) if cell is lif else (1.0, 2.0))
-    xs = 2 * jax.random.normal(jax.random.key(0), (2, 3, 5))
+    xs = 2 * jax.random.normal(jax.random.key(0), (2, 4, 5))  # no loop up to 4 steps
 
     def whole(xs):
         return jnp.square(unroll(cell, params, jnp.zeros((2, 5)), xs)[1]).sum()
 
     def by_hand(xs):
         v, total = jnp.zeros((2, 5)), 0.0
-        for t in range(3):
+        for t in range(4):
             v, z = cell(params, v, xs[:, t])
             total += jnp.square(z).sum()
         return total
 
-    text = jax.jit(jax.grad(whole)).lower(xs).as_text()
-    assert text.count("optimization_barrier") == 1
+    traced = jax.jit(jax.grad(whole)).trace(xs)
+    for platform, barriers in (("cpu", 1), ("tpu", 0)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("optimization_barrier") == barriers
     gradient = jax.grad(whole)(xs)
     assert gradient.any()
     np.testing.assert_allclose(gradient, jax.grad(by_hand)(xs), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 0, 3)])
+def test_a_sequence_has_a_time_axis_with_steps(shape):
+    message = f"unroll: expected xs [B, T, ...] with T >= 1, got shape {shape}. For one"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        unroll(lif, NeuronParams(), jnp.zeros(3), jnp.zeros(shape))
