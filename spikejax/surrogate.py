@@ -22,7 +22,7 @@ def heaviside(derivative: Callable[[jax.Array], jax.Array]) -> Spike:
     """Heaviside step H(x) = [x >= 0] whose gradient is ``derivative(x)``.
 
     Args:
-        derivative: elementwise function, keeps shape and dtype.
+        derivative: elementwise function, keeps the shape.
 
     Returns:
         spike(x), in {0, 1}, of the shape and dtype of x. Keep it: a new one is a new
@@ -59,7 +59,7 @@ def _surrogate(derivative):
 _atan = _surrogate(lambda x, a: a / 2 / (1 + (jnp.pi / 2 * a * x) ** 2))
 _sigmoid = _surrogate(lambda x, a: a * expit(a * x) * expit(-a * x))
 _triangle = _surrogate(lambda x, a: a * jnp.maximum(0, 1 - a * jnp.abs(x)))
-_rectangle = _surrogate(lambda x, a: a * (jnp.abs(x) < 0.5 / a).astype(x.dtype))
+_rectangle = _surrogate(lambda x, a: a * (jnp.abs(x) < 0.5 / a))
 _fast_sigmoid = _surrogate(lambda x, a: 1 / (1 + a * jnp.abs(x)) ** 2)
 _piecewise_exponential = _surrogate(lambda x, a: a / 2 * jnp.exp(-a * jnp.abs(x)))
 _erf = _surrogate(lambda x, a: a / jnp.sqrt(jnp.pi) * jnp.exp(-((a * x) ** 2)))
