@@ -172,7 +172,6 @@ def _operations(layer, x, counts, *, time_steps):
     shape = x.shape[-axes:]
     weights = layer.kernel[...]
     meets = _fan_out(layer, weights != 0, shape)
-    counts = counts.astype(jnp.float32)
     spikes = jnp.all(counts == jnp.round(counts))
     acs = _sum_rows(jnp.abs(counts) * meets)
     macs = _sum_rows((x != 0) * meets)

@@ -210,7 +210,7 @@ class ScaledIF(Neuron):
 
     def __init__(self, v_threshold: float = 1.0, num_thresholds: int = 1):
         super().__init__(
-            neurons.lif if num_thresholds == 1 else neurons.parallel,
+            neurons.parallel,
             neurons.equal_thresholds(num_thresholds),
             tau=math.inf,
             decay_input=False,
