@@ -194,9 +194,9 @@ def test_bottlenecks_and_the_imagenet_stem_run():
 def test_rules():
     x = jnp.arange(1001.0)
     assert maximum(x, 3) == 1000
-    for q, expected in ((99.0, 990), (100, 1000)):
-        assert percentile(q)(x, 3) == expected
-    assert percentile()(x, 3) == pytest.approx(999)
+    for q, expected in ((0.5, 5), (99.0, 990), (99.9, 999), (100, 1000)):
+        assert percentile(q)(x, 3) == pytest.approx(expected)
+    assert percentile()(x, 3) == percentile(99.9)(x, 3)
     spread = jnp.concatenate([jnp.linspace(0, 1, 1000), jnp.array([100.0])])
     assert least_error(jnp.linspace(0, 1, 1000), 255) > 0.95
     assert 0.9 < least_error(spread[:-1] * 10, 15) / 10 <= 1

@@ -259,7 +259,7 @@ def test_measures_in_evaluation_mode():
 def test_works_on_weights_in_plain_dicts(network, report):
     graphdef, params, rest = nnx.split(network, nnx.Param, ...)
     plain = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
-    assert energy.measure(nnx.merge(graphdef, *plain), XS) == report
+    assert {energy.measure(nnx.merge(graphdef, *plain), XS)} == {report}
 
 
 def test_kept_membranes_are_read_and_not_moved():
@@ -273,7 +273,9 @@ def test_kept_membranes_are_read_and_not_moved():
     np.testing.assert_array_equal(model.layers[0].membrane[...], [[0.5]])
 
 
-def test_no_time_axis_is_an_error():
+def test_bad_input():
+    with pytest.raises(ValueError, match="a module of Flax NNX, .* got function. A ne"):
+        energy.measure(lambda xs: xs, jnp.ones((1, 1, 3)))
     with pytest.raises(ValueError, match=r"expected input \[B, T, ...\].*got \(3,\)"):
         energy.measure(linear(3, 5), jnp.ones(3))
 

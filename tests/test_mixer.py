@@ -11,6 +11,7 @@ import slow_general
 from flax import nnx
 
 from spikejax import LIF, MultiThreshold, independent
+from spikejax.convolution import convolve
 from spikejax.mixer import (
     Mixer,
     Stacked,
@@ -238,6 +239,10 @@ def test_maps_need_not_be_square(kind, window):
     assert ys.shape == xs.shape
     assert layer.network.carries == (carried is not None) == (kind == "lstm")
     assert carried is None or carried.shape == (2, 1, 4, 6, 6)
+
+
+def test_convolutions_are_those_that_are_fast_on_cpus():
+    assert all(conv.conv_general_dilated is convolve for conv in make().network.layers)
 
 
 def test_the_last_weights_are_uniform_as_xavier_has_them():
