@@ -8,8 +8,8 @@ and with our multi-threshold neurons; the same network with ReLU for its neurons
 an LIF network without windows, at four time steps. With --network it trains that one.
 Prints a table and writes summary.json. The same command on the same folder goes on
 where it stopped. The recipe is that of docs/general.md, but for 4 epochs in place of
-300, a longer warm-up, gradients clipped at norm 1, and crop and flip alone. The first
-three have been run to the end (docs/results.md), relu and lif-t4 have not.
+300, a longer warm-up, gradients clipped at norm 1, and crop and flip alone.
+docs/results.md has what it gives.
 """
 
 import dataclasses
