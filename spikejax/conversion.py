@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax.quant import QuantReLU, ScaledIF
-from spikejax.swap import Spy, activations, places
+from spikejax.swap import Spy, activations, check_relus, places
 
 Rule = Callable[[jax.Array, int], jax.Array]  # (ReLU activations, levels) -> threshold
 
@@ -152,8 +152,10 @@ def calibrate(
     if 0 in xs.shape:
         raise ValueError(f"calibrate: expected at least one image, got {xs.shape}.")
     model = _copy(model)
+    swapped = activations("calibrate", model, relu=True)
+    check_relus("calibrate", model, xs)
     found = []
-    for place in activations("calibrate", model, relu=True):
+    for place in swapped:
         quant = place.value if isinstance(place.value, QuantReLU) else neuron()
         quant.deterministic = True
         place.put(_Calibrated(place.path, quant, rule, layerwise))

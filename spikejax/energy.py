@@ -289,11 +289,18 @@ def _named_modules(model):
 
 
 def _warn_of_uncounted(model):
-    for path, module in _named_modules(model):
-        weights = [v for v in vars(module).values() if isinstance(v, nnx.Param)]
-        if not isinstance(module, CONNECTIONS) and any(w.ndim > 1 for w in weights):
-            warnings.warn(
-                f"measure: expected only nnx.Conv and nnx.Linear to hold matrices, got "
-                f"{type(module).__name__} at {path!r}. Its operations are not counted.",
-                stacklevel=3,
-            )
+    found = [
+        f"{type(module).__name__} at {path!r}"
+        for path, module in _named_modules(model)
+        if not isinstance(
+            module, (*CONNECTIONS, nnx.Embed)
+        )  # a table multiplies nothing
+        and any(isinstance(v, nnx.Param) and v.ndim > 1 for v in vars(module).values())
+    ]
+    if found:
+        warnings.warn(
+            "measure: expected only nnx.Conv and nnx.Linear to hold matrices, got "
+            f"{', '.join(found)}. Their operations, and products of activations as in "
+            "attention, are not counted: the energy is too low.",
+            stacklevel=3,
+        )

@@ -31,6 +31,7 @@ from spikejax.data.crop import center_crop, inception_crop
 from spikejax.network import NeuronName, build_model
 from spikejax.processes import Processes
 from spikejax.recipe import TrainConfig
+from spikejax.settings import check_settings
 from spikejax.train import Fitted, fit
 
 ENERGY_IMAGES = 256  # test images over which spikes and energy are measured, if
@@ -94,6 +95,8 @@ class Experiment:
     """The recipe."""
 
     def __post_init__(self):
+        object.__setattr__(self, "workdir", Path(self.workdir))
+        check_settings(self)
         if self.time_steps < 1:
             raise ValueError(f"time_steps: expected at least 1, got {self.time_steps}.")
         if self.image_size is not None and self.image_size < 1:

@@ -37,7 +37,8 @@ def parse(default: T, description: str | None) -> T:
         lines = [line.strip(" │") for line in said.getvalue().splitlines()]
         ruled = re.compile("[╭╮╰╯─-]*").fullmatch  # tyro's frame; the first is a title
         lines = itertools.dropwhile(ruled, lines[1:])
-        fail("flags: " + " ".join(itertools.takewhile(lambda x: not ruled(x), lines)))
+        text = " ".join(itertools.takewhile(lambda x: not ruled(x), lines))
+        fail("flags: " + re.sub(r"^Error parsing [^:]+: (?=\w+: )", "", text))
     if unknown:
         known = [f"--{f.name.replace('_', '-')}" for f in _fields(default)]
         near = difflib.get_close_matches(unknown[0], known, 1)

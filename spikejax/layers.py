@@ -10,12 +10,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from spikejax import neurons, surrogate
 from spikejax.neurons import NeuronParams
-from spikejax.surrogate import Spike
+from spikejax.surrogate import Spike, check_spike
 from spikejax.unroll import unroll
 
 
@@ -46,6 +45,7 @@ class Neuron(nnx.Module):
         learn_thresholds: bool = False,
     ):
         who = type(self).__name__
+        check_spike(who, surrogate)
         neurons.check_thresholds(who, thresholds, rising=cell is neurons.parallel)
         if not tau >= 1 or (learn_tau and not 1 < tau < math.inf):
             raise ValueError(
@@ -210,7 +210,7 @@ class LIF(Neuron):
         detach_reset: no gradient through the reset.
         surrogate: Heaviside step with a surrogate derivative.
         learn_tau: learn one tau for the layer (PLIF).
-        learn_threshold: learn the threshold.
+        learn_thresholds: learn the threshold.
 
     Reference: Wu et al. 2018, arXiv:1706.02609.
     """
@@ -225,7 +225,7 @@ class LIF(Neuron):
         detach_reset: bool = False,
         surrogate: Spike = surrogate.ATAN,
         learn_tau: bool = False,
-        learn_threshold: bool = False,
+        learn_thresholds: bool = False,
     ):
         super().__init__(
             neurons.lif,
@@ -236,7 +236,7 @@ class LIF(Neuron):
             detach_reset=detach_reset,
             surrogate=surrogate,
             learn_tau=learn_tau,
-            learn_thresholds=learn_threshold,
+            learn_thresholds=learn_thresholds,
         )
 
 
@@ -296,16 +296,9 @@ class MultiThreshold(Neuron):
         learn_tau: bool = False,
         learn_thresholds: bool = False,
     ):
-        if isinstance(thresholds, int | np.integer):
-            spaced = (
-                neurons.repeated_thresholds
-                if cell is neurons.cascade
-                else neurons.equal_thresholds
-            )
-            thresholds = spaced(int(thresholds), v_threshold)
         super().__init__(
             cell,
-            thresholds,
+            neurons.spaced(cell, thresholds, v_threshold),
             tau=tau,
             v_reset=v_reset,
             decay_input=decay_input,

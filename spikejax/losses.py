@@ -10,9 +10,12 @@ import optax
 
 def _check(who, logits, labels):
     if logits.ndim != 3 or labels.shape != logits.shape[:1]:
+        hint = "Labels are class numbers, one an example."
+        if logits.ndim == 2:
+            hint = "Logits without time: add the axis, logits[:, None]."
         raise ValueError(
             f"{who}: expected logits [B, T, K] and labels [B], got {logits.shape} and "
-            f"{labels.shape}. Logits without time: add the axis, logits[:, None]."
+            f"{labels.shape}. {hint}"
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spikejax import surrogate
 from spikejax.surrogate import Spike
@@ -233,6 +234,30 @@ def dyadic_thresholds(num_thresholds: int, v_threshold: float = 1.0) -> tuple:
     return tuple(v_threshold * 2.0**-k for k in range(num_thresholds))
 
 
+def spaced(
+    cell: Cell, thresholds: int | Sequence[float], v_threshold: float
+) -> Sequence[float]:
+    """The thresholds of a cell: as they are, or as many at the spacing v_threshold."""
+    if not callable(cell):
+        raise ValueError(
+            f"MultiThreshold: expected a cell such as neurons.parallel, got {cell!r}."
+        )
+    if isinstance(thresholds, float | str):
+        raise ValueError(
+            "MultiThreshold: expected the number of thresholds, or the thresholds "
+            f"themselves, got {thresholds!r}."
+        )
+    if isinstance(thresholds, int | np.integer):
+        equal = repeated_thresholds if cell is cascade else equal_thresholds
+        return equal(int(thresholds), v_threshold)
+    if v_threshold != 1.0:
+        raise ValueError(
+            "MultiThreshold: expected v_threshold beside a number of thresholds, got "
+            f"it beside {thresholds}."
+        )
+    return thresholds
+
+
 def _check_number(num_thresholds):
     if num_thresholds < 1:
         raise ValueError(
@@ -243,6 +268,8 @@ def _check_number(num_thresholds):
 
 def check_thresholds(who: str, thresholds: Sequence[float], *, rising: bool) -> None:
     """ValueError unless there is a threshold and all are positive (and rising)."""
+    if any(isinstance(t, str | bool) for t in thresholds):
+        raise ValueError(f"{who}: expected numbers for thresholds, got {thresholds}.")
     values = [float(t) for t in thresholds]
     if not values:
         raise ValueError(f"{who}: expected at least 1 threshold, got none.")
@@ -251,5 +278,5 @@ def check_thresholds(who: str, thresholds: Sequence[float], *, rising: bool) -> 
     if rising and any(a >= b for a, b in zip(values[:-1], values[1:], strict=True)):
         raise ValueError(
             f"{who}: expected rising thresholds, got {values}. "
-            "Sort them, and drop those that are equal."
+            "Sort them, and drop those that are equal; a cascade takes falling ones."
         )

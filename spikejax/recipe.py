@@ -6,6 +6,8 @@ from typing import Literal
 import jax
 import optax
 
+from spikejax.settings import check_settings
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -41,6 +43,7 @@ class TrainConfig:
     """Steps between checkpoints."""
 
     def __post_init__(self):
+        check_settings(self)
         bounds = {
             "epochs": self.epochs > 0,
             "steps": self.steps is None or self.steps >= 1,

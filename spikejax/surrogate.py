@@ -107,3 +107,21 @@ def erf(alpha: float = 2.0) -> Spike:
 
 
 ATAN = atan()  # the default of neurons
+
+
+def check_spike(who: str, spike: Spike) -> None:
+    """ValueError unless a function fires 0 below its threshold, and 1 from it on."""
+    if not callable(spike) or not _is_step(spike):
+        raise ValueError(
+            f"{who}: expected a surrogate such as surrogate.ATAN or "
+            f"surrogate.heaviside(derivative), which fires 0 or 1, got {spike!r}."
+        )
+
+
+@cache
+def _is_step(spike):
+    try:
+        with jax.ensure_compile_time_eval():
+            return spike(jnp.array([-1.0, 0.0, 1.0])).tolist() == [0, 1, 1]
+    except Exception:  # no function of one array
+        return False

@@ -118,6 +118,33 @@ def activations(who: str, model: nnx.Module, *, relu: bool) -> list[Place]:
     return found
 
 
+def check_relus(who: str, model: nnx.Module, xs: jax.Array) -> None:
+    """ValueError unless each ReLU that acts on xs is an attribute, used once."""
+    named = sum(place.value is nnx.relu for place in places(model))
+    graphdef, state = nnx.split(model)
+    run = jax.make_jaxpr(lambda state, xs: nnx.merge(graphdef, state)(xs))
+    acting = _relus(run(state, xs).jaxpr)
+    if acting > named:
+        raise ValueError(
+            f"{who}: expected every ReLU in an attribute of its own, got {acting} that "
+            f"act and {named} such attributes. One that is called by name, or in two "
+            "places, would stay a ReLU or mix their membranes."
+        )
+
+
+def _relus(jaxpr) -> int:
+    """How often a program calls jax.nn.relu."""
+    count = 0
+    for equation in jaxpr.eqns:
+        if equation.params.get("name") == "relu":
+            count += 1
+            continue
+        for value in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            count += _relus(inner) if hasattr(inner, "eqns") else 0
+    return count
+
+
 class Spy(nnx.Module):
     """Stands for a module and notes what goes in and out, in ``log``."""
 

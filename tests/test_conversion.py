@@ -314,3 +314,24 @@ def test_a_dead_layer():
     model.convs[1].kernel = nnx.Param(jnp.zeros_like(model.convs[1].kernel[...]))
     with pytest.raises(ValueError, match="positive threshold at 'neurons/1', got 0.0"):
         calibrate(model, XS)
+
+
+class Twice(nnx.Module):
+    """A ReLU in an attribute, and once more: the same one, or one called by name."""
+
+    def __init__(self, again):
+        self.dense = nnx.Linear(1, 4, rngs=nnx.Rngs(0))
+        self.relu, self.again = nnx.relu, again
+
+    def __call__(self, xs):
+        ys = self.relu(self.dense(xs))
+        return nnx.relu(-ys) if self.again == "by name" else self.relu(-ys)
+
+
+@pytest.mark.parametrize("again", ["by name", "shared"])
+def test_each_relu_has_an_attribute_of_its_own(again):
+    message = (
+        "expected every ReLU in an attribute of its own, got 2 that act and 1 such"
+    )
+    with pytest.raises(ValueError, match=message):
+        calibrate(Twice(again), XS)

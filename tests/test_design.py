@@ -21,7 +21,7 @@ EVENTS |= {"data.events"}
 CONVERT = {"quant", "swap", "conversion", "stream"}
 NIR = {"nodes", "nir.graph", "nir.trace", "nir.layers", "nir.neurons"}
 RUN = {"sharding", "processes", "checkpoint", "progress", "step", "train", "folder"}
-RUN |= {"recipe", "compiler"}
+RUN |= {"settings", "recipe", "compiler"}
 
 # Room -> the rooms of spikejax that it may import. Down only, and no side room
 # (train, energy, plot, data) another one.
@@ -65,7 +65,7 @@ HOUSE = {
     "checkpoint": {"compat", "checksum", "processes", "store"},
     "folder": {"processes"},
     "progress": set(),
-    "recipe": set(),
+    "recipe": {"settings"},
     "compiler": set(),
     "step": {"recipe"},
     "train": LAYERS | RUN - {"train", "folder"} | {"checksum"},
@@ -90,6 +90,7 @@ HOUSE = {
     "plan": {"chips", "collectives", "traffic", "sharding", "recipe", "step", "train"},
     "chart": {"plot"},
     "flags": set(),
+    "settings": set(),
     "network": NETWORKS,
     "experiment": NETWORKS
     | DATA

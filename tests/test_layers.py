@@ -162,7 +162,7 @@ def test_tau_and_every_threshold_get_a_gradient(cell, detach_reset):
 def test_nothing_is_learned_unless_asked_for():
     assert not nnx.state(MultiThreshold(3), nnx.Param)
     assert set(nnx.to_pure_dict(nnx.state(PLIF(), nnx.Param))) == {"leak_logit"}
-    learned = nnx.state(LIF(learn_threshold=True), nnx.Param)
+    learned = nnx.state(LIF(learn_thresholds=True), nnx.Param)
     assert set(nnx.to_pure_dict(learned)) == {"log_steps"}
 
 
@@ -183,7 +183,7 @@ def test_gradient_descent_finds_the_tau_and_threshold_of_a_teacher():
     xs = currents(8, shape=(64,))
     options = {"decay_input": False, "detach_reset": True}
     teacher = LIF(4.0, 1.5, **options)(xs)
-    student = LIF(1.5, 1.0, learn_tau=True, learn_threshold=True, **options)
+    student = LIF(1.5, 1.0, learn_tau=True, learn_thresholds=True, **options)
     graphdef, state = nnx.split(student)
 
     @jax.jit
@@ -293,3 +293,24 @@ def test_descending_thresholds_are_for_the_cascade_and_tau_one_has_no_memory():
     layer = keep_membranes(LIF(1.0))
     layer(jnp.full((1, 3, 1), 0.75))
     assert layer.membrane[...].tolist() == [[0.75]]
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (("4",), "expected the number of thresholds, or the thresholds themselves, go"),
+        ((4.0,), "expected the number of thresholds, or the thresholds themselves, go"),
+        ((4, "cascade"), "expected a cell such as neurons.parallel, got 'cascade'"),
+        ((("1", "2"),), r"expected numbers for thresholds, got \('1', '2'\)"),
+    ],
+    ids=str,
+)
+def test_what_is_no_threshold_is_an_error(wrong, message):
+    with pytest.raises(ValueError, match=f"MultiThreshold: {message}"):
+        MultiThreshold(*wrong)
+
+
+def test_a_spacing_beside_the_thresholds_themselves_is_an_error():
+    message = "expected v_threshold beside a number of thresholds, got it beside"
+    with pytest.raises(ValueError, match=message):
+        MultiThreshold((1.0, 2.0), v_threshold=0.5)

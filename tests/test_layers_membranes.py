@@ -19,7 +19,7 @@ LAYERS = {
     "if hard": lambda: IF(0.75, v_reset=0.0),
     "lif": lambda: LIF(3.0),
     "lif below": lambda: LIF(v_reset=-0.25, decay_input=False),
-    "lif learned": lambda: LIF(1.5, 0.5, learn_tau=True, learn_threshold=True),
+    "lif learned": lambda: LIF(1.5, 0.5, learn_tau=True, learn_thresholds=True),
     "plif": lambda: PLIF(v_reset=0.0, detach_reset=True),
     "parallel": lambda: MultiThreshold(4, decay_input=False),
     "parallel given": lambda: MultiThreshold((0.5, 0.75, 2), learn_thresholds=True),

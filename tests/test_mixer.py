@@ -255,7 +255,7 @@ def test_the_last_weights_are_uniform_as_xavier_has_them():
     [
         ("conv", partial(MultiThreshold, 3, v_threshold=0.25, learn_tau=True)),
         ("conv", partial(MultiThreshold, 2, independent, v_threshold=0.25)),
-        ("conv", partial(LIF, v_reset=0.0, v_threshold=0.25, learn_threshold=True)),
+        ("conv", partial(LIF, v_reset=0.0, v_threshold=0.25, learn_thresholds=True)),
         ("lstm", partial(MultiThreshold, 2, independent, v_threshold=0.25)),
     ],
 )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spikejax import surrogate
+from spikejax import LIF, surrogate
 
 
 def _erf(x):
@@ -162,3 +162,19 @@ def test_heaviside_takes_a_derivative_of_your_own():
 def test_alpha_must_be_positive(name, alpha):
     with pytest.raises(ValueError, match=f"expected alpha > 0, got {float(alpha)}"):
         getattr(surrogate, name)(alpha)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda x: jnp.exp(-(x**2)), surrogate.atan, "atan", lambda x: 1.0 * (x > 0)],
+    ids=["a derivative", "not built", "a name", "silent at its threshold"],
+)
+def test_what_does_not_fire_like_a_neuron_is_an_error(wrong):
+    message = "LIF: expected a surrogate such as surrogate.ATAN or surrogate.heaviside"
+    with pytest.raises(ValueError, match=message):
+        LIF(surrogate=wrong)
+
+
+def test_a_surrogate_is_checked_inside_of_jit_too():
+    out = jax.jit(lambda x: LIF(surrogate=surrogate.triangle(1.0))(x))(jnp.ones((1, 1)))
+    assert out.shape == (1, 1)

@@ -202,7 +202,13 @@ def _keep(listing: Listing, framing: Framing, kept: Path) -> None:
                     file.write(sample.tobytes())
                     labels.append(label)
             np.save(beside / f"{part}.labels.npy", np.array(labels, np.int32))
-            most = max(most, *labels)
+            if not labels:
+                raise ValueError(
+                    f"{listing.name}: expected recordings of every class for both "
+                    f"splits, got none for {part}. Give the folder above the classes, "
+                    "with more or longer recordings of each."
+                )
+            most = max([most, *labels])
         names = [str(name) for name in listing.class_names or range(most + 1)]
         info |= {"sensor": sensor, "class_names": names}
         (beside / "info.json").write_text(json.dumps(info))
