@@ -65,6 +65,15 @@ def test_a_folder_for_each_class(tmp_path, made):
         assert np.array_equal(data.test.images[n], expected)
 
 
+def test_recordings_too_short_to_be_divided_are_an_error(tmp_path, made):
+    for name in ("ant", "bee"):  # one recording of each class, a window long
+        write(tmp_path / "set" / f"{name}.npz", step=1000, count=40)
+    message = "expected recordings of every class for both splits, got none for test"
+    with pytest.raises(ValueError, match=message):
+        made(window=30_000)
+    assert not list((tmp_path / "cache").rglob("*.frames"))
+
+
 def test_train_and_test_folders_are_the_split(tmp_path, made):
     class_folders(tmp_path / "set/Train", count=3)
     class_folders(tmp_path / "set/Test", count=2)

@@ -114,3 +114,10 @@ def test_logits_without_time_are_an_error(loss):
 def test_labels_of_another_batch_are_an_error(loss):
     with pytest.raises(ValueError, match=r"got \(4, 3, 5\) and \(3,\)"):
         loss(LOGITS, LABELS[:3])
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_labels_that_are_no_class_numbers_are_an_error(loss):
+    message = r"got \(4, \d, 5\) and \(4, 5\)\. Labels are class numbers, one an"
+    with pytest.raises(ValueError, match=message):
+        loss(LOGITS, jax.nn.one_hot(LABELS, 5))
