@@ -122,6 +122,8 @@ def check_spike(who: str, spike: Spike) -> None:
 def _is_step(spike):
     try:
         with jax.ensure_compile_time_eval():
-            return spike(jnp.array([-1.0, 0.0, 1.0])).tolist() == [0, 1, 1]
+            z = spike(jnp.array([-1.0, 0.0, 1.0]))
+        # Traced: a layer made inside of jax.jit, by JAX 0.7.
+        return isinstance(z, jax.core.Tracer) or z.tolist() == [0, 1, 1]
     except Exception:  # no function of one array
         return False
