@@ -28,7 +28,13 @@ def check(workdir: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> 
     path = workdir / "config.json"
     if not path.exists():
         return
-    there = defaults | json.loads(path.read_text())
+    try:
+        there = defaults | json.loads(path.read_text())
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"workdir: expected the settings of a run in {path}, got a damaged file. "
+            "Take another --workdir."
+        ) from None
     differ = [k for k in settings if settings[k] != there.get(k)]
     if differ:
         name = differ[0]

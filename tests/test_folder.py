@@ -46,3 +46,11 @@ def test_a_folder_that_a_process_does_not_see_is_an_error(tmp_path, monkeypatch)
     )
     with pytest.raises(ValueError, match=match):
         folder.claim(tmp_path, {})
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"seed": 0'])
+def test_damaged_settings_are_an_error_that_names_the_file(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    match = r"expected the settings of a run in .*config\.json, got a damaged file"
+    with pytest.raises(ValueError, match=match):
+        folder.check(tmp_path, {"seed": 0}, {})
