@@ -95,7 +95,9 @@ class Experiment:
     """The recipe."""
 
     def __post_init__(self):
-        object.__setattr__(self, "workdir", Path(self.workdir))
+        for name in ("workdir", "data_dir"):
+            if isinstance(folder_name := getattr(self, name), str):
+                object.__setattr__(self, name, Path(folder_name))
         check_settings(self)
         if self.time_steps < 1:
             raise ValueError(f"time_steps: expected at least 1, got {self.time_steps}.")

@@ -57,4 +57,5 @@ def test_experiments_and_recipes_check_their_own():
         TrainConfig(optimizer="adam")  # type: ignore
     with pytest.raises(ValueError, match="loss: expected one of rate, tet, got 'tett'"):
         Experiment(Path("x"), loss="tett")  # type: ignore
-    assert Experiment("x").workdir == Path("x")  # type: ignore
+    made = Experiment("x", data_dir="y")  # type: ignore
+    assert (made.workdir, made.data_dir) == (Path("x"), Path("y"))
