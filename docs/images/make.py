@@ -2,7 +2,8 @@
 
     python docs/images/make.py
 
-digits.png and convert.png are written by experiments/digits.py and convert.py.
+digits.png and convert.png are written by experiments/digits.py and convert.py,
+accuracy.png by benchmarks/accuracy.py.
 """
 
 from pathlib import Path
