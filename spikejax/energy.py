@@ -21,6 +21,7 @@ from spikejax.layers import Neuron
 # Of float32 in 45 nm: Horowitz 2014, doi:10.1109/ISSCC.2014.6757323
 AC_PJ, MAC_PJ = 0.9, 4.6
 CONNECTIONS = (nnx.Conv, nnx.Linear)
+KNOWN = (*CONNECTIONS, nnx.Embed)  # which looks its rows up and multiplies nothing
 
 
 @dataclass(frozen=True)
@@ -292,9 +293,7 @@ def _warn_of_uncounted(model):
     found = [
         f"{type(module).__name__} at {path!r}"
         for path, module in _named_modules(model)
-        if not isinstance(
-            module, (*CONNECTIONS, nnx.Embed)
-        )  # a table multiplies nothing
+        if not isinstance(module, KNOWN)
         and any(isinstance(v, nnx.Param) and v.ndim > 1 for v in vars(module).values())
     ]
     if found:

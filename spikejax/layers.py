@@ -298,7 +298,7 @@ class MultiThreshold(Neuron):
     ):
         super().__init__(
             cell,
-            neurons.spaced(cell, thresholds, v_threshold),
+            neurons.spaced(type(self).__name__, cell, thresholds, v_threshold),
             tau=tau,
             v_reset=v_reset,
             decay_input=decay_input,

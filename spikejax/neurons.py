@@ -235,25 +235,25 @@ def dyadic_thresholds(num_thresholds: int, v_threshold: float = 1.0) -> tuple:
 
 
 def spaced(
-    cell: Cell, thresholds: int | Sequence[float], v_threshold: float
+    who: str, cell: Cell, thresholds: int | Sequence[float], v_threshold: float
 ) -> Sequence[float]:
     """The thresholds of a cell: as they are, or as many at the spacing v_threshold."""
     if not callable(cell):
         raise ValueError(
-            f"MultiThreshold: expected a cell such as neurons.parallel, got {cell!r}."
+            f"{who}: expected a cell such as neurons.parallel, got {cell!r}."
         )
     if isinstance(thresholds, float | str):
         raise ValueError(
-            "MultiThreshold: expected the number of thresholds, or the thresholds "
-            f"themselves, got {thresholds!r}."
+            f"{who}: expected the number of thresholds, or the thresholds themselves, "
+            f"got {thresholds!r}."
         )
     if isinstance(thresholds, int | np.integer):
         equal = repeated_thresholds if cell is cascade else equal_thresholds
         return equal(int(thresholds), v_threshold)
     if v_threshold != 1.0:
         raise ValueError(
-            "MultiThreshold: expected v_threshold beside a number of thresholds, got "
-            f"it beside {thresholds}."
+            f"{who}: expected v_threshold beside a number of thresholds, got it beside "
+            f"{thresholds}."
         )
     return thresholds
 

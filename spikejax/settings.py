@@ -4,8 +4,10 @@ import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-NAMES = {int: "an integer", float: "a number", str: "text", Path: "a path"}
-NAMES[type(None)] = "None"
+NAMES: dict[Any, str] = {
+    **{int: "an integer", float: "a number", str: "text", Path: "a path"},
+    type(None): "None",
+}
 
 
 def check_settings(settings: Any) -> None:

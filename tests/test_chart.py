@@ -1,5 +1,7 @@
 """Charts of networks: what is drawn in them."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -55,7 +57,12 @@ def test_comparison_shows_each_number(tmp_path):
 
 
 def test_comparison_of_one_row_and_of_zeros():
-    chart.comparison([dict.fromkeys(chart.PANELS, 0.0) | {"name": "nothing"}])
+    figure = chart.comparison([dict.fromkeys(chart.PANELS, 0.0) | {"name": "nothing"}])
+    assert names(figure.axes[0]) == ["nothing"]
+    for axes in figure.axes:  # each says 0, at a place that can be drawn
+        assert float(axes.texts[0].get_text()) == 0
+        low, high = axes.get_xlim()
+        assert math.isfinite(low) and math.isfinite(high) and low < high
 
 
 def test_comparison_says_what_is_missing():

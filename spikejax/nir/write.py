@@ -55,8 +55,8 @@ def to_nir(
         model: network of nnx.Conv, nnx.Linear and neurons; stays as it is.
         xs: an input [B, T, H, W, C] or [B, T, C]; only its shape counts.
         dt: seconds in a time step, > 0. It fixes NIR's time constants and nothing else.
-        soft_reset: ``loop`` is exact; ``node`` is for readers
-            that subtract, as Sinabs does.
+        soft_reset: ``loop`` is exact; ``node`` is for readers that subtract, as Sinabs
+            does.
         integration: EULER, or EXPONENTIAL for readers that integrate so.
         sum_pool: write a mean over windows as SumPool2d, with its factor in the weights
             that follow, for readers without AvgPool2d, as Sinabs and Norse.
