@@ -2,9 +2,10 @@
 
     nnx.Conv(64, 128, (3, 3), strides=2, conv_general_dilated=convolve, rngs=rngs)
 
-On a CPU XLA is slow in two places (JAX 0.10.2): with strides, or a kernel larger than
-the images, and in the gradient of the kernel over a large batch. The first is done as
-matrix products of patches here, the second as a sum over parts of the batch.
+On a CPU XLA is slow in some places (JAX 0.10.2). Gradients with strides, and kernels
+larger than the images, are matrix products of patches here; the gradient of a kernel
+without strides is a sum over parts of the batch. It needs ``compiler_options`` besides,
+without which XLA's convolutions of up to 64 channels keep to one core.
 """
 
 from functools import partial
@@ -16,7 +17,6 @@ from jax import lax
 
 PIECE = 2 * 2**20  # bytes that are worked on at a time, so that they stay in the cache
 SUMMANDS = 8  # largest number of parts of the batch that are written out one by one
-CHANNELS = 32  # from so many on, patches save more than it costs to gather them
 IMAGES = ("NHWC", "HWIO", "NHWC")
 
 
@@ -71,10 +71,9 @@ def convolve(
     return _convolve(x, kernel, tuple(strides), tuple(map(tuple, padding)))
 
 
-def _slow(x, kernel, strides):
-    """Whether XLA takes long on a CPU: with strides, or a kernel larger than images."""
-    height, width = x.shape[1:3]
-    return max(strides) > 1 or kernel.shape[0] > height or kernel.shape[1] > width
+def _larger(x, kernel):
+    """Whether the kernel is larger than the images."""
+    return kernel.shape[0] > x.shape[1] or kernel.shape[1] > x.shape[2]
 
 
 def plain(x, kernel, strides, padding):
@@ -88,9 +87,7 @@ def plain(x, kernel, strides, padding):
 def _convolve(x, kernel, strides, padding):
     options = {"strides": strides, "padding": padding}
     usual = partial(plain, **options)
-    few = max(strides) > 1 and kernel.shape[2] < CHANNELS
-    gathered = _slow(x, kernel, strides) and not few
-    on_cpu = partial(from_patches, **options) if gathered else usual
+    on_cpu = partial(from_patches, **options) if _larger(x, kernel) else usual
     return lax.platform_dependent(x, kernel, cpu=on_cpu, default=usual)
 
 
@@ -103,7 +100,7 @@ def _backward(strides, padding, kept, g):
         return jax.vjp(lambda x, k: plain(x, k, strides, padding), x, kernel)[1](g)
 
     def on_cpu(x, kernel, g):
-        if _slow(x, kernel, strides):
+        if max(strides) > 1 or _larger(x, kernel):
             dx = image_gradient(x, kernel, g, strides, padding)
             dk = kernel_gradient(x, kernel, g, strides, padding)
         else:

@@ -174,8 +174,13 @@ def jit_train_step(
         gather=sharding.whole(mesh),
     )
     out = sharding.state_shardings(state, mesh), sharding.replicated(mesh)
-    options = compiler_options(mesh.devices.flat[0].platform)
-    return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=out, compiler_options=_options(mesh)
+    )
+
+
+def _options(mesh):
+    return compiler_options(mesh.devices.flat[0].platform)
 
 
 class _Run:
@@ -190,7 +195,9 @@ class _Run:
         self.train_step, self.predict, self.mesh = train_step, predict, mesh
         everywhere = sharding.replicated(mesh)
         eval_step = make_eval_step(predict, loss)
-        self.eval_step = jax.jit(eval_step, out_shardings=everywhere)
+        self.eval_step = jax.jit(
+            eval_step, out_shardings=everywhere, compiler_options=_options(mesh)
+        )
         self.evaluate_every = max(1, round(config.evaluate_every * steps_per_epoch))
         self.metrics: dict[str, Any] = {}
 
