@@ -151,6 +151,10 @@ def calibrate(
     """
     if 0 in xs.shape:
         raise ValueError(f"calibrate: expected at least one image, got {xs.shape}.")
+    if not callable(rule):
+        raise ValueError(
+            f"calibrate: expected a rule such as conversion.maximum, got {rule!r}."
+        )
     model = _copy(model)
     swapped = activations("calibrate", model, relu=True)
     check_relus("calibrate", model, xs)

@@ -7,6 +7,7 @@ membrane: see ``keep_membranes``. Membranes are float32 whatever the type of the
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -316,6 +317,19 @@ def neuron_layers(model: nnx.Module) -> dict[str, Neuron]:
         for path, module in nnx.iter_graph(model)
         if isinstance(module, Neuron)
     }
+
+
+def check_factory(who: str, neuron: Any) -> None:
+    """A ValueError where ``neuron()`` makes no activation."""
+    try:
+        made = neuron()
+    except TypeError as error:
+        made = error
+    if not callable(made):
+        raise ValueError(
+            f"{who}: expected neuron() to make an activation, as with neuron=LIF, "
+            f"partial(LIF, tau=4.0) or lambda: nnx.relu, got {made}."
+        )
 
 
 def keep_membranes(model: nnx.Module) -> nnx.Module:

@@ -294,6 +294,8 @@ def test_bad_input():
         convert(small_vgg(lambda: nnx.gelu))
     with pytest.raises(ValueError, match="calibrate: expected at least one image, got"):
         calibrate(small_vgg(relu), XS[:0])
+    with pytest.raises(ValueError, match="a rule such as conversion.maximum, got 'max"):
+        calibrate(small_vgg(relu), XS, rule="max")
     with pytest.raises(ValueError, match="num_thresholds: expected at least 1, got 0"):
         convert(small_vgg(), 0)
     for q in (0, 100.5):

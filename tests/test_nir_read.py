@@ -100,3 +100,9 @@ def test_dt_is_positive():
         ValueError, match="from_nir: expected dt > 0 in seconds, got -1"
     ):
         from_nir(graph_of({"a": scale(1.0)}, LINE), dt=-1)
+
+
+def test_a_dialect_is_not_a_name():
+    message = "expected a dialect such as spikejax.nir.SINABS, got 'sinabs'"
+    with pytest.raises(ValueError, match=f"from_nir: {message}"):
+        from_nir(graph_of({"a": scale(1.0)}, LINE), dt=DT, dialect="sinabs")

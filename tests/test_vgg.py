@@ -11,7 +11,7 @@ from flax import nnx
 
 from spikejax.encode import direct
 from spikejax.layers import LIF, PLIF, MultiThreshold, keep_membranes, neuron_layers
-from spikejax.models import vgg
+from spikejax.models import general, resnet, vgg
 from spikejax.norm import td_batch_norm
 
 # One image at both steps: what differs between them is the membranes' doing.
@@ -155,3 +155,26 @@ def test_logits_have_time_and_classes():
     model = abstract(vgg.vgg11, num_classes=7, in_channels=2)
     xs = jnp.zeros((2, 1, 32, 32, 2))
     assert nnx.eval_shape(lambda model: model(xs), model).shape == (2, 1, 7)
+
+
+@pytest.mark.parametrize(
+    "neuron, got",
+    [
+        (LIF(), r"Neuron.__call__\(\) missing 1 required positional argument: 'xs'"),
+        ("lif", "'str' object is not callable"),
+        (dict, "{}"),
+    ],
+)
+@pytest.mark.parametrize(
+    "network",
+    [
+        partial(vgg.VGG, (4,), 3),
+        partial(resnet.ResNet, (1,), (4,), 3),
+        partial(general.General, 3),
+    ],
+)
+def test_a_neuron_that_is_no_factory_is_an_error(network, neuron, got):
+    message = r"as with neuron=LIF, partial\(LIF, tau=4.0\) or lambda: nnx.relu, got "
+    who = f"{network.func.__name__}: expected neuron\\(\\) to make an activation, "
+    with pytest.raises(ValueError, match=who + message + got):
+        network(neuron=neuron, rngs=nnx.Rngs(0))

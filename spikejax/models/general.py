@@ -13,7 +13,7 @@ from flax import nnx
 
 from spikejax.compat import List
 from spikejax.convolution import convolve
-from spikejax.layers import Neuron
+from spikejax.layers import Neuron, check_factory
 from spikejax.mixer import (
     Binarise,
     Mixer,
@@ -135,6 +135,7 @@ class General(nnx.Module):
                 f"General: expected a width that leaves channels, got {width}. 1 is "
                 "the paper's; 0.25 trains on a CPU."
             )
+        check_factory("General", neuron)
         spiking = isinstance(neuron(), Neuron)
         make = partial(
             _block,

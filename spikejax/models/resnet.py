@@ -14,6 +14,7 @@ from flax import nnx
 
 from spikejax.compat import List
 from spikejax.convolution import convolve
+from spikejax.layers import check_factory
 from spikejax.norm import td_batch_norm
 
 
@@ -176,6 +177,7 @@ class ResNet(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         remat: bool = False,
     ):
+        check_factory("ResNet", neuron)
         self.residual = residual
         self.imagenet_stem = imagenet_stem
         self.remat = remat

@@ -9,6 +9,7 @@ from flax import nnx
 
 from spikejax.compat import List
 from spikejax.convolution import convolve
+from spikejax.layers import check_factory
 from spikejax.norm import td_batch_norm
 
 POOL = 0  # stands in a plan for pooling
@@ -58,6 +59,7 @@ class VGG(nnx.Module):
         in_channels: int = 3,
         dtype: jnp.dtype = jnp.float32,
     ):
+        check_factory("VGG", neuron)
         self.plan = tuple(plan)
         self.pool = pool
         widths = [step for step in plan if step != POOL]

@@ -45,6 +45,11 @@ def from_nir(
     """
     if not 0 < dt < math.inf:
         raise ValueError(f"from_nir: expected dt > 0 in seconds, got {dt}.")
+    if not isinstance(dialect, Dialect):
+        raise ValueError(
+            "from_nir: expected a dialect such as spikejax.nir.SINABS, got "
+            f"{dialect!r}."
+        )
     if isinstance(graph, str | Path):
         graph = nir.read(graph, type_check=False)
     nodes, edges = _flat(graph, "")
