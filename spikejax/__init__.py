@@ -6,6 +6,7 @@ from spikejax.convolution import convolve
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold, keep_membranes, neuron_layers
 from spikejax.neurons import NeuronParams, cascade, independent, lif, parallel
 from spikejax.norm import td_batch_norm
+from spikejax.pooling import max_pool
 from spikejax.quant import QuantReLU
 from spikejax.unroll import unroll
 
@@ -27,6 +28,7 @@ __all__ = [
     "keep_membranes",
     "lif",
     "losses",
+    "max_pool",
     "neuron_layers",
     "neurons",
     "parallel",

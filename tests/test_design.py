@@ -10,7 +10,7 @@ PACKAGES = ("spikejax", "experiments")
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 60
 
-CELLS = {"compat", "surrogate", "neurons", "unroll", "convolution"}
+CELLS = {"compat", "surrogate", "neurons", "unroll", "convolution", "pooling"}
 LAYERS = CELLS | {"layers", "norm"}
 NETWORKS = LAYERS | {"encode", "losses", "models", "models.vgg", "models.resnet"}
 NETWORKS |= {"windows", "recurrent", "mixer", "models.general", "models.recurrent"}
@@ -32,6 +32,7 @@ HOUSE = {
     "neurons": {"surrogate"},
     "unroll": {"compat"},
     "convolution": set(),
+    "pooling": set(),
     "encode": {"compat"},
     "losses": {"compat"},
     "layers": CELLS,

@@ -23,6 +23,7 @@ from spikejax import (
     convolve,
     encode,
     losses,
+    max_pool,
     neurons,
     surrogate,
     td_batch_norm,
@@ -97,7 +98,7 @@ class Pooled(nnx.Module):
         for conv, norm, neuron in zip(
             self.convs, self.norms, self.neurons, strict=False
         ):
-            xs = nnx.max_pool(neuron(norm(conv(xs))), (2, 2), (2, 2))
+            xs = max_pool(neuron(norm(conv(xs))), (2, 2), (2, 2))
         xs = self.neurons[2](self.hidden(xs.reshape(*xs.shape[:2], -1)))
         return self.head(xs)
 

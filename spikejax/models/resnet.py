@@ -16,6 +16,7 @@ from spikejax.compat import List
 from spikejax.convolution import convolve
 from spikejax.layers import check_factory
 from spikejax.norm import td_batch_norm
+from spikejax.pooling import max_pool
 
 
 def plain(block: "Block", xs: jax.Array) -> jax.Array:
@@ -212,9 +213,7 @@ class ResNet(nnx.Module):
         if self.residual is not ms:
             xs = self.stage_neuron(xs)
         if self.imagenet_stem:
-            # With padding Flax takes one batch axis only: the window covers time too.
-            edges: Any = ((0, 0), (1, 1), (1, 1))
-            xs = nnx.max_pool(xs, (1, 3, 3), (1, 2, 2), padding=edges)
+            xs = max_pool(xs, (3, 3), (2, 2), ((1, 1), (1, 1)))
         run = nnx.remat(_run) if self.remat else _run
         for block in self.blocks:
             xs = run(block, xs)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from spikejax import pooling
 from spikejax.compat import List
 from spikejax.convolution import convolve
 from spikejax.layers import check_factory
@@ -17,7 +18,7 @@ POOL = 0  # stands in a plan for pooling
 
 def max_pool(xs: jax.Array) -> jax.Array:
     """Maximum over 2x2 fields with stride 2; of spikes it is their OR."""
-    return nnx.max_pool(xs, (2, 2), (2, 2))
+    return pooling.max_pool(xs, (2, 2), (2, 2))
 
 
 def avg_pool(xs: jax.Array) -> jax.Array:
