@@ -50,9 +50,9 @@ def max_pool(
 def plain(xs, window, strides, padding):
     """XLA's max-pooling."""
     lead = (1,) * (xs.ndim - 1 - len(window))
+    window, strides = (*lead, *window, 1), (*lead, *strides, 1)
     around = ((0, 0),) * len(lead) + padding + ((0, 0),)
-    sizes = ((*lead, *shape, 1) for shape in (window, strides))
-    return lax.reduce_window(xs, -jnp.inf, lax.max, *sizes, around)
+    return lax.reduce_window(xs, -jnp.inf, lax.max, window, strides, around)
 
 
 _pool = jax.custom_vjp(plain, nondiff_argnums=(1, 2, 3))
@@ -80,12 +80,12 @@ def compared(xs, window, strides, padding):
     lead = xs.ndim - 1 - len(window)
     around = [(0, 0)] * lead + [*padding, (0, 0)]
     xs = jnp.pad(xs, around, constant_values=-jnp.inf)
-    reach = [n - w + 1 for n, w in zip(xs.shape[lead:-1], window, strict=True)]
+    window, strides = (1,) * lead + window + (1,), (1,) * lead + strides + (1,)
+    reach = [n - w + 1 for n, w in zip(xs.shape, window, strict=True)]
 
     def at(place):
-        corners = zip(place, reach, strides, strict=True)
-        return xs[(..., *(slice(p, p + n, s) for p, n, s in corners), slice(None))]
+        end = [p + n for p, n in zip(place, reach, strict=True)]
+        return lax.slice(xs, place, end, strides)
 
-    return reduce(
-        lambda a, b: jnp.where(a >= b, a, b), map(at, product(*map(range, window)))
-    )
+    places = product(*map(range, window))
+    return reduce(lambda a, b: jnp.where(a >= b, a, b), map(at, places))

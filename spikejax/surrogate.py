@@ -13,6 +13,7 @@ from functools import cache
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.scipy.special import expit
 
 Spike = Callable[[jax.Array], jax.Array]
@@ -124,6 +125,6 @@ def _is_step(spike):
         with jax.ensure_compile_time_eval():
             z = spike(jnp.array([-1.0, 0.0, 1.0]))
         # Traced: a layer made inside of jax.jit, by JAX 0.7.
-        return isinstance(z, jax.core.Tracer) or z.tolist() == [0, 1, 1]
+        return isinstance(z, Tracer) or z.tolist() == [0, 1, 1]
     except Exception:  # no function of one array
         return False
