@@ -128,22 +128,40 @@ def by_class(model: nnx.Module, event_set: events.EventSet, encode, batch_size: 
     return {name: float(r / c) for name, r, c in rows if c}
 
 
+def _duration(experiment):
+    """Of a frame, in microseconds."""
+    return round(experiment.window_ms * 1000) // experiment.time_steps
+
+
+def read_stream(
+    experiment: Events, recording: Path, event_set: events.EventSet
+) -> np.ndarray:
+    """Events of a recording by a camera as in training, and long enough."""
+    duration = _duration(experiment)
+    seen, size = recordings.read(recording)
+    if size not in (None, event_set.sensor):
+        raise ValueError(
+            f"stream: expected a recording of a camera {event_set.sensor}, as in "
+            f"training, got {recording} of {size}."
+        )
+    if np.ptp(seen["t"]) + 1 < duration:
+        raise ValueError(
+            f"stream: expected a recording of at least {duration} us, got {recording} "
+            f"of {np.ptp(seen['t'])} us."
+        )
+    return seen
+
+
 def run_stream(
-    experiment: Events, recording: Path, model: nnx.Module, event_set: events.EventSet
+    experiment: Events, seen: np.ndarray, model: nnx.Module, event_set: events.EventSet
 ):
     """Feed a recording to the network in frames as long as those of its training.
 
     The class after each step is that of the mean logits of the last T steps. Writes
     stream.jsonl and prints the latency.
     """
-    duration = round(experiment.window_ms * 1000) // experiment.time_steps
+    duration = _duration(experiment)
     height, width, _ = event_set.shape
-    seen, _ = recordings.read(recording)
-    if np.ptp(seen["t"]) + 1 < duration:
-        raise ValueError(
-            f"stream: expected a recording of at least {duration} us, got {recording} "
-            f"of {np.ptp(seen['t'])} us."
-        )
     seen = frames.resized(seen, event_set.sensor, (height, width))
     counts = (
         frames.by_number(part, (height, width), 1)[0]
@@ -170,6 +188,8 @@ def run_stream(
 def main(experiment: Events) -> None:
     """Train and report; then the stream, if there is one."""
     event_set = load(experiment)
+    if experiment.stream:  # first, as training takes long
+        seen = read_stream(experiment, experiment.stream, event_set)
     fitted = train(experiment, source=EVENTS)
     if not fitted.finished:
         print("Stopped, saved. The same command goes on from there.")
@@ -194,7 +214,7 @@ def main(experiment: Events) -> None:
         f"{result['energy_nj']:,.0f} nJ each"
     )
     if experiment.stream:
-        run_stream(experiment, experiment.stream, fitted.model, event_set)
+        run_stream(experiment, seen, fitted.model, event_set)
 
 
 DEFAULT = Events(

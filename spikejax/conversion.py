@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax.quant import QuantReLU, ScaledIF
-from spikejax.swap import Spy, activations, check_relus, places
+from spikejax.swap import Spy, activations, check_answer, check_relus, places
 
 Rule = Callable[[jax.Array, int], jax.Array]  # (ReLU activations, levels) -> threshold
 
@@ -36,7 +36,9 @@ class Converted(NamedTuple):
     swaps: tuple[Swap, ...]
 
 
-def _copy(model):
+def _copy(who, model):
+    if isinstance(model, Converted):
+        raise ValueError(f"{who}: expected a model, got one with its swaps: .model.")
     model = nnx.clone(model)
     model.eval()
     return model
@@ -60,7 +62,7 @@ def convert(model: nnx.Module, num_thresholds: int = 1) -> Converted:
 
     Reference: Li et al. 2024, arXiv:2411.17431; Bu et al. 2023, arXiv:2303.04347.
     """
-    model = _copy(model)
+    model = _copy("convert", model)
     swaps = []
     for place in activations("convert", model, relu=False):
         quant = place.value
@@ -92,6 +94,8 @@ def percentile(q: float = 99.9) -> Rule:
     """
     if not 0 < q <= 100:
         raise ValueError(f"percentile: expected 0 < q <= 100, got {q}.")
+    if q <= 1:
+        raise ValueError(f"percentile: expected percent, as 99.9, got {q}.")
     return lambda x, levels: jnp.percentile(x, q)
 
 
@@ -151,16 +155,18 @@ def calibrate(
     """
     if 0 in xs.shape:
         raise ValueError(f"calibrate: expected at least one image, got {xs.shape}.")
-    if not callable(rule):
+    if not callable(rule) or rule is percentile:
         raise ValueError(
-            f"calibrate: expected a rule such as conversion.maximum, got {rule!r}."
+            "calibrate: expected a rule such as conversion.maximum or percentile(99.9),"
+            f" got {rule!r}."
         )
-    model = _copy(model)
+    model = _copy("calibrate", model)
     swapped = activations("calibrate", model, relu=True)
+    check_answer("calibrate", model, xs)
     check_relus("calibrate", model, xs)
     found = []
     for place in swapped:
-        quant = place.value if isinstance(place.value, QuantReLU) else neuron()
+        quant = place.value if isinstance(place.value, QuantReLU) else _made(neuron)
         quant.deterministic = True
         place.put(_Calibrated(place.path, quant, rule, layerwise))
         found.append((place, quant))
@@ -172,6 +178,16 @@ def calibrate(
         for place, quant in found
     ]
     return Converted(model, tuple(swaps))
+
+
+def _made(neuron) -> QuantReLU:
+    quant = "one made already" if isinstance(neuron, nnx.Module) else neuron()
+    if not isinstance(quant, QuantReLU):
+        raise ValueError(
+            "calibrate: expected neuron() to make a QuantReLU, as with "
+            f"partial(QuantReLU, 8), got {quant}."
+        )
+    return quant
 
 
 class Folded(nnx.Module):
@@ -195,8 +211,8 @@ def fold_norms(model: nnx.Module, xs: jax.Array) -> nnx.Module:
             nnx.BatchNorm; stays as it is.
         xs: input [B, T, ...], to see what follows what; only its shape counts.
     """
-    pairs = _layers_before_norms(_copy(model), xs)
-    model = _copy(model)
+    pairs = _layers_before_norms(_copy("fold_norms", model), xs)
+    model = _copy("fold_norms", model)
     by_path = {place.path: place for place in places(model)}
     for norm_path, layer_path in pairs.items():
         _fold(by_path[layer_path].value, by_path[norm_path].value)

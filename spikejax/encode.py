@@ -33,6 +33,11 @@ def poisson(images: jax.Array, time_steps: int, *, rng: jax.Array) -> jax.Array:
         spikes in {0, 1}, [B, T, ...], mean over T tends to x.
     """
     _check("poisson", images, time_steps)
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"poisson: expected intensities in [0, 1], got {images.dtype}. Divide: "
+            "images / 255."
+        )
     shape = (images.shape[0], time_steps, *images.shape[1:])
     uniform = jax.random.uniform(rng, shape, images.dtype)
     return (uniform < images[:, None]).astype(images.dtype)

@@ -283,8 +283,9 @@ def report(
     return result | more
 
 
-def read(workdir: Path, data_dir: Path | None = None) -> Experiment:
+def read(workdir: Path | str, data_dir: Path | None = None) -> Experiment:
     """The experiment that a folder holds; ``train`` of it gives its trained model."""
+    workdir = Path(workdir)
     path = workdir / "config.json"
     if not path.exists():
         raise ValueError(

@@ -4,6 +4,7 @@ A layer starts from rest at every call, so nothing has to be reset, unless it ho
 membrane: see ``keep_membranes``. Membranes are float32 whatever the type of the input.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -320,16 +321,15 @@ def neuron_layers(model: nnx.Module) -> dict[str, Neuron]:
 
 
 def check_factory(who: str, neuron: Any) -> None:
-    """A ValueError where ``neuron()`` makes no activation."""
+    """A ValueError where ``neuron()`` cannot be called: it makes each activation."""
     try:
-        made = neuron()
+        inspect.signature(neuron).bind()
     except TypeError as error:
-        made = error
-    if not callable(made):
         raise ValueError(
             f"{who}: expected neuron() to make an activation, as with neuron=LIF, "
-            f"partial(LIF, tau=4.0) or lambda: nnx.relu, got {made}."
-        )
+            f"partial(LIF, tau=4.0) or lambda: nnx.relu, got {type(neuron).__name__}: "
+            f"{error}."
+        ) from error
 
 
 def keep_membranes(model: nnx.Module) -> nnx.Module:

@@ -44,6 +44,11 @@ def live(
 
     ready = False
     for frame in frames:
+        if np.ndim(frame) != 3:
+            raise ValueError(
+                f"live: expected frames [H, W, C], got {np.shape(frame)}. Of frames "
+                "with time take one: frames.by_number(part, size, 1)[0]."
+            )
         if not ready:  # from here on the membranes have their shape: it compiles once
             shapes, _ = jax.eval_shape(step, membranes, frame)
             membranes = jax.tree.map(

@@ -1,6 +1,7 @@
 """Losses of logits over time: (logits [B, T, K], labels [B]) -> loss [B].
 
-Labels are class numbers in 0..K-1. The caller takes the mean over the batch.
+Labels are class numbers in 0..K-1; the loss of another label is nan. The caller takes
+the mean over the batch.
 """
 
 import jax
@@ -19,8 +20,14 @@ def _check(who, logits, labels):
         )
 
 
+def _one_hot(labels, classes):
+    """Rows of a label that is no class are nan, as nothing can be raised here."""
+    known = (labels >= 0) & (labels < classes)
+    return jnp.where(known[:, None], jax.nn.one_hot(labels, classes), jnp.nan)
+
+
 def _targets(labels, classes, label_smoothing):
-    targets = jax.nn.one_hot(labels, classes)
+    targets = _one_hot(labels, classes)
     return targets * (1 - label_smoothing) + label_smoothing / classes
 
 
@@ -67,4 +74,4 @@ def mse_of_counts(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """
     _check("mse_of_counts", logits, labels)
     rate = logits.astype(jnp.float32).mean(1)
-    return jnp.square(rate - jax.nn.one_hot(labels, logits.shape[-1])).sum(-1)
+    return jnp.square(rate - _one_hot(labels, logits.shape[-1])).sum(-1)

@@ -15,7 +15,7 @@ from flax import nnx
 
 from spikejax.layers import Membrane, keep_membranes
 from spikejax.quant import QuantReLU, ScaledIF
-from spikejax.swap import Spy, places
+from spikejax.swap import Spy, check_answer, places
 
 
 class Streamed(NamedTuple):
@@ -73,6 +73,8 @@ def _steps(who, model, xs, time_steps, *, watched=False):
     """Yields (logits, spikes, seen) of each step on the same input."""
     if time_steps < 1:
         raise ValueError(f"{who}: expected at least 1 time step, got {time_steps}.")
+    if isinstance(model, tuple):
+        raise ValueError(f"{who}: expected a model, got one with its swaps: .model.")
     if not _spiking(model):
         raise ValueError(
             f"{who}: expected a model from convert, got {type(model).__name__} "
@@ -85,6 +87,7 @@ def _steps(who, model, xs, time_steps, *, watched=False):
         )
     model = nnx.clone(model)
     model.eval()
+    check_answer(who, model, xs)
     graphdef, membranes, rest = nnx.split(keep_membranes(model), Membrane, ...)
     step = partial(_step, graphdef, watched)
     after, _ = jax.eval_shape(step, membranes, rest, xs)

@@ -118,6 +118,18 @@ def activations(who: str, model: nnx.Module, *, relu: bool) -> list[Place]:
     return found
 
 
+def check_answer(who: str, model: nnx.Module, xs: jax.Array) -> None:
+    """ValueError unless the answer to xs keeps the axes of batch and time."""
+    graphdef, state = nnx.split(model)
+    run = jax.eval_shape(lambda state: nnx.merge(graphdef, state)(xs), state)
+    if run.shape[:2] != xs.shape[:2]:
+        raise ValueError(
+            f"{who}: expected an answer [B, T, K] to an input {xs.shape}, got "
+            f"{run.shape}. Images get an axis of time, images[:, None], which the "
+            "model keeps: x.reshape(*x.shape[:2], -1), x.mean((-3, -2))."
+        )
+
+
 def check_relus(who: str, model: nnx.Module, xs: jax.Array) -> None:
     """ValueError unless each ReLU that acts on xs is an attribute, used once."""
     named = sum(place.value is nnx.relu for place in places(model))

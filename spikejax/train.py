@@ -117,6 +117,7 @@ def fit(
     mesh = mesh or sharding.data_mesh()
     sharding.check_batch_size(config.batch_size, mesh)
     _check_folder(Path(workdir).absolute())
+    _check_data(train_data)
     steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
     optimizer = make_optimizer(config, steps)
     state = sharding.place_state(initial_state(model, optimizer, config), mesh)
@@ -213,8 +214,8 @@ class _Run:
             workdir, self.steps, start=start, batch_size=self.config.batch_size
         ) as progress:
             for step in range(start + 1, self.steps + 1):
-                batch = next(train_data)
-                self._check_labels(state, batch["image"], batch["label"])
+                batch = next(train_data, None)
+                self._check_batch(state, batch)
                 batch = sharding.place_batch(batch, self.mesh)
                 self.profile.before(step - start, state)
                 state, metrics = self.train_step(state, batch)
@@ -255,8 +256,15 @@ class _Run:
         metrics["epoch"] = step / self.steps_per_epoch
         progress.train(step, {name: float(value) for name, value in metrics.items()})
 
-    def _check_labels(self, state, images, labels):
-        """ValueError where a label is no class of the model."""
+    def _check_batch(self, state, batch):
+        """ValueError where a batch lacks something, or a label is no class."""
+        if batch is None or not {"image", "label"} <= set(batch):
+            raise ValueError(
+                "fit: expected batches of image and label without an end, got "
+                f"{batch and ', '.join(batch)}. A dataset of Grain goes on with "
+                ".repeat()."
+            )
+        images, labels = batch["image"], batch["label"]
         if not self.classes:
             self.classes = jax.eval_shape(self.predict, state, images).shape[-1]
         last = self.classes - 1
@@ -271,6 +279,15 @@ class _Run:
         size = self.config.batch_size // jax.process_count()
         self.metrics = evaluate(self.eval_step, state, eval_data, size, self.mesh)
         return self.metrics
+
+
+def _check_data(train_data):
+    """ValueError unless a checkpoint can hold the place in the data."""
+    if not (hasattr(train_data, "__next__") and hasattr(train_data, "get_state")):
+        raise ValueError(
+            "fit: expected an iterator of Grain, as iter(dataset) gives, got "
+            f"{type(train_data).__name__}. docs/model.md makes one of arrays."
+        )
 
 
 def _check_folder(path):

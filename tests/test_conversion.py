@@ -194,7 +194,7 @@ def test_bottlenecks_and_the_imagenet_stem_run():
 def test_rules():
     x = jnp.arange(1001.0)
     assert maximum(x, 3) == 1000
-    for q, expected in ((0.5, 5), (99.0, 990), (99.9, 999), (100, 1000)):
+    for q, expected in ((50.0, 500), (99.0, 990), (99.9, 999), (100, 1000)):
         assert percentile(q)(x, 3) == pytest.approx(expected)
     assert percentile()(x, 3) == percentile(99.9)(x, 3)
     spread = jnp.concatenate([jnp.linspace(0, 1, 1000), jnp.array([100.0])])
@@ -294,8 +294,18 @@ def test_bad_input():
         convert(small_vgg(lambda: nnx.gelu))
     with pytest.raises(ValueError, match="calibrate: expected at least one image, got"):
         calibrate(small_vgg(relu), XS[:0])
-    with pytest.raises(ValueError, match="a rule such as conversion.maximum, got 'max"):
-        calibrate(small_vgg(relu), XS, rule="max")
+    for rule in ("max", percentile):
+        with pytest.raises(ValueError, match="or percentile.99.9., got ('max'|<func)"):
+            calibrate(small_vgg(relu), XS, rule=rule)
+    with pytest.raises(ValueError, match="percentile: expected percent, .* got 0.999"):
+        percentile(0.999)
+    for neuron, got in ((QuantReLU(2), "one made already"), (relu, "<")):
+        with pytest.raises(ValueError, match=rf"as with partial\(.*, 8\), got {got}"):
+            calibrate(small_vgg(relu), XS, neuron=neuron)
+    made = convert(small_vgg())
+    for function in (convert, partial(calibrate, xs=XS), partial(fold_norms, xs=XS)):
+        with pytest.raises(ValueError, match="a model, got one with its swaps: .model"):
+            function(made)
     with pytest.raises(ValueError, match="num_thresholds: expected at least 1, got 0"):
         convert(small_vgg(), 0)
     for q in (0, 100.5):

@@ -89,3 +89,8 @@ def test_no_batch_is_an_error(name):
     message = rf"{name}: expected a batch \[B, \.\.\.\], got shape \(3,\)"
     with pytest.raises(ValueError, match=message):
         ENCODINGS[name](jnp.ones(3), 2)
+
+
+def test_intensities_in_bytes_are_an_error():
+    with pytest.raises(ValueError, match="poisson: .* got uint8. Divide: images / 255"):
+        encode.poisson(jnp.zeros((1, 2), jnp.uint8), 2, rng=jax.random.key(0))

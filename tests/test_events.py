@@ -288,6 +288,22 @@ def test_names_and_folders_that_are_not_there(tmp_path):
     refused(r"got 0 and 0\. docs/events\.md", str(tmp_path), Framing(2))
 
 
+def test_folders_without_recordings_and_a_single_class(tmp_path, made):
+    class_folders(tmp_path / "set")
+    (tmp_path / "set/wasp").mkdir()
+    assert made().class_names == ("ant", "bee")  # nothing lies in it
+    (tmp_path / "set/wasp/wasp_1.csv").touch()
+    with pytest.raises(ValueError, match="in every folder of .*, got none in wasp"):
+        made()
+    write(tmp_path / "set/wasp/WASP_2.npz", 7).tobytes()
+    (tmp_path / "set/wasp/WASP_2.npz").rename(tmp_path / "set/wasp/WASP_2.NPZ")
+    write(tmp_path / "set/wasp/wasp_3.npz", 8)
+    assert made().class_names == ("ant", "bee", "wasp")
+    class_folders(tmp_path / "one", ("ant",))
+    with pytest.raises(ValueError, match="expected at least 2 classes in .*, got one"):
+        made("one")
+
+
 def test_classes_that_differ_and_cameras_that_differ(tmp_path, made):
     class_folders(tmp_path / "set/train", count=2)
     class_folders(tmp_path / "set/test", ("ant", "wasp"), 2)

@@ -74,7 +74,11 @@ def test_a_stream_that_is_too_short_is_refused(folder, tmp_path):
     np.savez(short, x=[1, 2], y=[1, 2], t=[5, 99], p=[0, 1])
     event_set = script.load(chosen)
     with pytest.raises(ValueError, match="at least 4000 us, got .*short.npz of 94 us"):
-        script.run_stream(chosen, short, None, event_set)
+        script.read_stream(chosen, short, event_set)
+    np.savez(short, x=[1, 2], y=[1, 2], t=[5, 9999], p=[0, 1], height=8, width=8)
+    message = r"of a camera \(16, 16\), as in training, got .*short.npz of \(8, 8\)"
+    with pytest.raises(ValueError, match=message):  # before it trains
+        script.main(dataclasses.replace(chosen, stream=short))
 
 
 def test_a_stream_needs_frames_of_a_duration(folder, tmp_path):

@@ -237,6 +237,10 @@ def test_augmentations_compose_with_those_of_images():
 def test_events_outside_and_no_steps_are_refused(kind):
     with pytest.raises(ValueError, match=r"\(2, 2\), got x up to 2 and y up to 1\. "):
         kind(HAND, (2, 2), 4)
+    with pytest.raises(
+        ValueError, match=r"camera's \(height, width\), got None, as th"
+    ):
+        kind(made_up(), None, 2)
     with pytest.raises(ValueError, match=rf"{kind.__name__}: .* >= 1, got 0\."):
         kind(HAND, (2, 3), 0)
 

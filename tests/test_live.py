@@ -63,3 +63,11 @@ def test_it_compiles_once_and_takes_frames_as_they_come(model):
 
 def test_no_frames_no_answers(model):
     assert list(live(model, [], encode)) == []
+
+
+def test_a_frame_with_time_is_an_error(model):
+    message = (
+        r"live: expected frames \[H, W, C\], got \(6, 8, 8, 2\). Of frames with time"
+    )
+    with pytest.raises(ValueError, match=message):
+        next(live(model, [FRAMES], encode))

@@ -121,3 +121,10 @@ def test_labels_that_are_no_class_numbers_are_an_error(loss):
     message = r"got \(4, \d, 5\) and \(4, 5\)\. Labels are class numbers, one an"
     with pytest.raises(ValueError, match=message):
         loss(LOGITS, jax.nn.one_hot(LABELS, 5))
+
+
+@pytest.mark.parametrize("loss", ALL)
+@pytest.mark.parametrize("label", [-1, 5])
+def test_the_loss_of_a_label_that_is_no_class_is_nan(loss, label):
+    lost = loss(LOGITS, LABELS.at[1].set(label))
+    assert jnp.isnan(lost).tolist() == [False, True, False, False]

@@ -11,7 +11,7 @@ from spikejax.compat import List
 from spikejax.layers import LIF
 from spikejax.models.vgg import VGG
 from spikejax.quant import QuantReLU
-from spikejax.swap import Spy, activations, places
+from spikejax.swap import Spy, activations, check_answer, places
 
 
 class Gelu(nnx.Module):
@@ -110,3 +110,25 @@ def test_a_spy_notes_inputs_and_outputs():
     assert (model(xs) == expected).all()
     [(path, x, y)] = calls
     assert path == "neurons/0" and (place.value(x) == y).all()
+
+
+class Forgets(nnx.Module):
+    """Takes time and places for one axis, or means over time with them."""
+
+    def __init__(self, over):
+        self.over = over
+        self.head = nnx.Linear(8 if over else 64, 3, rngs=nnx.Rngs(0))
+
+    def __call__(self, xs):
+        xs = xs[..., 0]
+        xs = xs.mean(self.over) if self.over else xs.reshape(xs.shape[0], -1)
+        return self.head(xs)
+
+
+@pytest.mark.parametrize("over, got", [(None, r"\(4, 3\)"), (1, r"\(4, 8, 3\)")])
+def test_a_network_that_forgets_time_is_an_error(over, got):
+    message = (
+        rf"an answer \[B, T, K\] to an input \(4, 1, 8, 8, 1\), got {got}\. Images"
+    )
+    with pytest.raises(ValueError, match=f"test: expected {message}"):
+        check_answer("test", Forgets(over), jnp.ones((4, 1, 8, 8, 1)))

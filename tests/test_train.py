@@ -319,32 +319,3 @@ def test_nan_stops_the_run_and_the_next_goes_on(whole, tmp_path, kind, at, last)
     assert max(saved(tmp_path), default=0) == last
     assert steps(tmp_path) == list(range(1, at))
     assert sha(fit(tmp_path)) == sha(whole["sgd"][1])
-
-
-@pytest.mark.parametrize("label", [10, -1])
-def test_a_label_out_of_range_is_an_error(tmp_path, label):
-    def relabel(batch):
-        return batch | {"label": np.where(batch["label"] == 3, label, batch["label"])}
-
-    message = (
-        f"fit: expected labels from 0 to 9, as the model has 10 logits, got {label}. "
-        "Give the model a logit a class."
-    )
-    with pytest.raises(ValueError, match=message):
-        fit(tmp_path, data=Data(SGD, 4, relabel))
-    assert saved(tmp_path) == [3]
-
-
-def test_a_batch_that_the_devices_cannot_share_is_an_error(tmp_path):
-    if jax.device_count() != 8:
-        pytest.skip("other devices may share it")
-    with pytest.raises(ValueError, match="a multiple of the 8 device.*, got 9. Take 8"):
-        fit(tmp_path / "new", TrainConfig(steps=2, batch_size=9))
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("name", ["net[4]", "what?", "*"])
-def test_a_folder_that_orbax_takes_for_a_pattern_is_an_error(tmp_path, name):
-    with pytest.raises(ValueError, match=r"without \*, \? and \[, .*, got .*another"):
-        fit(tmp_path / name)
-    assert not (tmp_path / name).exists()

@@ -160,9 +160,9 @@ def test_logits_have_time_and_classes():
 @pytest.mark.parametrize(
     "neuron, got",
     [
-        (LIF(), r"Neuron.__call__\(\) missing 1 required positional argument: 'xs'"),
-        ("lif", "'str' object is not callable"),
-        (dict, "{}"),
+        (LIF(), "LIF: missing a required argument: 'xs'"),
+        (nnx.relu, "custom_jvp: missing a required argument: 'x'"),
+        ("lif", "str: 'lif' is not a callable object"),
     ],
 )
 @pytest.mark.parametrize(

@@ -149,6 +149,11 @@ def resized(events: np.ndarray, size: Size, to: Size) -> np.ndarray:
 def _check(who: str, events: np.ndarray, size: Size, time_steps: int) -> None:
     if time_steps < 1:
         raise ValueError(f"{who}: expected time_steps >= 1, got {time_steps}.")
+    if size is None:
+        raise ValueError(
+            f"{who}: expected the camera's (height, width), got None, as the file does "
+            "not say. Give that of its data sheet."
+        )
     y, x = events["y"], events["x"]
     if len(events) and not (
         min(y.min(), x.min()) >= 0 and y.max() < size[0] and x.max() < size[1]

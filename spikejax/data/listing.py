@@ -94,7 +94,7 @@ def _folder(name: str, path: Path) -> Listing:
         _check_listing(name, path, train, test)
         split = "the last tenth of each class, in the order of the names"
         return Listing(name, train, test, classes, split)
-    files = [p for p in inside.values() if p.suffix in recordings.READERS]
+    files = [p for p in inside.values() if recordings.is_recording(p)]
     entries = [(p, label) for label, p in enumerate(files)]
     _check_listing(name, path, entries, entries)
     classes = tuple(p.stem for p in files)
@@ -106,9 +106,18 @@ def _classes(path: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
     """Names of the folders with recordings in them, and (file, label) in order."""
     found = {}
     for folder in sorted(p for p in path.iterdir() if p.is_dir()):
-        files = [p for p in folder.iterdir() if p.suffix in recordings.READERS]
-        if files:
+        inside = [p for p in folder.iterdir() if not p.name.startswith(".")]
+        if any(p.is_file() for p in inside):
+            files = filter(recordings.is_recording, inside)
             found[folder.name] = sorted(files, key=_natural)
+    empty = [name for name, files in found.items() if not files]
+    if len(empty) == len(found):
+        return (), []
+    if empty:
+        raise ValueError(
+            f"data: expected files {', '.join(recordings.READERS)} in every folder of "
+            f"{path}, got none in {', '.join(empty)}."
+        )
     entries = [(p, k) for k, files in enumerate(found.values()) for p in files]
     return tuple(found), entries
 
@@ -124,5 +133,11 @@ def _check_listing(name, path, train, test) -> None:
         raise ValueError(
             f"{name}: expected files {', '.join(recordings.READERS)} to train and to "
             f"test on in {path}, got {len(train)} and {len(test)}. docs/events.md "
-            "shows how they may lie."
+            "shows how they may lie. A class needs two recordings."
+        )
+    labels = {label for _, label in train}
+    if len(labels) == 1 and labels != {-1}:  # -1: the labels are in the file
+        raise ValueError(
+            f"{name}: expected at least 2 classes in {path}, got one. Each has a "
+            "folder of its own."
         )

@@ -45,7 +45,7 @@ def read(path: str | os.PathLike[str]) -> Recording:
             events outside of its camera.
     """
     path = Path(path)
-    if path.suffix not in READERS:
+    if not is_recording(path):
         raise ValueError(
             f"recording: expected a file {', '.join(READERS)}, got {path}. "
             "Convert it to npz: np.savez(path, x=x, y=y, t=t, p=p)."
@@ -56,7 +56,7 @@ def read(path: str | os.PathLike[str]) -> Recording:
     try:
         if not data:
             raise Damaged("expected events, got an empty file")
-        return checked(*READERS[path.suffix](data))
+        return checked(*READERS[path.suffix.lower()](data))
     except ImportError:  # lz4 or zstandard, of the extra events
         raise
     except Exception as error:  # of many kinds: struct, zip, XML, memory
@@ -66,6 +66,11 @@ def read(path: str | os.PathLike[str]) -> Recording:
         raise ValueError(
             f"{path}: {reason}. Copy it again, or leave it out."
         ) from error
+
+
+def is_recording(path: Path) -> bool:
+    """Whether the name ends as one of the formats that can be read."""
+    return path.suffix.lower() in READERS
 
 
 def extent(events: np.ndarray) -> Size:

@@ -174,9 +174,8 @@ class _Writer:
             hint = "For a ReLU network, call calibrate and convert first."
         if op.name in ("scan", "while"):
             hint = "For recurrent neurons, use spikejax.recurrent.Recurrent."
-        raise ValueError(
-            f"to_nir: expected what NIR can say, got {what} at {op.where}. {hint}"
-        )
+        at = f" at {op.where}" if op.where else ""
+        raise ValueError(f"to_nir: expected what NIR can say, got {what}{at}. {hint}")
 
     def _scaled(self, op, a, b) -> _Value:
         """A value times or by constants."""
