@@ -68,6 +68,11 @@ class Events(Experiment):
     def __post_init__(self):
         super().__post_init__()
         _framing(self)
+        if self.image_size is not None:
+            raise ValueError(
+                "image_size: expected none for events, whose frames have --side, got "
+                f"{self.image_size}."
+            )
         if self.stream and self.frames != "duration":
             raise ValueError(
                 f"stream: expected a network of --frames duration, which go on as time "

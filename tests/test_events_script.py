@@ -82,6 +82,8 @@ def test_a_stream_that_is_too_short_is_refused(folder, tmp_path):
 
 
 def test_a_stream_needs_frames_of_a_duration(folder, tmp_path):
+    with pytest.raises(ValueError, match="image_size: .* have --side, got 64"):
+        flags(folder, tmp_path, image_size=64)
     with pytest.raises(ValueError, match="of --frames duration, .* got number"):
         flags(folder, tmp_path, frames="number", stream=folder / "left.npz")
 
