@@ -295,9 +295,10 @@ def test_folders_without_recordings_and_a_single_class(tmp_path, made):
     (tmp_path / "set/wasp/wasp_1.csv").touch()
     with pytest.raises(ValueError, match="in every folder of .*, got none in wasp"):
         made()
-    write(tmp_path / "set/wasp/WASP_2.npz", 7).tobytes()
-    (tmp_path / "set/wasp/WASP_2.npz").rename(tmp_path / "set/wasp/WASP_2.NPZ")
-    write(tmp_path / "set/wasp/wasp_3.npz", 8)
+    for n in (2, 3):
+        lower = tmp_path / f"set/wasp/{n}.npz"
+        write(lower, n)
+        lower.rename(lower.with_suffix(".NPZ"))
     assert made().class_names == ("ant", "bee", "wasp")
     class_folders(tmp_path / "one", ("ant",))
     with pytest.raises(ValueError, match="expected at least 2 classes in .*, got one"):

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from spikejax import energy, stream
-from spikejax.conversion import convert
+from spikejax.conversion import calibrate, convert
 from spikejax.models.vgg import POOL, VGG
 from spikejax.quant import QuantReLU
 from spikejax.stream import (
@@ -162,3 +162,12 @@ def test_bad_input(ann, snn):
     ann.neurons[0] = nnx.relu
     with pytest.raises(ValueError, match="agreement: expected a network and its conv"):
         agreement(ann, snn, XS, 1)
+
+
+def test_a_network_that_forgets_time_is_an_error():
+    first = nnx.Linear(1, 2, rngs=nnx.Rngs(0))
+    network = nnx.Sequential(first, QuantReLU(), lambda xs: xs.reshape(len(xs), -1))
+    with pytest.raises(ValueError, match=r"calibrate: expected an answer \[B, T, K\]"):
+        calibrate(network, XS)
+    with pytest.raises(ValueError, match=r"stream: expected an answer \[B, T, K\] to"):
+        stream.stream(convert(network).model, XS, 2)
