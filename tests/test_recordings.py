@@ -223,7 +223,7 @@ def test_columns_of_different_lengths_and_kinds(tmp_path):
     e = made_up()
     path = tmp_path / "a.npz"
     assert "got 49, 50, 50 and 50" in refused(written(path, npz(e, x=e["x"][:-1])))
-    assert "row of whole numbers, got float64" in refused(
+    assert "row of whole numbers (t in microseconds), got float64" in refused(
         written(path, npz(e, t=e["t"] * 1.0))
     )
     assert "got height, p, width, x, y" in refused(written(path, npz(e, t=None)))

@@ -64,7 +64,7 @@ def read(path: str | os.PathLike[str]) -> Recording:
         if not isinstance(error, Damaged):
             reason = f"expected whole data, got damaged data ({reason[:160]})"
         raise ValueError(
-            f"{path}: {reason}. Copy it again, or leave it out."
+            f"{path}: {reason}. Mend it, copy it again, or leave it out."
         ) from error
 
 
@@ -253,8 +253,8 @@ def _column(values: np.ndarray, name: str) -> np.ndarray:
     """A row of whole numbers, as int64; a p may be of booleans, or of -1 and 1."""
     if values.ndim != 1 or values.dtype.kind not in "iub":
         raise Damaged(
-            f"expected {name} as a row of whole numbers, got {values.dtype} of shape "
-            f"{values.shape}"
+            f"expected {name} as a row of whole numbers (t in microseconds), got "
+            f"{values.dtype} of shape {values.shape}"
         )
     return values > 0 if name == "p" else values.astype(np.int64)
 
