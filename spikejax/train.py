@@ -214,8 +214,7 @@ class _Run:
             workdir, self.steps, start=start, batch_size=self.config.batch_size
         ) as progress:
             for step in range(start + 1, self.steps + 1):
-                batch = next(train_data, None)
-                self._check_batch(state, batch)
+                batch = self._checked(state, next(train_data, None))
                 batch = sharding.place_batch(batch, self.mesh)
                 self.profile.before(step - start, state)
                 state, metrics = self.train_step(state, batch)
@@ -256,8 +255,8 @@ class _Run:
         metrics["epoch"] = step / self.steps_per_epoch
         progress.train(step, {name: float(value) for name, value in metrics.items()})
 
-    def _check_batch(self, state, batch):
-        """ValueError where a batch lacks something, or a label is no class."""
+    def _checked(self, state, batch) -> dict[str, Any]:
+        """The batch; ValueError where it lacks something, or a label is no class."""
         if batch is None or not {"image", "label"} <= set(batch):
             raise ValueError(
                 "fit: expected batches of image and label without an end, got "
@@ -274,6 +273,7 @@ class _Run:
                 f"fit: expected labels from 0 to {last}, as the model has {last + 1} "
                 f"logits, got {bad}. Give the model a logit a class."
             )
+        return batch
 
     def _evaluate(self, state, eval_data):
         size = self.config.batch_size // jax.process_count()
