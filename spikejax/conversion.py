@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax.quant import QuantReLU, ScaledIF
-from spikejax.swap import Spy, activations, check_answer, check_relus, places
+from spikejax.swap import Spy, activations, check_model, check_run, places
 
 Rule = Callable[[jax.Array, int], jax.Array]  # (ReLU activations, levels) -> threshold
 
@@ -37,8 +37,7 @@ class Converted(NamedTuple):
 
 
 def _copy(who, model):
-    if isinstance(model, Converted):
-        raise ValueError(f"{who}: expected a model, got one with its swaps: .model.")
+    check_model(who, model)
     model = nnx.clone(model)
     model.eval()
     return model
@@ -92,10 +91,10 @@ def percentile(q: float = 99.9) -> Rule:
     """The q-th percentile of the activations. Rueckauer et al. 2017,
     doi:10.3389/fnins.2017.00682.
     """
-    if not 0 < q <= 100:
-        raise ValueError(f"percentile: expected 0 < q <= 100, got {q}.")
-    if q <= 1:
-        raise ValueError(f"percentile: expected percent, as 99.9, got {q}.")
+    if not 1 < q <= 100:
+        raise ValueError(
+            f"percentile: expected 1 < q <= 100, in percent, as 99.9, got {q}."
+        )
     return lambda x, levels: jnp.percentile(x, q)
 
 
@@ -162,8 +161,7 @@ def calibrate(
         )
     model = _copy("calibrate", model)
     swapped = activations("calibrate", model, relu=True)
-    check_answer("calibrate", model, xs)
-    check_relus("calibrate", model, xs)
+    check_run("calibrate", model, xs)
     found = []
     for place in swapped:
         quant = place.value if isinstance(place.value, QuantReLU) else _made(neuron)

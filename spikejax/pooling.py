@@ -35,15 +35,16 @@ def max_pool(
     """
     window = tuple(window_shape)
     strides = tuple(strides or (1,) * len(window))
-    if isinstance(padding, str):
-        places = xs.shape[-1 - len(window) : -1]
-        padding = lax.padtype_to_pads(places, window, strides, padding)
-    if not len(window) == len(strides) == len(padding) < xs.ndim:
+    pads = len(window if isinstance(padding, str) else padding)
+    if not len(window) == len(strides) == pads < xs.ndim:
         raise ValueError(
             f"max_pool: expected xs [..., {len(window)} places, C] with a stride and a "
             f"padding for each place of the window {window}, got {xs.shape}, strides "
             f"{strides}, padding {padding}."
         )
+    if isinstance(padding, str):
+        places = xs.shape[-1 - len(window) : -1]
+        padding = lax.padtype_to_pads(places, window, strides, padding)
     return _pool(xs, window, strides, tuple(map(tuple, padding)))
 
 
@@ -62,11 +63,9 @@ def _forward(xs, *options):
     return plain(xs, *options), xs
 
 
-def _backward(*given):
-    *options, xs, g = given
-
+def _backward(window, strides, padding, xs, g):
     def gradient(function, xs, g):
-        return jax.vjp(lambda xs: function(xs, *options), xs)[1](g)
+        return jax.vjp(lambda xs: function(xs, window, strides, padding), xs)[1](g)
 
     one, other = partial(gradient, compared), partial(gradient, plain)
     return lax.platform_dependent(xs, g, cpu=one, default=other)

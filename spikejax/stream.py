@@ -15,7 +15,7 @@ from flax import nnx
 
 from spikejax.layers import Membrane, keep_membranes
 from spikejax.quant import QuantReLU, ScaledIF
-from spikejax.swap import Spy, check_answer, places
+from spikejax.swap import Spy, check_answer, check_model, places
 
 
 class Streamed(NamedTuple):
@@ -47,7 +47,7 @@ def _spied(model, kind):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _step(graphdef, watched, membranes, rest, x):
-    """One step: membranes, (logits [B, K], spikes [B], {path: (input, output)}).
+    """One step: membranes, (logits [B, 1, K], spikes [B], {path: (input, output)}).
 
     The last is empty unless the layers are watched.
     """
@@ -58,7 +58,7 @@ def _step(graphdef, watched, membranes, rest, x):
         jnp.round(z / amplitudes[path]).reshape(len(z), -1).sum(1)
         for path, (_, z) in seen.items()
     )
-    return nnx.state(model, Membrane), (logits[:, 0], spikes, seen if watched else {})
+    return nnx.state(model, Membrane), (logits, spikes, seen if watched else {})
 
 
 def _spiking(model) -> dict[str, ScaledIF]:
@@ -73,8 +73,7 @@ def _steps(who, model, xs, time_steps, *, watched=False):
     """Yields (logits, spikes, seen) of each step on the same input."""
     if time_steps < 1:
         raise ValueError(f"{who}: expected at least 1 time step, got {time_steps}.")
-    if isinstance(model, tuple):
-        raise ValueError(f"{who}: expected a model, got one with its swaps: .model.")
+    check_model(who, model)
     if not _spiking(model):
         raise ValueError(
             f"{who}: expected a model from convert, got {type(model).__name__} "
@@ -87,17 +86,17 @@ def _steps(who, model, xs, time_steps, *, watched=False):
         )
     model = nnx.clone(model)
     model.eval()
-    check_answer(who, model, xs)
     graphdef, membranes, rest = nnx.split(keep_membranes(model), Membrane, ...)
     step = partial(_step, graphdef, watched)
-    after, _ = jax.eval_shape(step, membranes, rest, xs)
+    after, (logits, *_) = jax.eval_shape(step, membranes, rest, xs)
+    check_answer(who, logits.shape, xs.shape)
     # From the first step on in their full shape: one compilation for all steps.
     membranes = jax.tree.map(
         lambda v, a: jnp.broadcast_to(v, a.shape), membranes, after
     )
     for _ in range(time_steps):
-        membranes, answer = step(membranes, rest, xs)
-        yield answer
+        membranes, (logits, spikes, seen) = step(membranes, rest, xs)
+        yield logits[:, 0], spikes, seen
 
 
 def stream(model: nnx.Module, xs: jax.Array, time_steps: int) -> Streamed:

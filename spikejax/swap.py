@@ -118,24 +118,35 @@ def activations(who: str, model: nnx.Module, *, relu: bool) -> list[Place]:
     return found
 
 
-def check_answer(who: str, model: nnx.Module, xs: jax.Array) -> None:
-    """ValueError unless the answer to xs keeps the axes of batch and time."""
-    graphdef, state = nnx.split(model)
-    run = jax.eval_shape(lambda state: nnx.merge(graphdef, state)(xs), state)
-    if run.shape[:2] != xs.shape[:2]:
+def check_model(who: str, model: Any) -> None:
+    """ValueError for what is no model, as a model together with its swaps."""
+    if not isinstance(model, nnx.Module):
         raise ValueError(
-            f"{who}: expected an answer [B, T, K] to an input {xs.shape}, got "
-            f"{run.shape}. Images get an axis of time, images[:, None], which the "
-            "model keeps: x.reshape(*x.shape[:2], -1), x.mean((-3, -2))."
+            f"{who}: expected a model, got {type(model).__name__}. Of what convert and "
+            "calibrate return, take .model."
         )
 
 
-def check_relus(who: str, model: nnx.Module, xs: jax.Array) -> None:
-    """ValueError unless each ReLU that acts on xs is an attribute, used once."""
+def check_answer(who: str, shape: tuple[int, ...], of: tuple[int, ...]) -> None:
+    """ValueError unless the answer to an input ``of`` a shape keeps batch and time."""
+    if shape[:2] != of[:2]:
+        raise ValueError(
+            f"{who}: expected an answer [B, T, K] to an input {of}, got {shape}. "
+            "Images get an axis of time, images[:, None], which the model keeps: "
+            "x.reshape(*x.shape[:2], -1), x.mean((-3, -2))."
+        )
+
+
+def check_run(who: str, model: nnx.Module, xs: jax.Array) -> None:
+    """ValueError unless the answer to xs keeps batch and time, and each ReLU that acts
+    is an attribute, used once.
+    """
     named = sum(place.value is nnx.relu for place in places(model))
     graphdef, state = nnx.split(model)
     run = jax.make_jaxpr(lambda state, xs: nnx.merge(graphdef, state)(xs))
-    acting = _relus(run(state, xs).jaxpr)
+    traced = run(state, xs)
+    check_answer(who, traced.out_avals[0].shape, xs.shape)
+    acting = _relus(traced.jaxpr)
     if acting > named:
         raise ValueError(
             f"{who}: expected every ReLU in an attribute of its own, got {acting} that "

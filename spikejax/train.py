@@ -214,7 +214,7 @@ class _Run:
             workdir, self.steps, start=start, batch_size=self.config.batch_size
         ) as progress:
             for step in range(start + 1, self.steps + 1):
-                batch = self._checked(state, next(train_data, None))
+                batch = self._checked(state, next(train_data, {}))
                 batch = sharding.place_batch(batch, self.mesh)
                 self.profile.before(step - start, state)
                 state, metrics = self.train_step(state, batch)
@@ -257,10 +257,11 @@ class _Run:
 
     def _checked(self, state, batch) -> dict[str, Any]:
         """The batch; ValueError where it lacks something, or a label is no class."""
-        if batch is None or not {"image", "label"} <= set(batch):
+        names = list(batch) if isinstance(batch, dict) else [type(batch).__name__]
+        if not {"image", "label"} <= set(names):
             raise ValueError(
                 "fit: expected batches of image and label without an end, got "
-                f"{batch and ', '.join(batch)}. A dataset of Grain goes on with "
+                f"{', '.join(names) or 'no more'}. A dataset of Grain goes on with "
                 ".repeat()."
             )
         images, labels = batch["image"], batch["label"]

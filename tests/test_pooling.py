@@ -94,7 +94,12 @@ def test_devices_exchange_nothing():
 
 @pytest.mark.parametrize(
     "options",
-    [((2, 2), (2, 2, 2)), ((2, 2), None, ((1, 1),)), ((2, 2, 2, 2),)],
+    [
+        ((2, 2), (2, 2, 2)),
+        ((2, 2), None, ((1, 1),)),
+        ((2, 2, 2, 2),),
+        ((2, 2, 2, 2), None, "SAME"),
+    ],
     ids=str,
 )
 def test_a_window_that_does_not_fit_is_an_error(options):

@@ -26,7 +26,8 @@ ENDLESS = "batches of image and label without an end, got {}. A dataset of Grain
     [
         (relabel(-1), LABELS.format(-1)),
         (relabel(10), LABELS.format(10)),
-        (lambda batch: None, ENDLESS.format(None)),
+        (lambda batch: {}, ENDLESS.format("no more")),
+        (lambda batch: tuple(batch.values()), ENDLESS.format("tuple")),
         (lambda batch: {"x": 0} | {"label": 0}, ENDLESS.format("x, label")),
     ],
 )

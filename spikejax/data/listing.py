@@ -116,7 +116,7 @@ def _classes(path: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
     if empty:
         raise ValueError(
             f"data: expected files {', '.join(recordings.READERS)} in every folder of "
-            f"{path}, got none in {', '.join(empty)}."
+            f"{path}, got none in {', '.join(empty)}. Move it elsewhere."
         )
     entries = [(p, k) for k, files in enumerate(found.values()) for p in files]
     return tuple(found), entries
