@@ -238,10 +238,9 @@ def spaced(
     who: str, cell: Cell, thresholds: int | Sequence[float], v_threshold: float
 ) -> Sequence[float]:
     """The thresholds of a cell: as they are, or as many at the spacing v_threshold."""
-    if not callable(cell):
-        raise ValueError(
-            f"{who}: expected a cell such as neurons.parallel, got {cell!r}."
-        )
+    if not callable(cell) or hasattr(cell, "cell") or isinstance(cell, type):
+        got = repr(cell).split("(")[0]
+        raise ValueError(f"{who}: expected a cell such as neurons.parallel, got {got}.")
     if isinstance(thresholds, float | str):
         raise ValueError(
             f"{who}: expected the number of thresholds, or the thresholds themselves, "

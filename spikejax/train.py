@@ -256,7 +256,7 @@ class _Run:
         progress.train(step, {name: float(value) for name, value in metrics.items()})
 
     def _checked(self, state, batch) -> dict[str, Any]:
-        """The batch; ValueError where it lacks something, or a label is no class."""
+        """The batch; ValueError where it is another one than the model can train on."""
         names = list(batch) if isinstance(batch, dict) else [type(batch).__name__]
         if not {"image", "label"} <= set(names):
             raise ValueError(
@@ -265,6 +265,12 @@ class _Run:
                 ".repeat()."
             )
         images, labels = batch["image"], batch["label"]
+        size = self.config.batch_size // jax.process_count()
+        if len(labels) != size:
+            raise ValueError(
+                f"fit: expected batches of {size}, as TrainConfig.batch_size says, got "
+                f"one of {len(labels)}. Drop what is left of an epoch."
+            )
         if not self.classes:
             self.classes = jax.eval_shape(self.predict, state, images).shape[-1]
         last = self.classes - 1

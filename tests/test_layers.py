@@ -301,9 +301,10 @@ def test_descending_thresholds_are_for_the_cascade_and_tau_one_has_no_memory():
         (("4",), "expected the number of thresholds, or the thresholds themselves, go"),
         ((4.0,), "expected the number of thresholds, or the thresholds themselves, go"),
         ((4, "cascade"), "expected a cell such as neurons.parallel, got 'cascade'"),
+        ((4, LIF), "expected a cell such as neurons.parallel, got <class '.*LIF'>."),
+        ((4, LIF()), "expected a cell such as neurons.parallel, got LIF."),
         ((("1", "2"),), r"expected numbers for thresholds, got \('1', '2'\)"),
     ],
-    ids=str,
 )
 def test_what_is_no_threshold_is_an_error(wrong, message):
     with pytest.raises(ValueError, match=f"MultiThreshold: {message}"):

@@ -268,6 +268,8 @@ def test_networks_that_do_not_spike_are_told_what_to_do():
         to_nir(calibrate(vgg(lambda: nnx.relu), XS).model, XS, dt=DT)
     with pytest.raises(ValueError, match="expected dt > 0 in seconds, got 0"):
         to_nir(Net(), XS, dt=0)
+    with pytest.raises(ValueError, match="nir.loop or nir.node, got 'node'"):
+        to_nir(Net(), XS, dt=DT, soft_reset="node")
     with pytest.raises(ValueError, match=r"expected an input \[B, T, H, W, C\]"):
         to_nir(Net(), XS[0, 0, 0], dt=DT)
     graph = to_nir(Does(lambda self, xs: xs), XS, dt=DT)

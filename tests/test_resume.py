@@ -33,7 +33,9 @@ def surroundings(cache):
     ours = {"JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS"}
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     cached = {"JAX_COMPILATION_CACHE_DIR": str(cache)} if cache else {}
-    return kept | cached | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    flags = "--xla_backend_optimization_level=0"
+    kept |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    return kept | cached
 
 
 class Child:

@@ -15,6 +15,11 @@ def relabel(label):
     return act
 
 
+def shorter(batch):
+    return {name: values[:-8] for name, values in batch.items()}
+
+
+SIZE = "batches of 24, as TrainConfig.batch_size says, got one of 16. Drop what is left"
 LABELS = (
     "labels from 0 to 9, as the model has 10 logits, got {}. Give the model a logit"
 )
@@ -29,6 +34,7 @@ ENDLESS = "batches of image and label without an end, got {}. A dataset of Grain
         (lambda batch: {}, ENDLESS.format("no more")),
         (lambda batch: tuple(batch.values()), ENDLESS.format("tuple")),
         (lambda batch: {"x": 0} | {"label": 0}, ENDLESS.format("x, label")),
+        (shorter, SIZE),
     ],
 )
 def test_a_batch_that_cannot_be_trained_on_is_an_error(tmp_path, act, message):

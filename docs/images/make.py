@@ -3,7 +3,7 @@
     python docs/images/make.py
 
 digits.png and convert.png are written by experiments/digits.py and convert.py,
-accuracy.png by benchmarks/accuracy.py.
+accuracy.png and growth.png by benchmarks/accuracy.py and growth.py.
 """
 
 from pathlib import Path

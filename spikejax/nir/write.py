@@ -63,6 +63,10 @@ def to_nir(
     """
     if not 0 < dt < math.inf:
         raise ValueError(f"to_nir: expected dt > 0 in seconds, got {dt}.")
+    if not callable(soft_reset):
+        raise ValueError(
+            f"to_nir: expected soft_reset nir.loop or nir.node, got {soft_reset!r}."
+        )
     if xs.ndim not in (3, 4, 5):
         raise ValueError(
             f"to_nir: expected an input [B, T, H, W, C] or [B, T, C], got {xs.shape}."
