@@ -60,13 +60,18 @@ def _children(node):
     return [(k, v) for k, v in items if not str(k).startswith("_pytree__")]
 
 
+def _is_flaxs(value):
+    """Whether it is a module of Flax; the norm of td_batch_norm counts as one."""
+    own = type(value).__module__.startswith("flax.")
+    return own or isinstance(value, nnx.BatchNorm)
+
+
 def _is_open(value):
     """Whether other modules may hang in it: a container, or a module of the user's."""
     if isinstance(value, QuantReLU | Neuron | nnx.Variable):
         return False
     containers = (nnx.Sequential, getattr(nnx, "List", list), list, tuple, dict)
-    flaxs_own = type(value).__module__.startswith("flax.")
-    is_module = isinstance(value, nnx.Pytree) and not flaxs_own
+    is_module = isinstance(value, nnx.Pytree) and not _is_flaxs(value)
     return is_module or isinstance(value, containers)
 
 
@@ -74,8 +79,9 @@ def _is_activation(value):
     """Whether it maps an array to one of its shape, and is not linear."""
     if isinstance(value, (Neuron, getattr(nnx, "PReLU", Neuron))):  # not in Flax 0.11
         return True
-    is_flaxs = type(value).__module__.startswith("flax.") or isinstance(value, type)
-    if is_flaxs or isinstance(value, nnx.Pytree) and any(map(_is_open, _values(value))):
+    if _is_flaxs(value) or isinstance(value, type):
+        return False
+    if isinstance(value, nnx.Pytree) and any(map(_is_open, _values(value))):
         return False
     x = jnp.linspace(-3, 3, 63).reshape(1, 1, 3, 7, 3)
     try:
