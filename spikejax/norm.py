@@ -1,6 +1,7 @@
 """Batch normalisation for spiking networks."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,11 +50,13 @@ class BatchNorm(nnx.BatchNorm):
     """
 
     def __call__(self, x, use_running_average=None, *, mask=None):
-        if self.use_running_average or use_running_average or mask is not None:
+        scale, bias = self.scale, self.bias
+        frozen = self.use_running_average or use_running_average
+        if frozen or mask is not None or scale is None or bias is None:
             return super().__call__(x, use_running_average, mask=mask)
-        scale, bias = self.scale[...], self.bias[...]
-        x = x.astype(self.dtype or jnp.result_type(x, scale))
-        y, *statistics = _normalised(x, scale, bias, self.epsilon)
+        x = x.astype(self.dtype or jnp.result_type(x, scale[...]))
+        answer: Any = _normalised(x, scale[...], bias[...], self.epsilon)
+        y, *statistics = answer
         for mean, new in zip((self.mean, self.var), statistics, strict=True):
             mean[...] = self.momentum * mean[...] + (1 - self.momentum) * new
         return y
