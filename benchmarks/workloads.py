@@ -112,7 +112,7 @@ WORKLOADS = {
         "Training step: SEW-ResNet-18, batch 64 of 32x32x3",
         Sizes("resnet18", 64, 4, 32, (64, 128, 256, 512)),
         _runs(
-            ("spikejax", (("LIF", 4), ("multi-threshold", 1), ("ReLU", 1))),
+            ("spikejax", (*_OURS[:2], _OURS[3], ("LIF recomputed", 4))),
             ("SpikingJelly", (("step by step", 4), ("multi-step", 4))),
         ),
         repeats=5,

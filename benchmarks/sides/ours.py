@@ -116,14 +116,15 @@ class OneLinear(nnx.Module):
         return self.neuron(self.linear(xs))
 
 
-def resnet18(sizes, neuron, rngs):
-    """SEW-ResNet-18 for small images."""
+def resnet18(sizes, neuron, rngs, remat=False):
+    """SEW-ResNet-18 for small images, which may compute its blocks again."""
     network = resnet.ResNet(
         (2, 2, 2, 2),
         sizes.channels,
         CLASSES,
         neuron=neuron,
         residual=resnet.sew,
+        remat=remat,
         rngs=rngs,
     )
     layers = [network.stem_conv]
@@ -142,9 +143,14 @@ NETWORKS = {
 
 
 def prepare(sizes: Sizes, mode: str) -> Prepared:
-    """Modes: LIF, multi-threshold (parallel, N=4), cascade (N=4), ReLU."""
-    neuron = OF_THEIRS if sizes.network == "pooled" else NEURONS[mode]
-    network = NETWORKS[sizes.network](sizes, neuron, nnx.Rngs(0))
+    """Modes: LIF, multi-threshold (parallel, N=4), cascade (N=4), ReLU.
+
+    "LIF recomputed" is LIF with the blocks of the resnet computed again.
+    """
+    kind, *recomputed = mode.split()
+    neuron = OF_THEIRS if sizes.network == "pooled" else NEURONS[kind]
+    options = {"remat": True} if recomputed else {}
+    network = NETWORKS[sizes.network](sizes, neuron, nnx.Rngs(0), **options)
     network.train() if sizes.trains else network.eval()
     inputs, labels = jax.device_put(batch(sizes))
 
