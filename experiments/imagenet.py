@@ -7,10 +7,10 @@
 
 Recipes: mt-resnet34 (the default; PLIF with 4 thresholds, one time step), lif-resnet34
 (4 time steps), relu-resnet34 (does not spike), mt-resnet18, mt-resnet50, mt-resnet101.
-Flags change them: lif-resnet34 --time-steps 1. With plan, nothing is trained: the step
-is compiled for a slice of a TPU, which need not be there (docs/tpu.md); --compare adds
-the ReLU twin and LIF at 4 time steps. That takes minutes: four for a ResNet-34 at one
-time step on two idle cores.
+Flags change them: lif-resnet34 --time-steps 1. With plan, or plan and a recipe, nothing
+is trained: the step is compiled for a slice of a TPU, which need not be there
+(docs/tpu.md); --compare adds the ReLU twin and LIF at 4 time steps. That takes minutes:
+four for a ResNet-34 at one time step on two idle cores.
 
 The residual is MS: nothing follows the sum, so that what one time step has no time to
 say in spikes still goes through the shortcuts, while convolutions see spikes only. With
@@ -165,7 +165,9 @@ def command() -> None:
     named = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
     name = sys.argv.pop(1) if named else "mt-resnet34"
     if name == "plan":
-        reported(plan, parse(Planned(), __doc__))
+        named = sys.argv[1:2] and sys.argv[1] in RECIPES
+        given: Any = vars(RECIPES[sys.argv.pop(1)] if named else DEFAULT)
+        reported(plan, parse(Planned(**given | {"train": Planned.train}), __doc__))
     elif name in RECIPES:
         flags = parse(RECIPES[name], __doc__)
         reported(main, flags)

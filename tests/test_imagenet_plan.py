@@ -54,6 +54,17 @@ def test_one_network_is_compiled_unless_more_are_asked_for(asked, capsys):
     assert "mt-parallel, T=1: fits: 3.00 GiB of the 15.75 GiB of a v5e" in said
 
 
+def test_a_recipe_can_be_planned(asked, capsys, monkeypatch):
+    for recipe in ("mt-resnet34", "lif-resnet34"):
+        monkeypatch.setattr(sys, "argv", ["imagenet", "plan", recipe])
+        sys.argv += ["--topology", "v5e:2x4"]
+        script.command()
+        found = script.RECIPES[recipe]
+        said = capsys.readouterr().out
+        assert f"{found.neuron}, T={found.time_steps}: fits" in said
+        assert "4096 images a step" in said
+
+
 def test_networks_side_by_side_and_what_would_make_one_fit(asked, capsys):
     script.plan(script.Planned(topology="v5e:2x4", compare=True))
     said = capsys.readouterr().out
