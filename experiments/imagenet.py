@@ -161,18 +161,20 @@ def attempts(flags: Planned, found: Plan, changes: dict[str, Any]):
 
 
 def command() -> None:
-    """The recipe or plan that the command line names, with its flags."""
-    named = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
-    name = sys.argv.pop(1) if named else "mt-resnet34"
-    if name == "plan":
-        named = sys.argv[1:2] and sys.argv[1] in RECIPES
-        given: Any = vars(RECIPES[sys.argv.pop(1)] if named else DEFAULT)
-        reported(plan, parse(Planned(**given | {"train": Planned.train}), __doc__))
-    elif name in RECIPES:
-        flags = parse(RECIPES[name], __doc__)
-        reported(main, flags)
-    else:
+    """The recipe that the command line names, trained or planned, with its flags."""
+    words = []
+    while len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        words.append(sys.argv.pop(1))
+    planned = words[:1] == ["plan"]
+    name = " ".join(words[planned:]) or "mt-resnet34"
+    if name not in RECIPES:
         fail(f"recipe: expected plan or one of {', '.join(RECIPES)}, got {name!r}.")
+    recipe = RECIPES[name]
+    if planned:
+        given: Any = vars(recipe) | {"train": Planned.train}
+        reported(plan, parse(Planned(**given), __doc__))
+    else:
+        reported(main, parse(recipe, __doc__))
 
 
 if __name__ == "__main__":

@@ -238,7 +238,8 @@ def spaced(
     who: str, cell: Cell, thresholds: int | Sequence[float], v_threshold: float
 ) -> Sequence[float]:
     """The thresholds of a cell: as they are, or as many at the spacing v_threshold."""
-    if not callable(cell) or hasattr(cell, "cell") or isinstance(cell, type):
+    is_layer = isinstance(cell, type) or hasattr(cell, "cell")  # LIF, LIF()
+    if is_layer or not callable(cell):
         got = repr(cell).split("(")[0]
         raise ValueError(f"{who}: expected a cell such as neurons.parallel, got {got}.")
     if isinstance(thresholds, float | str):

@@ -60,8 +60,8 @@ class BatchNorm(nnx.BatchNorm):
         x = x.astype(self.dtype or jnp.result_type(x, scale[...]))
         answer: Any = _normalised(x, scale[...], bias[...], self.epsilon)
         y, *statistics = answer
-        for mean, new in zip((self.mean, self.var), statistics, strict=True):
-            mean[...] = self.momentum * mean[...] + (1 - self.momentum) * new
+        for running, new in zip((self.mean, self.var), statistics, strict=True):
+            running[...] = self.momentum * running[...] + (1 - self.momentum) * new
         return y
 
 

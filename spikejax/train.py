@@ -105,7 +105,8 @@ def fit(
         model: takes xs [B, T, ...], returns logits [B, T, K].
         loss: (logits, labels [B]) -> [B].
         train_data: endless Grain iterator of host batches {"image": [B, ...],
-            "label": [B]}, this process's part of each; the checkpoint holds its place.
+            "label": [B]}, this process's part of config.batch_size; the checkpoint
+            holds its place.
         eval_data: the evaluation set in such batches, see ``evaluate``.
         encode: (images, rng) -> xs, runs on the device.
         steps_per_epoch: training steps that make an epoch.
@@ -194,6 +195,7 @@ class _Run:
     def __init__(self, config, steps, steps_per_epoch, train_step, predict, loss, mesh):
         self.config, self.steps, self.steps_per_epoch = config, steps, steps_per_epoch
         self.train_step, self.predict, self.mesh = train_step, predict, mesh
+        self.batch_size = config.batch_size // jax.process_count()  # of this process
         everywhere = sharding.replicated(mesh)
         eval_step = make_eval_step(predict, loss)
         self.eval_step = jax.jit(
@@ -265,11 +267,10 @@ class _Run:
                 ".repeat()."
             )
         images, labels = batch["image"], batch["label"]
-        size = self.config.batch_size // jax.process_count()
-        if len(labels) != size:
+        if len(labels) != self.batch_size:
             raise ValueError(
-                f"fit: expected batches of {size}, as TrainConfig.batch_size says, got "
-                f"one of {len(labels)}. Drop what is left of an epoch."
+                f"fit: expected batches of {self.batch_size}, as TrainConfig.batch_size"
+                f" says, got one of {len(labels)}. Drop what is left of an epoch."
             )
         if not self.classes:
             self.classes = jax.eval_shape(self.predict, state, images).shape[-1]
@@ -283,8 +284,9 @@ class _Run:
         return batch
 
     def _evaluate(self, state, eval_data):
-        size = self.config.batch_size // jax.process_count()
-        self.metrics = evaluate(self.eval_step, state, eval_data, size, self.mesh)
+        self.metrics = evaluate(
+            self.eval_step, state, eval_data, self.batch_size, self.mesh
+        )
         return self.metrics
 
 

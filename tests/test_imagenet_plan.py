@@ -92,10 +92,11 @@ def test_sharding_is_tried_where_it_may_be_enough(asked):
 def test_wrong_commands_are_one_line(monkeypatch, capsys):
     with pytest.raises(ValueError, match="expected a slice that v5e has, got 3x3"):
         script.plan(script.Planned(topology="v5e:3x3"))
-    monkeypatch.setattr(sys, "argv", ["imagenet", "resnet"])
-    with pytest.raises(SystemExit) as exit:
-        script.command()
-    assert exit.value.code == 1
-    assert capsys.readouterr().err.startswith(
-        "recipe: expected plan or one of mt-resnet34, "
-    )
+    for words in (["resnet"], ["plan", "resnet"]):
+        monkeypatch.setattr(sys, "argv", ["imagenet", *words])
+        with pytest.raises(SystemExit) as exit:
+            script.command()
+        assert exit.value.code == 1
+        said = capsys.readouterr().err
+        assert said.startswith("recipe: expected plan or one of mt-resnet34, ")
+        assert said.endswith("got 'resnet'.\n")

@@ -12,7 +12,7 @@ from spikejax.compat import List
 from spikejax.layers import LIF
 from spikejax.models.vgg import VGG
 from spikejax.quant import QuantReLU
-from spikejax.swap import Spy, activations, check_answer, check_run, places
+from spikejax.swap import Spy, activations, check_answer, places
 
 
 class Gelu(nnx.Module):
@@ -119,10 +119,3 @@ def test_an_answer_without_time_is_an_error(shape):
     with pytest.raises(ValueError, match=f"test: .* {message}"):
         check_answer("test", shape, (4, 1, 8, 8, 1))
     check_answer("test", (4, 1, 3), (4, 1, 8, 8, 1))
-
-
-def test_a_run_that_forgets_time_is_an_error():
-    layers = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.relu, lambda xs: xs.mean(1)
-    check_run("test", nnx.Sequential(*layers[:2]), jnp.ones((2, 1, 4)))
-    with pytest.raises(ValueError, match=r"test: .*\[B, T, K\] .*, got \(2, 3\)"):
-        check_run("test", nnx.Sequential(*layers), jnp.ones((2, 1, 4)))
