@@ -31,9 +31,9 @@ from benchmarks.versus import GET
 from benchmarks.workloads import WORKLOADS, Run
 from spikejax.data import images
 from spikejax.data.split import EncodedImages
-from spikejax.flags import parse, reported
+from spikejax.experiment.cli import parse, reported
 from spikejax.plot import BLUE, GREY, ORANGE, PINK, SKY, Picture, frame
-from spikejax.progress import table
+from spikejax.train.progress import table
 
 DATA = "cifar10"
 SIZES = dataclasses.replace(WORKLOADS["step"].sizes, batch_size=128)

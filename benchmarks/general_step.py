@@ -17,12 +17,13 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.turns import in_turns, ratio
-from spikejax import LIF, folder
-from spikejax.flags import parse, reported
-from spikejax.mixer import Mixer, conv_network, lstm_network, straight_through
+from spikejax import LIF
+from spikejax.experiment.cli import parse, reported
 from spikejax.models.general import Through
-from spikejax.progress import table
-from spikejax.windows import overlap, tile, whole
+from spikejax.nn.windowed import Mixer, conv_network, lstm_network, straight_through
+from spikejax.nn.windows import overlap, tile, whole
+from spikejax.train import workdir as folder
+from spikejax.train.progress import table
 
 
 @dataclasses.dataclass(frozen=True)

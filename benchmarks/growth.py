@@ -2,8 +2,8 @@
 
     python -m benchmarks.growth --workdir runs/growth
 
-Steps of ``spikejax.step`` over the three convolutions of ``make bench``, images of
-32x32x3. All sizes take turns, so that a change of the machine's speed falls on all;
+Steps of ``spikejax.train.step`` over the three convolutions of ``make bench``, images
+of 32x32x3. All sizes take turns, so that a change of the machine's speed falls on all;
 each step is synchronised, and follows one of its own that does not count. CPU time is
 that of all threads, and suffers less from other work.
 
@@ -23,10 +23,10 @@ import numpy as np
 from benchmarks.sides.ours import prepare
 from benchmarks.turns import in_turns
 from benchmarks.workloads import STRIDES, Sizes
-from spikejax import folder
-from spikejax.flags import parse, reported
+from spikejax.experiment.cli import parse, reported
 from spikejax.plot import BLUE, GREY, ORANGE, Picture, frame
-from spikejax.progress import table
+from spikejax.train import workdir as folder
+from spikejax.train.progress import table
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,10 +28,10 @@ import numpy as np
 
 from benchmarks.sides.ours import NEURONS
 from benchmarks.turns import in_turns, ratio
-from spikejax import folder
-from spikejax.compiler import compiler_options
-from spikejax.flags import parse, reported
-from spikejax.progress import table
+from spikejax.experiment.cli import parse, reported
+from spikejax.nn.compiler import compiler_options
+from spikejax.train import workdir as folder
+from spikejax.train.progress import table
 
 COPY = "copy"
 PASSES = {"forward": 2, "gradient": 3}  # arrays that have to be read or written

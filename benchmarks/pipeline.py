@@ -16,12 +16,12 @@ from pathlib import Path
 import PIL
 from PIL import Image
 
-from spikejax import folder
 from spikejax.data import augment, crop, images
 from spikejax.data.files import FileRecords, open_zip, tiny_imagenet
 from spikejax.data.split import EncodedImages
-from spikejax.flags import parse, reported
-from spikejax.progress import table
+from spikejax.experiment.cli import parse, reported
+from spikejax.train import workdir as folder
+from spikejax.train.progress import table
 
 CROP_FLIP = augment.compose(augment.random_crop(4), augment.random_flip())
 BATCH_SIZE = 64

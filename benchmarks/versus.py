@@ -21,10 +21,10 @@ from typing import Any, Literal
 
 from benchmarks import turns
 from benchmarks.workloads import WORKLOADS, Workload
-from spikejax import folder
-from spikejax.flags import parse, reported
+from spikejax.experiment.cli import parse, reported
 from spikejax.plot import BLUE, COLOURS, GREY, Picture
-from spikejax.progress import table
+from spikejax.train import workdir as folder
+from spikejax.train.progress import table
 
 GET = "`make bench` installs it in .venv-peers; --peers PATH is another interpreter."
 

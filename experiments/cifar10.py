@@ -19,8 +19,8 @@ Results with their commands stand in docs/results.md. The other recipes are our 
 from pathlib import Path
 
 from spikejax.experiment import Experiment, main
-from spikejax.flags import parse, reported
-from spikejax.recipe import TrainConfig
+from spikejax.experiment.cli import parse, reported
+from spikejax.train import TrainConfig
 
 DEFAULT = Experiment(
     workdir=Path("runs/cifar10"),

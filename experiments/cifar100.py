@@ -15,8 +15,8 @@ is their recurrent network:
 from pathlib import Path
 
 from spikejax.experiment import Experiment, main
-from spikejax.flags import parse, reported
-from spikejax.recipe import TrainConfig
+from spikejax.experiment.cli import parse, reported
+from spikejax.train import TrainConfig
 
 DEFAULT = Experiment(
     workdir=Path("runs/cifar100"),

@@ -22,8 +22,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spikejax import energy, folder
+from spikejax import energy
 from spikejax.conversion import calibrate, convert, least_error, percentile
+from spikejax.conversion.steps import (
+    agreement,
+    confidence_front,
+    evaluate_steps,
+    stream,
+)
 from spikejax.data import images
 from spikejax.experiment import (
     Experiment,
@@ -32,11 +38,11 @@ from spikejax.experiment import (
     read,
     train,
 )
-from spikejax.flags import parse, reported
-from spikejax.progress import table
-from spikejax.quant import QuantReLU
-from spikejax.recipe import TrainConfig
-from spikejax.stream import agreement, confidence_front, evaluate_steps, stream
+from spikejax.experiment.cli import parse, reported
+from spikejax.nn.quant import QuantReLU
+from spikejax.train import TrainConfig
+from spikejax.train import workdir as folder
+from spikejax.train.progress import table
 
 SHOWN = (1, 2, 4, 8, 16, 32)  # time steps of the table
 SAMPLE = 256  # training images for calibration and for the confidence of early exits

@@ -23,13 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spikejax.data import events, frames, images, recordings
+from spikejax.data import images
 from spikejax.data.augment import compose
+from spikejax.data.events import frames, recordings
+from spikejax.data.events import sets as events
 from spikejax.experiment import Experiment, Input, NeuronName, report, train
-from spikejax.flags import parse, reported
+from spikejax.experiment.cli import parse, reported
 from spikejax.live import live
-from spikejax.progress import table
-from spikejax.recipe import TrainConfig
+from spikejax.train import TrainConfig
+from spikejax.train.progress import table
 
 
 @dataclasses.dataclass(frozen=True)

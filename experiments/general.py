@@ -16,11 +16,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from spikejax import folder
 from spikejax.experiment import Experiment, run
-from spikejax.flags import parse, reported
-from spikejax.progress import table
-from spikejax.recipe import TrainConfig
+from spikejax.experiment.cli import parse, reported
+from spikejax.train import TrainConfig
+from spikejax.train import workdir as folder
+from spikejax.train.progress import table
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "bernoulli": {},

@@ -29,14 +29,21 @@ from typing import Any, Literal
 
 import jax
 
-from spikejax.chips import find_slice, tpu_devices
 from spikejax.data import images
 from spikejax.experiment import Experiment, main, make_encode, make_loss
-from spikejax.flags import fail, parse, reported
-from spikejax.network import NeuronName, build_model
-from spikejax.plan import Plan, batch_that_fits, plan_training, remedies, rows, verdict
-from spikejax.progress import table
-from spikejax.recipe import TrainConfig
+from spikejax.experiment.build import NeuronName, build_model
+from spikejax.experiment.cli import fail, parse, reported
+from spikejax.tpu.chips import find_slice, tpu_devices
+from spikejax.tpu.plan import (
+    Plan,
+    batch_that_fits,
+    plan_training,
+    remedies,
+    rows,
+    verdict,
+)
+from spikejax.train import TrainConfig
+from spikejax.train.progress import table
 
 TRAIN_IMAGES, CLASSES = 1_281_167, 1000
 

@@ -18,7 +18,7 @@ import tyro
 def prepare(name: str, data_dir: str | None = None) -> str:
     """Downloads and prepares a set, unless that is done; returns its folder."""
     from spikejax.data.files import TINY, TINY_ADDRESS
-    from spikejax.data.sources import check_name
+    from spikejax.data.tfds import check_name
 
     if name in ("tiny_imagenet", "folder"):
         files = f"{TINY} ({TINY_ADDRESS})" if name == "tiny_imagenet" else "its images"

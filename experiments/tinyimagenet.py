@@ -11,8 +11,8 @@ the width.
 from pathlib import Path
 
 from spikejax.experiment import Experiment, main
-from spikejax.flags import parse, reported
-from spikejax.recipe import TrainConfig
+from spikejax.experiment.cli import parse, reported
+from spikejax.train import TrainConfig
 
 DEFAULT = Experiment(
     workdir=Path("runs/tinyimagenet"),

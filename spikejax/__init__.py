@@ -1,13 +1,13 @@
 """Multi-threshold spiking neural networks in JAX and Flax."""
 
 from spikejax import encode, losses, neurons, surrogate
-from spikejax.conversion import calibrate, convert, fold_norms
-from spikejax.convolution import convolve
+from spikejax.conversion.spiking import calibrate, convert, fold_norms
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold, keep_membranes, neuron_layers
 from spikejax.neurons import NeuronParams, cascade, independent, lif, parallel
-from spikejax.norm import td_batch_norm
-from spikejax.pooling import max_pool
-from spikejax.quant import QuantReLU
+from spikejax.nn.convolution import convolve
+from spikejax.nn.norm import td_batch_norm
+from spikejax.nn.pooling import max_pool
+from spikejax.nn.quant import QuantReLU
 from spikejax.unroll import unroll
 
 __version__ = "0.1.0"

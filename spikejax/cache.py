@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from spikejax import processes
+from spikejax.train import processes
 
 
 def folder() -> Path:

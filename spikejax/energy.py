@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spikejax.compat import iter_modules
+from spikejax._compat import iter_modules
 from spikejax.layers import Neuron
 
 # Of float32 in 45 nm: Horowitz 2014, doi:10.1109/ISSCC.2014.6757323

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from spikejax import neurons
 from spikejax.layers import Neuron
-from spikejax.quant import QuantReLU, ScaledIF
+from spikejax.nn.quant import QuantReLU, ScaledIF
 
 # Okabe and Ito's colours without the yellow, which is faint on white.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from spikejax.data.recordings import EVENTS
+from spikejax.data.events.recordings import EVENTS
 
 lz4 = pytest.importorskip("lz4.frame")
 

@@ -15,9 +15,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spikejax import checkpoint, processes, sharding
-from spikejax.checkpoint import Checkpoints, CheckpointWarning
-from spikejax.checksum import checksums
+from spikejax.train import checkpoint, processes, sharding
+from spikejax.train.checkpoint import Checkpoints, CheckpointWarning
+from spikejax.train.checksum import checksums
 
 CONFIG = {"width": 64, "neuron": "lif", "note": None}
 DATA_FILE = "data/process_0-of-1.json"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from spikejax import checksum
-from spikejax.checksum import (
+from spikejax.train import checksum
+from spikejax.train.checksum import (
     Damaged,
     by_path,
     checksums,

@@ -2,8 +2,8 @@ import importlib.util
 
 import pytest
 
-from spikejax import chips
-from spikejax.chips import CHIPS, GIB, find_slice, tpu_devices
+from spikejax.tpu import chips
+from spikejax.tpu.chips import CHIPS, GIB, find_slice, tpu_devices
 
 
 def test_the_figures_are_of_their_order():

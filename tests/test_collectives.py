@@ -2,7 +2,7 @@
 
 import pytest
 
-from spikejax.collectives import Collective, collectives
+from spikejax.tpu.collectives import Collective, collectives
 
 HEADER = (
     "HloModule jit_step, is_scheduled=true, entry_computation_layout={()->()}, "

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from spikejax.compat import List, iter_modules
+from spikejax._compat import List, iter_modules
 
 
 class Stack(nnx.Module):

@@ -7,12 +7,12 @@ import pytest
 from flax import nnx
 
 from spikejax import encode
-from spikejax.compiler import CPU_OPTIONS, _accepted, compiler_options
 from spikejax.layers import LIF
 from spikejax.losses import rate_cross_entropy
 from spikejax.models.resnet import ResNet
-from spikejax.recipe import TrainConfig, make_optimizer
-from spikejax.step import initial_state, make_train_step
+from spikejax.nn.compiler import CPU_OPTIONS, _accepted, compiler_options
+from spikejax.train import TrainConfig, make_optimizer
+from spikejax.train.step import initial_state, make_train_step
 
 
 def compiled_step(options):

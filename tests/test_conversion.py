@@ -17,10 +17,10 @@ from spikejax.conversion import (
     maximum,
     percentile,
 )
+from spikejax.conversion.surgery import places
 from spikejax.layers import neuron_layers
 from spikejax.models import resnet, vgg
-from spikejax.quant import QuantReLU, ScaledIF
-from spikejax.swap import places
+from spikejax.nn.quant import QuantReLU, ScaledIF
 
 XS = jax.random.normal(jax.random.key(0), (4, 1, 8, 8, 1))
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from experiments import convert as script
-from spikejax.recipe import TrainConfig
+from spikejax.train import TrainConfig
 
 TRAIN = TrainConfig(steps=2, batch_size=16)
 

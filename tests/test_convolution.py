@@ -10,8 +10,8 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spikejax import convolution
-from spikejax.convolution import convolve
+from spikejax.nn import convolution
+from spikejax.nn.convolution import convolve
 
 NUMBERS = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 OPTIONS = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "precision": None}

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spikejax import encode, sharding
-from spikejax.checksum import by_path
-from spikejax.collectives import _ARRAY, _OPERATION
+from spikejax import encode
 from spikejax.layers import LIF, MultiThreshold
 from spikejax.losses import rate_cross_entropy
 from spikejax.models.resnet import ResNet, ms, plain
 from spikejax.neurons import cascade
-from spikejax.norm import td_batch_norm
-from spikejax.plan import bytes_a_device
-from spikejax.recipe import TrainConfig, make_optimizer
-from spikejax.step import initial_state, make_eval_step, make_predict
-from spikejax.train import graphs, jit_train_step
+from spikejax.nn.norm import td_batch_norm
+from spikejax.tpu.collectives import _ARRAY, _OPERATION
+from spikejax.tpu.plan import bytes_a_device
+from spikejax.train import TrainConfig, make_optimizer, sharding
+from spikejax.train.checksum import by_path
+from spikejax.train.loop import graphs, jit_train_step
+from spikejax.train.step import initial_state, make_eval_step, make_predict
 
 pytestmark = pytest.mark.skipif(
     len(jax.devices()) != 8, reason="needs eight devices, virtual ones on a CPU"

@@ -7,8 +7,8 @@ import pytest
 from test_flags import command
 
 from experiments import digits
-from spikejax import experiment
 from spikejax.experiment import Experiment
+from spikejax.experiment import config as experiment
 
 RESULT = {"seconds": 12.4, "spikes_per_image": 2345.6, "energy_nj": 1234.5}
 RESULT |= {"ann_energy_nj": 9876.5}

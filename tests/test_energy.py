@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 
 from spikejax import energy, neurons
-from spikejax.compat import List
+from spikejax._compat import List
 from spikejax.layers import IF, LIF, MultiThreshold, keep_membranes
 from spikejax.models import general, resnet, vgg
-from spikejax.recurrent import LSTM, Recurrent
+from spikejax.nn.recurrent import LSTM, Recurrent
 
 RNGS = nnx.Rngs(0)
 ONES = nnx.initializers.ones_init()

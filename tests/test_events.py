@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spikejax.data import frames, recordings
-from spikejax.data.events import EventSet, Framing, load
+from spikejax.data.events import EventSet, Framing, frames, load, recordings
 from spikejax.data.images import eval_batches, train_batches
 
 

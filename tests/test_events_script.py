@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import dvs_cifar10 as script
-from spikejax.recipe import TrainConfig
+from spikejax.train import TrainConfig
 
 
 @pytest.fixture(scope="module")

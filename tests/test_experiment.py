@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from test_flags import command
 
-from spikejax import experiment
 from spikejax.data import images
 from spikejax.experiment import Experiment
-from spikejax.recipe import TrainConfig
+from spikejax.experiment import config as experiment
+from spikejax.train import TrainConfig
 
 SHORT = TrainConfig(steps=3, batch_size=64, evaluate_every=100)
 RESULT = {

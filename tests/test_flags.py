@@ -16,9 +16,9 @@ import pytest
 from experiments import cifar10, digits
 from spikejax.data import images
 from spikejax.experiment import Experiment
-from spikejax.flags import parse, reported
-from spikejax.processes import Processes
-from spikejax.recipe import TrainConfig
+from spikejax.experiment.cli import parse, reported
+from spikejax.train import TrainConfig
+from spikejax.train.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from spikejax import folder, processes
+from spikejax.train import processes
+from spikejax.train import workdir as folder
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):

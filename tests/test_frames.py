@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from spikejax.data import frames
 from spikejax.data.augment import compose
-from spikejax.data.recordings import EVENTS
+from spikejax.data.events import frames
+from spikejax.data.events.recordings import EVENTS
 
 KINDS = [
     frames.by_number,

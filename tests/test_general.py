@@ -11,12 +11,12 @@ import slow_general
 from flax import nnx
 
 from spikejax import LIF, MultiThreshold, losses
-from spikejax.checksum import by_path
-from spikejax.mixer import mean, sine, straight_through, threshold, unchanged
 from spikejax.models import MODELS, general
-from spikejax.recipe import TrainConfig, make_optimizer
-from spikejax.step import initial_state, make_train_step
-from spikejax.windows import overlap, tile, whole
+from spikejax.nn.windowed import mean, sine, straight_through, threshold, unchanged
+from spikejax.nn.windows import overlap, tile, whole
+from spikejax.train import TrainConfig, make_optimizer
+from spikejax.train.checksum import by_path
+from spikejax.train.step import initial_state, make_train_step
 
 SMALL = {"depths": (2, 1), "width": 1 / 12}  # channels 4 and 8, for 8x8 images
 

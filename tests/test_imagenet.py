@@ -12,7 +12,7 @@ import pytest
 
 from experiments import imagenet
 from experiments.imagenet import RECIPES, ImageNet
-from spikejax import experiment
+from spikejax.experiment import config as experiment
 
 
 def call(monkeypatch, *flags):

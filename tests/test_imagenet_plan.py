@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from experiments import imagenet as script
-from spikejax.chips import GIB, find_slice
-from spikejax.plan import Plan
+from spikejax.tpu.chips import GIB, find_slice
+from spikejax.tpu.plan import Plan
 
 
 def planned(temporaries, parameters=GIB):

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from golden.seeded import images, weights
 
-from spikejax.importer import load_resnet, snntorch_neuron, spikingjelly_neuron
 from spikejax.layers import IF, LIF, PLIF
+from spikejax.models.pretrained import load_resnet, snntorch_neuron, spikingjelly_neuron
 from spikejax.models.resnet import ResNet, ms, resnet18, sew
 from spikejax.nodes import NodeNeuron, late_reset
 

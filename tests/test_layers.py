@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from spikejax import neurons, surrogate
-from spikejax.compat import List
+from spikejax._compat import List
 from spikejax.layers import (
     IF,
     LIF,

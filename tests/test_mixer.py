@@ -11,8 +11,8 @@ import slow_general
 from flax import nnx
 
 from spikejax import LIF, MultiThreshold, independent
-from spikejax.convolution import convolve
-from spikejax.mixer import (
+from spikejax.nn.convolution import convolve
+from spikejax.nn.windowed import (
     Mixer,
     Stacked,
     bernoulli,
@@ -25,7 +25,7 @@ from spikejax.mixer import (
     threshold,
     unchanged,
 )
-from spikejax.windows import overlap, split, tile, whole
+from spikejax.nn.windows import overlap, split, tile, whole
 
 KINDS = {"conv": conv_network, "lstm": lstm_network}
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spikejax import sharding
-from spikejax.mixer import bernoulli, straight_through, threshold, unchanged
+from spikejax.nn.windowed import bernoulli, straight_through, threshold, unchanged
+from spikejax.train import sharding
 
 KEY = jax.random.key(0)
 

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from spikejax import network, neurons
-from spikejax.checksum import by_path
+from spikejax import neurons
 from spikejax.data import images
 from spikejax.experiment import Experiment
+from spikejax.experiment import build as network
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold
 from spikejax.models import MODELS
-from spikejax.recipe import TrainConfig
+from spikejax.train import TrainConfig
+from spikejax.train.checksum import by_path
 
 NAMES = ("lif", "plif", "if", "mt-parallel", "mt-cascade", "relu")
 

@@ -8,8 +8,8 @@ from flax import nnx
 
 from spikejax.layers import LIF, keep_membranes
 from spikejax.nir.graph import Graph
+from spikejax.nn.recurrent import Recurrent
 from spikejax.nodes import LI, Scale, Threshold
-from spikejax.recurrent import Recurrent
 
 XS = jax.random.uniform(jax.random.key(0), (2, 7, 3))
 

@@ -19,8 +19,8 @@ from spikejax.nir.neurons import (
     specs,
     write,
 )
+from spikejax.nn.quant import ScaledIF
 from spikejax.nodes import LI, NodeNeuron, late_reset
-from spikejax.quant import ScaledIF
 
 DT = 1e-3
 

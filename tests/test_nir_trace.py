@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from spikejax.compat import List
+from spikejax._compat import List
 from spikejax.layers import LIF
 from spikejax.nir.trace import trace
 

@@ -17,8 +17,8 @@ from spikejax.models.vgg import POOL, VGG, avg_pool, max_pool
 from spikejax.nir.neurons import EXPONENTIAL, Dialect, node
 from spikejax.nir.read import from_nir
 from spikejax.nir.write import to_nir
+from spikejax.nn.recurrent import Recurrent
 from spikejax.nodes import LI
-from spikejax.recurrent import Recurrent
 
 DT = 1e-3
 XS = jax.random.uniform(jax.random.key(0), (2, 5, 8, 8, 2))

@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 
 from spikejax import LIF
-from spikejax.compiler import compiler_options
 from spikejax.models.resnet import ResNet
-from spikejax.norm import td_batch_norm
+from spikejax.nn.compiler import compiler_options
+from spikejax.nn.norm import td_batch_norm
 
 # [B, T, H, W, C]; mean and spread differ from channel to channel, and over time
 XS = jax.random.normal(jax.random.key(0), (3, 4, 5, 5, 2)) * jnp.array([2.0, 0.1])

@@ -9,10 +9,10 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spikejax import LIF, encode, losses
-from spikejax.chips import GIB, find_slice, tpu_devices
-from spikejax.collectives import Collective
 from spikejax.models.vgg import VGG
-from spikejax.plan import (
+from spikejax.tpu.chips import GIB, find_slice, tpu_devices
+from spikejax.tpu.collectives import Collective
+from spikejax.tpu.plan import (
     Plan,
     batch_that_fits,
     make_plan,
@@ -22,8 +22,8 @@ from spikejax.plan import (
     rows,
     verdict,
 )
-from spikejax.recipe import TrainConfig
-from spikejax.sharding import data_mesh, over_batch, replicated
+from spikejax.train import TrainConfig
+from spikejax.train.sharding import data_mesh, over_batch, replicated
 
 EIGHT = find_slice("v5e:2x4")
 TOO_LARGE = (  # libtpu 0.0.42.1 for v5e

@@ -9,7 +9,7 @@ from flax import nnx
 
 from spikejax import neurons
 from spikejax.layers import IF, LIF, MultiThreshold, keep_membranes
-from spikejax.quant import QuantReLU, ScaledIF
+from spikejax.nn.quant import QuantReLU, ScaledIF
 
 pytest.importorskip("matplotlib")
 from spikejax import plot  # noqa: E402

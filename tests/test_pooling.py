@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spikejax.pooling import max_pool
+from spikejax.nn.pooling import max_pool
 
 
 def spikes(*shape):

@@ -19,12 +19,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spikejax import losses, processes, sharding
+from spikejax import losses
 from spikejax.data import images
 from spikejax.layers import PLIF
-from spikejax.processes import Processes
-from spikejax.recipe import TrainConfig
-from spikejax.train import fit
+from spikejax.train import TrainConfig, fit, processes, sharding
+from spikejax.train.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = TrainConfig(steps=40, batch_size=24, save_every=3, evaluate_every=100.0)

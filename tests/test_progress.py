@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from spikejax import progress
-from spikejax.progress import (
+from spikejax.train import progress
+from spikejax.train.progress import (
     NonFinite,
     Progress,
     Trace,

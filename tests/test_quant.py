@@ -14,7 +14,7 @@ from spikejax import encode
 from spikejax.layers import IF, keep_membranes
 from spikejax.losses import rate_cross_entropy
 from spikejax.models.vgg import VGG
-from spikejax.quant import (
+from spikejax.nn.quant import (
     QuantReLU,
     ScaledIF,
     gaussian,
@@ -23,8 +23,13 @@ from spikejax.quant import (
     quantise,
     uniform,
 )
-from spikejax.recipe import TrainConfig
-from spikejax.step import initial_state, make_eval_step, make_predict, make_train_step
+from spikejax.train import TrainConfig
+from spikejax.train.step import (
+    initial_state,
+    make_eval_step,
+    make_predict,
+    make_train_step,
+)
 
 
 def lsq(x, scale, levels):

@@ -10,11 +10,11 @@ import optax
 import pytest
 from flax import nnx
 
-from spikejax.checksum import by_path
 from spikejax.layers import MultiThreshold
 from spikejax.models.resnet import ResNet
-from spikejax.recipe import TrainConfig, make_optimizer
-from spikejax.step import initial_state
+from spikejax.train import TrainConfig, make_optimizer
+from spikejax.train.checksum import by_path
+from spikejax.train.step import initial_state
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from recording_files import WRITERS, aedat4, lz4, made_up, npz
 
-from spikejax.data import recordings
-from spikejax.data.recordings import EVENTS, extent, read
+from spikejax.data.events import recordings
+from spikejax.data.events.recordings import EVENTS, extent, read
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

@@ -13,7 +13,7 @@ from flax import nnx
 from spikejax import LIF, MultiThreshold, independent, keep_membranes, losses
 from spikejax.data import images
 from spikejax.models.recurrent import RecurrentSNN, feedback, gated
-from spikejax.recurrent import LSTM, Bidirectional, Recurrent
+from spikejax.nn.recurrent import LSTM, Bidirectional, Recurrent
 
 XS = jax.random.normal(jax.random.key(0), (2, 6, 3))
 NEURONS = {

@@ -13,7 +13,7 @@ from spikejax import neurons
 from spikejax.encode import direct
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold, keep_membranes, neuron_layers
 from spikejax.models import resnet
-from spikejax.norm import td_batch_norm
+from spikejax.nn.norm import td_batch_norm
 
 # One image at both steps: what differs between them is the membranes' doing.
 XS = direct(jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), 2)

@@ -5,8 +5,8 @@ from typing import Literal
 import pytest
 
 from spikejax.experiment import Experiment
-from spikejax.recipe import TrainConfig
-from spikejax.settings import check_settings
+from spikejax.train import TrainConfig
+from spikejax.train.settings import check_settings
 
 Colour = Literal["red", "green"]
 

@@ -7,12 +7,11 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
-from spikejax import sharding
-from spikejax.checksum import by_path
 from spikejax.layers import LIF
 from spikejax.models.resnet import ResNet
-from spikejax.recipe import TrainConfig, make_optimizer
-from spikejax.step import initial_state
+from spikejax.train import TrainConfig, make_optimizer, sharding
+from spikejax.train.checksum import by_path
+from spikejax.train.step import initial_state
 
 pytestmark = pytest.mark.skipif(
     len(jax.devices()) != 8, reason="needs eight devices, virtual ones on a CPU"

@@ -10,15 +10,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spikejax import encode, sharding
-from spikejax.checksum import by_path
+from spikejax import encode
 from spikejax.layers import MultiThreshold
 from spikejax.losses import rate_cross_entropy
 from spikejax.models.resnet import ResNet
-from spikejax.norm import td_batch_norm
-from spikejax.recipe import TrainConfig, make_optimizer
-from spikejax.step import initial_state, make_eval_step, make_predict, make_train_step
-from spikejax.train import evaluate, graphs, jit_train_step
+from spikejax.nn.norm import td_batch_norm
+from spikejax.train import TrainConfig, make_optimizer, sharding
+from spikejax.train.checksum import by_path
+from spikejax.train.loop import evaluate, graphs, jit_train_step
+from spikejax.train.step import (
+    initial_state,
+    make_eval_step,
+    make_predict,
+    make_train_step,
+)
 
 ALL, ONE = sharding.data_mesh(), sharding.data_mesh(jax.devices()[:1])
 BATCH, FEATURES, CLASSES, STEPS = 8, 12, 3, 5
@@ -197,7 +202,7 @@ def test_every_parameter_moves(run, trained):
 
 @pytest.fixture(scope="module")
 def first_step(run):
-    """(loss, logits), gradients of the first step, without spikejax.step."""
+    """(loss, logits), gradients of the first step, without spikejax.train.step."""
     batch = examples(BATCH, 0)
 
     def objective(params):
@@ -317,7 +322,7 @@ def test_examples_of_weight_0_do_not_count(trained, eval_step):
 
 @pytest.fixture(scope="module")
 def scores(run, trained):
-    """(loss, accuracy) of each of 19 examples, without spikejax.step."""
+    """(loss, accuracy) of each of 19 examples, without spikejax.train.step."""
     state, data = trained[-1][0], examples(19, seed=5)
     logits = run.predict(state, data["image"])
     right = logits.mean(1).argmax(-1) == data["label"]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tensorstore
 
-from spikejax import sharding, store
-from spikejax.checkpoint import Checkpoints
-from spikejax.checksum import Damaged, seal
-from spikejax.store import read_leaves, read_notes, read_position
+from spikejax.train import sharding, store
+from spikejax.train.checkpoint import Checkpoints
+from spikejax.train.checksum import Damaged, seal
+from spikejax.train.store import read_leaves, read_notes, read_position
 
 
 class Nowhere:

@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spikejax import energy, stream
+from spikejax import energy
 from spikejax.conversion import calibrate, convert
-from spikejax.models.vgg import POOL, VGG
-from spikejax.quant import QuantReLU
-from spikejax.stream import (
+from spikejax.conversion import steps as stream
+from spikejax.conversion.steps import (
     agreement,
     confidence_front,
     early_exit,
     evaluate_steps,
 )
+from spikejax.models.vgg import POOL, VGG
+from spikejax.nn.quant import QuantReLU
 
 XS = jax.random.normal(jax.random.key(1), (6, 1, 8, 8, 1))
 STEPS = 8

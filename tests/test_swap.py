@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from spikejax.compat import List
+from spikejax._compat import List
+from spikejax.conversion.surgery import Spy, activations, check_answer, places
 from spikejax.layers import LIF
 from spikejax.models.vgg import VGG
-from spikejax.quant import QuantReLU
-from spikejax.swap import Spy, activations, check_answer, places
+from spikejax.nn.quant import QuantReLU
 
 
 class Gelu(nnx.Module):

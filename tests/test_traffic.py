@@ -2,7 +2,7 @@
 
 import pytest
 
-from spikejax.traffic import cycles, hbm_bytes
+from spikejax.tpu.traffic import cycles, hbm_bytes
 
 MAIN = "ENTRY %main.1_spmd (param.84: f32[8]) -> f32[8] {"
 

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spikejax import losses, neurons, train
-from spikejax.checksum import parameters_sha256
+from spikejax import losses, neurons
 from spikejax.data import images
 from spikejax.layers import MultiThreshold
-from spikejax.progress import NonFinite, Progress
-from spikejax.recipe import TrainConfig
-from spikejax.store import read_notes
+from spikejax.train import TrainConfig
+from spikejax.train import loop as train
+from spikejax.train.checksum import parameters_sha256
+from spikejax.train.progress import NonFinite, Progress
+from spikejax.train.store import read_notes
 
 STEPS, EPOCH = 12, 5  # evaluations and checkpoints at 5, 10 and 12; saves at 3, ...
 SHORT = {"steps": STEPS, "batch_size": 24, "save_every": 3}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from test_train import SGD, Data, fit, saved
 
-from spikejax.recipe import TrainConfig
+from spikejax.train import TrainConfig
 
 
 def relabel(label):

@@ -12,7 +12,7 @@ from flax import nnx
 from spikejax.encode import direct
 from spikejax.layers import LIF, PLIF, MultiThreshold, keep_membranes, neuron_layers
 from spikejax.models import general, resnet, vgg
-from spikejax.norm import td_batch_norm
+from spikejax.nn.norm import td_batch_norm
 
 # One image at both steps: what differs between them is the membranes' doing.
 XS = direct(jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), 2)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spikejax.windows import overlap, split, stitch, tile, whole
+from spikejax.nn.windows import overlap, split, stitch, tile, whole
 
 MAP = jax.random.normal(jax.random.key(0), (2, 1, 8, 12, 3))
 

@@ -28,12 +28,12 @@ from spikejax import (
     surrogate,
     td_batch_norm,
 )
-from spikejax.compat import List
-from spikejax.compiler import compiler_options
+from spikejax._compat import List
 from spikejax.models import resnet
-from spikejax.recipe import TrainConfig, make_optimizer
-from spikejax.step import initial_state, make_predict, make_train_step
-from spikejax.train import graphs
+from spikejax.nn.compiler import compiler_options
+from spikejax.train import TrainConfig, make_optimizer
+from spikejax.train.loop import graphs
+from spikejax.train.step import initial_state, make_predict, make_train_step
 
 OPTIONS = {"decay_input": False, "detach_reset": True}
 NEURONS = {

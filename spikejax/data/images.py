@@ -13,8 +13,8 @@ import numpy as np
 from spikejax.data.augment import Augment
 from spikejax.data.crop import Crop
 from spikejax.data.files import FileSet, image_folder, tiny_imagenet
-from spikejax.data.sources import prepared_builder, tfds_split
 from spikejax.data.split import ArrayImages, EncodedImages, Source, take
+from spikejax.data.tfds import prepared_builder, tfds_split
 
 # Mean and standard deviation of the channels of the training images, in 0..1.
 PHOTOGRAPHS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, as is usual

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spikejax.compat import List
-from spikejax.convolution import convolve
+from spikejax._compat import List
 from spikejax.layers import Neuron, check_factory
-from spikejax.mixer import (
+from spikejax.nn.convolution import convolve
+from spikejax.nn.windowed import (
     Binarise,
     Mixer,
     Projection,
@@ -26,7 +26,7 @@ from spikejax.mixer import (
     sine,
     unchanged,
 )
-from spikejax.windows import Window, overlap, tile, whole
+from spikejax.nn.windows import Window, overlap, tile, whole
 
 Conv = partial(nnx.Conv, conv_general_dilated=convolve)
 REGION = 0.2  # what the authors take for a spike among the means of several windows

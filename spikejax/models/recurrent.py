@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import jax
 from flax import nnx
 
-from spikejax.compat import List
+from spikejax._compat import List
 from spikejax.layers import Neuron
-from spikejax.recurrent import LSTM, Recurrent
+from spikejax.nn.recurrent import LSTM, Recurrent
 
 
 def feedback(

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spikejax.compat import List
-from spikejax.convolution import convolve
+from spikejax._compat import List
 from spikejax.layers import check_factory
-from spikejax.norm import td_batch_norm
-from spikejax.pooling import max_pool
+from spikejax.nn.convolution import convolve
+from spikejax.nn.norm import td_batch_norm
+from spikejax.nn.pooling import max_pool
 
 
 def plain(block: "Block", xs: jax.Array) -> jax.Array:

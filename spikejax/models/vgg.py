@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spikejax import pooling
-from spikejax.compat import List
-from spikejax.convolution import convolve
+from spikejax._compat import List
 from spikejax.layers import check_factory
-from spikejax.norm import td_batch_norm
+from spikejax.nn import pooling
+from spikejax.nn.convolution import convolve
+from spikejax.nn.norm import td_batch_norm
 
 POOL = 0  # stands in a plan for pooling
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spikejax.compat import List
+from spikejax._compat import List
 from spikejax.layers import Membrane, Neuron
 
 Edge = tuple[str, str]

@@ -29,8 +29,8 @@ import numpy as np
 from spikejax import neurons
 from spikejax.layers import IF, LIF, Neuron
 from spikejax.nir.layers import broadcastable
+from spikejax.nn.quant import ScaledIF
 from spikejax.nodes import LI, NodeNeuron, integrate
-from spikejax.quant import ScaledIF
 
 
 class Integration(NamedTuple):

@@ -14,8 +14,8 @@ from jax.core import ShapedArray
 from jax.extend import source_info_util
 from jax.extend.core import Literal, Primitive
 
+from spikejax.conversion.surgery import places
 from spikejax.layers import Neuron
-from spikejax.swap import places
 
 INLINED = {  # calls of functions, and the parameter that holds what they compute
     "jit": "jaxpr",

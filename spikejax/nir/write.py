@@ -15,15 +15,15 @@ import nir
 import numpy as np
 from flax import nnx
 
-from spikejax.compat import iter_modules
-from spikejax.conversion import fold_norms
+from spikejax._compat import iter_modules
+from spikejax.conversion.spiking import fold_norms
 from spikejax.layers import Neuron
 from spikejax.nir.graph import Graph
 from spikejax.nir.layers import convolution, linear
 from spikejax.nir.neurons import EULER, Integration, SoftReset, loop, specs, write
 from spikejax.nir.trace import Operation, trace
-from spikejax.quant import QuantReLU
-from spikejax.recurrent import Recurrent
+from spikejax.nn.quant import QuantReLU
+from spikejax.nn.recurrent import Recurrent
 
 WHOLE = (nnx.Conv, nnx.Linear, QuantReLU, Graph)  # besides neurons
 UNCHANGED = ("copy", "convert_element_type", "sharding_constraint")
@@ -177,7 +177,7 @@ class _Writer:
         if op.name in ("max", "custom_jvp_call"):
             hint = "For a ReLU network, call calibrate and convert first."
         if op.name in ("scan", "while"):
-            hint = "For recurrent neurons, use spikejax.recurrent.Recurrent."
+            hint = "For recurrent neurons, use spikejax.nn.recurrent.Recurrent."
         at = f" at {op.where}" if op.where else ""
         raise ValueError(f"to_nir: expected what NIR can say, got {what}{at}. {hint}")
 

@@ -18,8 +18,8 @@ import jax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from spikejax import processes
-from spikejax.checksum import (
+from spikejax.train import processes
+from spikejax.train.checksum import (
     Damaged,
     by_path,
     checksums,
@@ -29,7 +29,7 @@ from spikejax.checksum import (
     seal,
     signature,
 )
-from spikejax.store import Text, cause, read_leaves, read_notes, read_position
+from spikejax.train.store import Text, cause, read_leaves, read_notes, read_position
 
 Record = dict[str, Any]  # what is noted beside a checkpoint
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder being written

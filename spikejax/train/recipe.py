@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import optax
 
-from spikejax.settings import check_settings
+from spikejax.train.settings import check_settings
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """One training step and one evaluation step, as pure functions of a plain dict.
 
 The state is a dict of arrays: step, params, rest (batch statistics), opt, key and, if
-asked for, ema. ``spikejax.train`` repeats the steps.
+asked for, ema. ``spikejax.train.loop`` repeats the steps.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from spikejax.recipe import TrainConfig
+from spikejax.train.recipe import TrainConfig
 
 Encode = Callable[[jax.Array, jax.Array], jax.Array]  # (images, rng) -> xs [B, T, ...]
 Loss = Callable[[jax.Array, jax.Array], jax.Array]  # (logits, labels) -> [B]
@@ -55,7 +55,7 @@ def make_train_step(
     Args:
         graphdef: of the model, in training mode.
         loss, encode: see ``spikejax.train.fit``.
-        optimizer: see ``spikejax.recipe.make_optimizer``.
+        optimizer: see ``spikejax.train.recipe.make_optimizer``.
         ema: decay of the moving average of the parameters, 0 keeps none.
         norm_groups: parts of the batch with batch statistics of their own, of which the
             state keeps the mean. As many as devices, and the forward pass needs no

@@ -1,7 +1,7 @@
 """Frames of events [T, H, W, C], and their augmentation in batches.
 
 Counts by number or by duration of events, voxel grids, time surfaces. The events are of
-``spikejax.data.recordings.read``.
+``spikejax.data.events.recordings.read``.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from spikejax.data.augment import Augment
-from spikejax.data.recordings import Size
+from spikejax.data.events.recordings import Size
 
 # (events, size, time_steps) -> [T, H, W, C]
 ToFrames = Callable[[np.ndarray, Size, int], np.ndarray]

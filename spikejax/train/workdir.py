@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from spikejax import processes
+from spikejax.train import processes
 
 
 def write(path: Path, content: Any) -> None:

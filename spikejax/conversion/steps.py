@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from spikejax.conversion.surgery import Spy, check_answer, check_model, places
 from spikejax.layers import Membrane, keep_membranes
-from spikejax.quant import QuantReLU, ScaledIF
-from spikejax.swap import Spy, check_answer, check_model, places
+from spikejax.nn.quant import QuantReLU, ScaledIF
 
 
 class Streamed(NamedTuple):

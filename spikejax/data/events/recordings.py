@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spikejax.data.aedat4 import Damaged, Events, read_aedat4
+from spikejax.data.events.aedat4 import Damaged, Events, read_aedat4
 
 # x to the right, y downwards, t in microseconds, p True where it became brighter: the
 # same as tonic.io.events_struct.

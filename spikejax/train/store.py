@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import tensorstore
 
-from spikejax.checksum import Damaged, key_data, unseal
+from spikejax.train.checksum import Damaged, key_data, unseal
 
 
 @dataclass(frozen=True)

@@ -17,22 +17,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 import spikejax
-from spikejax import (
-    cache,
-    encode,
-    energy,
-    folder,
-    losses,
-    processes,
-    sharding,
-)
+from spikejax import cache, encode, energy, losses
 from spikejax.data import augment, images
 from spikejax.data.crop import center_crop, inception_crop
-from spikejax.network import NeuronName, build_model
-from spikejax.processes import Processes
-from spikejax.recipe import TrainConfig
-from spikejax.settings import check_settings
-from spikejax.train import Fitted, fit
+from spikejax.experiment.build import NeuronName, build_model
+from spikejax.train import processes, sharding
+from spikejax.train import workdir as folder
+from spikejax.train.loop import Fitted, fit
+from spikejax.train.processes import Processes
+from spikejax.train.recipe import TrainConfig
+from spikejax.train.settings import check_settings
 
 ENERGY_IMAGES = 256  # test images over which spikes and energy are measured, if
 ENERGY_VALUES = 2**24  # they are small; of large ones as many as have so many numbers

@@ -13,13 +13,13 @@ from typing import Any
 import jax
 from flax import nnx
 
-from spikejax import sharding
-from spikejax.chips import GIB, Slice, tpu_devices
-from spikejax.collectives import Collective, collectives
-from spikejax.recipe import TrainConfig, make_optimizer
-from spikejax.step import Encode, Loss, initial_state
-from spikejax.traffic import cycles, hbm_bytes
-from spikejax.train import graphs, jit_train_step
+from spikejax.tpu.chips import GIB, Slice, tpu_devices
+from spikejax.tpu.collectives import Collective, collectives
+from spikejax.tpu.traffic import cycles, hbm_bytes
+from spikejax.train import sharding
+from spikejax.train.loop import graphs, jit_train_step
+from spikejax.train.recipe import TrainConfig, make_optimizer
+from spikejax.train.step import Encode, Loss, initial_state
 
 MIB = 2**20
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax.layers import Neuron
-from spikejax.quant import QuantReLU
+from spikejax.nn.quant import QuantReLU
 
 
 class Place(NamedTuple):

@@ -18,13 +18,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from spikejax import processes, sharding
-from spikejax.checkpoint import Checkpoints
-from spikejax.checksum import by_path, parameters_sha256
-from spikejax.compiler import compiler_options
-from spikejax.progress import Progress, Trace, check_finite, read_metrics
-from spikejax.recipe import TrainConfig, make_optimizer
-from spikejax.step import (
+from spikejax.nn.compiler import compiler_options
+from spikejax.train import processes, sharding
+from spikejax.train.checkpoint import Checkpoints
+from spikejax.train.checksum import by_path, parameters_sha256
+from spikejax.train.progress import Progress, Trace, check_finite, read_metrics
+from spikejax.train.recipe import TrainConfig, make_optimizer
+from spikejax.train.step import (
     Encode,
     Loss,
     initial_state,

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spikejax import mixer, neurons
+from spikejax import neurons
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold
 from spikejax.models import MODELS, resnet, vgg
-from spikejax.norm import td_batch_norm
+from spikejax.nn import windowed as mixer
+from spikejax.nn.norm import td_batch_norm
 
 NeuronName = Literal["lif", "plif", "if", "mt-parallel", "mt-cascade", "relu"]
 

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax import surrogate
-from spikejax.compat import List
-from spikejax.convolution import convolve
+from spikejax._compat import List
 from spikejax.layers import LIF, Neuron
-from spikejax.recurrent import Bidirectional
-from spikejax.windows import Window, split, stitch, tile
+from spikejax.nn.convolution import convolve
+from spikejax.nn.recurrent import Bidirectional
+from spikejax.nn.windows import Window, split, stitch, tile
 
 Binarise = Callable[[jax.Array, jax.Array], jax.Array]  # (x, random key) -> spikes
 Projection = Callable[[jax.Array, jax.Array], jax.Array]  # two membranes -> one

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from spikejax.checksum import key_data, key_like
+from spikejax.train.checksum import key_data, key_like
 
 
 def data_mesh(devices: Sequence[Any] | None = None, fsdp: int = 1) -> Mesh:

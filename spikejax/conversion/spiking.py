@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spikejax.quant import QuantReLU, ScaledIF
-from spikejax.swap import Spy, activations, check_model, check_run, places
+from spikejax.conversion.surgery import Spy, activations, check_model, check_run, places
+from spikejax.nn.quant import QuantReLU, ScaledIF
 
 Rule = Callable[[jax.Array, int], jax.Array]  # (ReLU activations, levels) -> threshold
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from spikejax.data import recordings
+from spikejax.data.events import recordings
 
 
 class Listing(NamedTuple):

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from spikejax import cache
-from spikejax.data import frames, recordings
-from spikejax.data.listing import Listing, find
-from spikejax.data.recordings import Size
+from spikejax.data.events import frames, recordings
+from spikejax.data.events.listing import Listing, find
+from spikejax.data.events.recordings import Size
 from spikejax.data.split import ArrayImages
 
 KINDS: dict[str, frames.ToFrames] = {

@@ -1,0 +1,1 @@
+"""Building blocks besides the neuron: norms, recurrence, windows, quantised ReLU."""
