@@ -38,7 +38,6 @@ from spikejax.tpu.plan import (
     Plan,
     batch_that_fits,
     plan_training,
-    remedies,
     rows,
     verdict,
 )
@@ -142,8 +141,8 @@ def plan(flags: Planned) -> None:
     for name, found in plans.items():
         print(f"{name}: {verdict(found)}")
         if not found.fits:
-            for line in remedies(attempts(flags, found, networks[name])):
-                print(f"  {line}", flush=True)
+            for change, attempt in attempts(flags, found, networks[name]).items():
+                print(f"  with {change} it {verdict(attempt())}", flush=True)
 
 
 def attempts(flags: Planned, found: Plan, changes: dict[str, Any]):
@@ -151,12 +150,12 @@ def attempts(flags: Planned, found: Plan, changes: dict[str, Any]):
 
     Sharding the parameters is left out where what it spares is not enough.
     """
-    chips, fewer = found.where.chips, batch_that_fits(found)
+    chips, fewer = found.target.chips, batch_that_fits(found)
     spared = (found.parameters + found.optimizer) * (1 - 1 / chips)
     tried: dict[str, dict[str, Any]] = {}
     if flags.remat != "blocks":
         tried["--remat blocks"] = {"remat": "blocks"}
-    if flags.fsdp == 1 and found.peak - spared <= found.where.chip.hbm:
+    if flags.fsdp == 1 and found.peak - spared <= found.target.chip.hbm:
         tried[f"--fsdp {chips}"] = {"fsdp": chips}
     if fewer:
         train = dataclasses.replace(flags.train, batch_size=fewer)

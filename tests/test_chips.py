@@ -48,8 +48,8 @@ def test_a_shape_that_the_chip_does_not_have():
         with pytest.raises(ValueError) as error:
             find_slice(f"v5e:{shape}")
         assert str(error.value) == (
-            f"topology: expected a slice that v5e has, got {shape}. Take 1x1, 2x2, "
-            "2x4, 4x4, 4x8, 8x8, 8x16, 16x16."
+            f"topology: expected a slice that v5e has, got 'v5e:{shape}'. Take 1x1, "
+            "2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16."
         )
     for shape in ("2x2", "4x4x6", "16x16x20", "0x4x4"):
         with pytest.raises(ValueError, match="or multiples of 4, up to 4096 chips"):

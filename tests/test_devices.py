@@ -16,8 +16,8 @@ from spikejax.losses import rate_cross_entropy
 from spikejax.models.resnet import ResNet, ms, plain
 from spikejax.neurons import cascade
 from spikejax.nn.norm import td_batch_norm
-from spikejax.tpu.collectives import _ARRAY, _OPERATION
-from spikejax.tpu.plan import bytes_a_device
+from spikejax.tpu.hlo import ARRAY, OPERATION
+from spikejax.tpu.plan import bytes_per_device
 from spikejax.train import TrainConfig, make_optimizer, sharding
 from spikejax.train.checksum import by_path
 from spikejax.train.loop import graphs, jit_train_step
@@ -117,8 +117,8 @@ def sent(text):
     """(kind, elements) of every array that the devices of a program pass on."""
     return [
         (operation["kind"], math.prod(int(n) for n in array["shape"].split(",") if n))
-        for operation in _OPERATION.finditer(text)
-        for array in _ARRAY.finditer(operation["type"])
+        for operation in OPERATION.finditer(text)
+        for array in ARRAY.finditer(operation["type"])
     ]
 
 
@@ -213,7 +213,7 @@ def test_each_device_needs_its_part_of_the_memory(runs):
         given = run.state | {"key": jnp.zeros(2)}, batch
         slack = 64 * len(jax.tree.leaves(given))
         memory = run.train_step.memory_analysis()
-        most = 1.1 * bytes_a_device(given) + slack
+        most = 1.1 * bytes_per_device(given) + slack
         assert memory.argument_size_in_bytes <= most, name
         assert memory.alias_size_in_bytes > 0  # the new state takes the old one's place
     kernels = 3 * 3 * (3 * 8 + 8 * 16 + 16 * 16) + 8 * 16 + 16 * CLASSES
@@ -306,6 +306,6 @@ def test_groups_do_not_depend_on_the_devices(grouped):
 def test_groups_need_no_word_between_devices_in_the_forward_pass(grouped):
     whole = compiled(Normed(), direct(2), EIGHT)
     apart, together = (
-        len(_OPERATION.findall(run.text())) for run in (grouped["8x1"], whole)
+        len(OPERATION.findall(run.text())) for run in (grouped["8x1"], whole)
     )
     assert apart == 1 < together  # all sums are sent at the end

@@ -13,7 +13,7 @@ from spikejax.tpu.plan import Plan
 def planned(temporaries, parameters=GIB):
     """A plan for v5e:2x4, of which a chip has 15.75 GiB."""
     return Plan(
-        where=find_slice("v5e:2x4"),
+        target=find_slice("v5e:2x4"),
         batch_size=512,
         train_images=1e6,
         parameters=parameters,
@@ -90,7 +90,9 @@ def test_sharding_is_tried_where_it_may_be_enough(asked):
 
 
 def test_wrong_commands_are_one_line(monkeypatch, capsys):
-    with pytest.raises(ValueError, match="expected a slice that v5e has, got 3x3"):
+    with pytest.raises(
+        ValueError, match="expected a slice that v5e has, got 'v5e:3x3'"
+    ):
         script.plan(script.Planned(topology="v5e:3x3"))
     for words in (["resnet"], ["plan", "resnet"]):
         monkeypatch.setattr(sys, "argv", ["imagenet", *words])

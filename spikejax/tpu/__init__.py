@@ -1,1 +1,1 @@
-"""Plans for TPU slices: memory and time of a training step, before it is paid for."""
+"""Memory and time of a training step on a TPU slice, known without the slice."""

@@ -1,21 +1,22 @@
-"""Before one pays for a pod: does a step fit on a TPU slice, and how long does it take.
+"""Check ahead of time if a training step fits on a TPU slice, and bound its time.
 
 The TPU compiler (libtpu) compiles the step for chips that need not be there. Memory,
-operations and traffic are its own account; the times are bounds, as no TPU has run.
+operations and traffic are its own account. Times are lower bounds, not measurements.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Sharding
+from jax.stages import Wrapped
 
-from spikejax.tpu.chips import GIB, Slice, tpu_devices
-from spikejax.tpu.collectives import Collective, collectives
-from spikejax.tpu.traffic import cycles, hbm_bytes
+from spikejax.tpu.chips import GIB, Device, Slice, tpu_devices
+from spikejax.tpu.hlo import Collective, collectives, cycles, hbm_bytes
 from spikejax.train import sharding
 from spikejax.train.loop import graphs, jit_train_step
 from spikejax.train.recipe import TrainConfig, make_optimizer
@@ -23,147 +24,111 @@ from spikejax.train.step import Encode, Loss, initial_state
 
 MIB = 2**20
 
+Tree = Any  # a pytree of jax.ShapeDtypeStruct with shardings
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training step takes on each chip of a slice; nan is not known.
+    """Needs of a training step on each chip of a slice.
 
-    Bytes and operations are those of one chip and one step.
+    Bytes and operations are per chip and step. They are nan, and cycles 0, if the
+    compiler refused the step or does not report them.
     """
 
-    where: Slice
-    batch_size: int
-    """Images a step, over all chips."""
-    train_images: float
-    """Images of the whole training: epochs times the images of the set."""
+    target: Slice
+    batch_size: int  # images per step, over all chips
+    train_images: float  # of the whole training: epochs times the images of the set
     parameters: int
     optimizer: int
-    inputs: int
-    """Bytes of all that a step is given: parameters, optimiser, statistics, images."""
-    outputs: int
-    """Bytes of results that do not take the place of inputs."""
-    temporaries: int
-    """Bytes of activations, gradients and scratch, at the worst moment."""
-    program: int
-    """Bytes of the program itself."""
-    flops: float
-    bytes_accessed: float
-    """Of all arrays that instructions take and give, on the chip or not."""
-    hbm_bytes: float
-    """Of those that lie in memory."""
-    cycles: int
-    """Of the clock, by the compiler's model; 0 is not known."""
-    collectives: tuple[Collective, ...]
-    loops: int
-    """Loops in the program; the compiler counts the body of each once only."""
-
-    @property
-    def others(self) -> int:
-        """Bytes of the inputs that are neither parameters nor optimiser."""
-        return self.inputs - self.parameters - self.optimizer
+    inputs: int  # all arguments: parameters, optimiser, statistics, images
+    temporaries: int  # activations, gradients and scratch at the worst moment
+    outputs: int = 0  # results that are not written over donated arguments
+    program: int = 0  # the executable itself
+    flops: float = math.nan
+    bytes_accessed: float = math.nan  # by all instructions, on the chip or not
+    hbm_bytes: float = math.nan  # those of them that are in HBM
+    cycles: int = 0  # of the clock, by the compiler's model
+    collectives: tuple[Collective, ...] = ()
+    loops: int = 0  # the compiler counts the body of each only once
 
     @property
     def peak(self) -> int:
-        """Bytes of HBM that a chip needs."""
+        """Return the bytes of HBM that a chip needs."""
         return self.inputs + self.outputs + self.temporaries + self.program
 
     @property
     def fits(self) -> bool:
-        """Whether a chip has so much."""
-        return self.peak <= self.where.chip.hbm
+        """Tell if a chip has that much HBM."""
+        return self.peak <= self.target.chip.hbm
 
     @property
-    def compute_seconds(self) -> float:
-        """Time of a step if the matrix units were always busy."""
-        return self.flops / self.where.chip.flops
+    def times(self) -> dict[str, float]:
+        """Return the seconds of a step if only one of the chip's parts were busy.
 
-    @property
-    def memory_seconds(self) -> float:
-        """Time of a step if the memory were always busy."""
-        return self.hbm_bytes / self.where.chip.hbm_bandwidth
-
-    @property
-    def network_seconds(self) -> float:
-        """Time of a step if all links of a chip were always busy, without latency."""
-        if math.isnan(self.flops):
-            return math.nan
+        The parts are the matrix units, the memory, and all links (without latency).
+        """
         sent = sum(operation.sent for operation in self.collectives)
-        return sent / self.where.bandwidth if sent else 0.0
+        network = sent / self.target.bandwidth if sent else 0.0  # one chip: no link
+        return {
+            "compute": self.flops / self.target.chip.flops,
+            "memory": self.hbm_bytes / self.target.chip.hbm_bandwidth,
+            "network": math.nan if math.isnan(self.flops) else network,
+        }
 
     @property
     def seconds(self) -> float:
-        """Bound of a step: the longest of the three, as if they overlapped fully.
+        """Return the least time of a step: the longest of the three, fully overlapped.
 
         Reference: the roofline, Williams et al. 2009, doi:10.1145/1498765.1498785.
         """
-        times = self.compute_seconds, self.memory_seconds, self.network_seconds
+        times = self.times.values()
         return math.nan if math.isnan(sum(times)) else max(times)
 
     @property
-    def images_per_second(self) -> float:
-        """Bound of the whole slice."""
-        return self.batch_size / self.seconds
-
-    @property
     def hours(self) -> float:
-        """Bound of the whole training, without evaluation, saving and start."""
-        return self.train_images / self.images_per_second / 3600
-
-    @property
-    def chip_hours(self) -> float:
-        """What is paid for."""
-        return self.hours * self.where.chips
+        """Return the least time of the training, without evaluation, saving, start."""
+        return self.train_images / self.batch_size * self.seconds / 3600
 
 
 def make_plan(
-    train_step: Any, state: Any, batch: Any, where: Slice, *, train_images: float
+    train_step: Wrapped, state: Tree, batch: Tree, target: Slice, *, train_images: float
 ) -> Plan:
-    """Compile a training step and read off what it takes.
+    """Compile a training step and return its needs.
 
     Args:
         train_step: jitted (state, batch) -> (state, metrics); state should be donated.
         state: dict with 'params', 'opt' and more, its leaves jax.ShapeDtypeStruct with
             shardings over the devices of the slice (``tpu_devices``).
         batch: dict of such, 'image' and 'label' with all images of a step.
-        where: the slice.
+        target: the slice.
         train_images: epochs times the images of the training set.
+
+    Raises:
+        JaxRuntimeError: the compiler refused the step, not for lack of memory.
     """
-    given: dict[str, Any] = {
-        "where": where,
+    known: dict[str, Any] = {
+        "target": target,
         "batch_size": batch["label"].shape[0],
         "train_images": train_images,
-        "parameters": bytes_a_device(state["params"]),
-        "optimizer": bytes_a_device(state["opt"]),
+        "parameters": bytes_per_device(state["params"]),
+        "optimizer": bytes_per_device(state["opt"]),
     }
     try:
-        compiled = train_step.lower(state, batch).compile()
+        compiled: Any = train_step.lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
+        # The compiler has no other way to say how much memory was missing.
         needed = out_of_memory(str(error))
         if needed is None:
             raise
-        return Plan(
-            **given,
-            inputs=bytes_a_device((state, batch)),
-            outputs=0,
-            temporaries=needed,
-            program=0,
-            flops=math.nan,
-            bytes_accessed=math.nan,
-            hbm_bytes=math.nan,
-            cycles=0,
-            collectives=(),
-            loops=0,
-        )
-    memory, cost, hlo = (
-        compiled.memory_analysis(),
-        compiled.cost_analysis(),
-        compiled.as_text(),
-    )
+        inputs = bytes_per_device((state, batch))
+        return Plan(**known, inputs=inputs, temporaries=needed)
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    hlo = compiled.as_text()
     return Plan(
-        **given,
+        **known,
         inputs=memory.argument_size_in_bytes,
-        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         program=memory.generated_code_size_in_bytes,
         flops=cost["flops"],
         bytes_accessed=cost["bytes accessed"],
@@ -179,45 +144,47 @@ def plan_training(
     build: Callable[[], nnx.Module],
     loss: Loss,
     encode: Encode,
-    where: Slice,
+    target: Slice,
     *,
     image_shape: tuple[int, ...],
     train_images: float,
     fsdp: int = 1,
-    devices: Sequence[Any] | None = None,
+    devices: Sequence[Device] | None = None,
 ) -> Plan:
-    """The plan of what ``spikejax.train.fit`` would run; no array is made.
+    """Return the plan of the step that ``spikejax.train.fit`` would run.
+
+    No array is made: the state is abstract.
 
     Args:
-        config, loss, encode: as ``fit`` takes them.
+        config, loss, encode: as for ``fit``.
         build: makes the model.
-        where: the slice.
+        target: the slice.
         image_shape: [H, W, C] of an image, of 8 bits.
         train_images: epochs times the images of the training set.
         fsdp: devices that share one copy of the parameters.
-        devices: to compile for, those of the slice by default.
+        devices: devices to compile for, those of the slice by default.
     """
-    devices = tpu_devices(where) if devices is None else devices
+    devices = tpu_devices(target) if devices is None else devices
     mesh = sharding.data_mesh(devices, fsdp)
     sharding.check_batch_size(config.batch_size, mesh)
     optimizer = make_optimizer(config, max(1, int(train_images / config.batch_size)))
     state = jax.eval_shape(lambda: initial_state(build(), optimizer, config))
     graphdef, _ = graphs(nnx.eval_shape(build))
-    step = jit_train_step(config, graphdef, loss, encode, optimizer, state, mesh)
-    over_batch = sharding.over_batch(mesh)
+    step: Any = jit_train_step(config, graphdef, loss, encode, optimizer, state, mesh)
 
-    def lying(leaf, place):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    def placed(leaf: jax.ShapeDtypeStruct, where: Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-    state = jax.tree.map(lying, state, sharding.state_shardings(state, mesh))
+    state = jax.tree.map(placed, state, sharding.state_shardings(state, mesh))
     images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), "uint8")
     labels = jax.ShapeDtypeStruct((config.batch_size,), "int32")
-    batch = {"image": lying(images, over_batch), "label": lying(labels, over_batch)}
-    return make_plan(step, state, batch, where, train_images=train_images)
+    over_batch = sharding.over_batch(mesh)
+    batch = {"image": placed(images, over_batch), "label": placed(labels, over_batch)}
+    return make_plan(step, state, batch, target, train_images=train_images)
 
 
-def bytes_a_device(tree: Any) -> int:
-    """Bytes of the leaves on one device; abstract arrays with shardings."""
+def bytes_per_device(tree: Tree) -> int:
+    """Return the bytes of the leaves on one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -225,93 +192,89 @@ def bytes_a_device(tree: Any) -> int:
 
 
 def out_of_memory(message: str) -> int | None:
-    """Bytes of temporaries that the TPU compiler asked for in vain, if it did."""
-    said = re.search(
+    """Return the bytes of temporaries in the TPU compiler's error; None if no such."""
+    found = re.search(
         r"memory required for HLO temporaries \(([\d.]+)([KMG])\)", message
     )
-    if not said:
+    if not found:
         return None
-    return round(float(said[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30}[said[2]])
+    return round(float(found[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30}[found[2]])
 
 
 def batch_that_fits(plan: Plan) -> int:
-    """Largest batch, a multiple of the chips, if temporaries grow with the batch; or 0.
+    """Return the largest batch that should fit, a multiple of the chips, or 0.
 
-    An estimate with 5 % of the memory to spare: compile to be sure.
+    An estimate: compile to be sure.
     """
+    # Temporaries are taken to grow with the batch. 5 % of the memory is left over, as
+    # the compiler's scheduling changes with the batch too.
     fixed = plan.inputs + plan.outputs + plan.program
-    part = (0.95 * plan.where.chip.hbm - fixed) / max(1, plan.temporaries)
-    images = plan.batch_size // plan.where.chips
-    return max(0, math.floor(min(1.0, part) * images)) * plan.where.chips
+    part = (0.95 * plan.target.chip.hbm - fixed) / max(1, plan.temporaries)
+    images = plan.batch_size // plan.target.chips
+    return max(0, math.floor(min(1.0, part) * images)) * plan.target.chips
 
 
 def verdict(plan: Plan) -> str:
-    """One line: it fits, or how much it needs."""
-    chip = plan.where.chip
-    word = "fits" if plan.fits else "does not fit"
+    """Return one line: it fits or not, and how much it needs."""
+    chip = plan.target.chip
     needs = (
         f"{plan.peak / GIB:.2f} GiB of the {chip.hbm / GIB:.2f} GiB of a {chip.name}"
     )
-    return f"{word}: {needs}"
-
-
-def remedies(attempts: Mapping[str, Callable[[], Plan]]) -> Iterator[str]:
-    """Lines that say whether a changed step fits; each is compiled for it.
-
-    Args:
-        attempts: {flags that make the change: compiles the changed step}.
-    """
-    for flags, attempt in attempts.items():
-        yield f"with {flags} it {verdict(attempt())}"
+    return f"{'fits' if plan.fits else 'does not fit'}: {needs}"
 
 
 def rows(plans: Mapping[str, Plan]) -> list[list[str]]:
-    """Rows of a table with one column a plan, all of one chip; label and unit first."""
-    listed = plans.values()
-    chip = next(iter(listed)).where.chip
+    """Return the rows of a table, label and unit first, then one column per plan.
+
+    Args:
+        plans: at least one plan by name, all of the same chip.
+    """
+    listed = list(plans.values())
+    hbm = f"{listed[0].target.chip.hbm / GIB:.2f}"
     kinds = sorted({c.kind for plan in listed for c in plan.collectives})
 
-    def row(label, value, pattern=",.2f"):
+    def row(
+        label: str, value: Callable[[Plan], float | str], pattern: str = ",.2f"
+    ) -> list[str]:
         values = [value(plan) for plan in listed]
-        return [label, *("-" if v != v else format(v, pattern) for v in values)]
+        return [label, *("-" if v != v else format(v, pattern) for v in values)]  # nan
 
-    def exchanged(kind):
-        def data(plan):
-            of_kind = [c for c in plan.collectives if c.kind == kind]
-            count, size = sum(c.count for c in of_kind), sum(c.bytes for c in of_kind)
+    def exchanged(kind: str) -> list[str]:
+        def data(plan: Plan) -> str:
+            same = [c for c in plan.collectives if c.kind == kind]
+            count, size = sum(c.count for c in same), sum(c.bytes for c in same)
             return f"{count} x, {size / 1e6:,.1f}"
 
         return row(f"{kind}, MB", data, "")
 
-    def bound(plan):
-        times = {
-            "compute": plan.compute_seconds,
-            "memory": plan.memory_seconds,
-            "network": plan.network_seconds,
-        }
+    def bound(plan: Plan) -> str:
+        times = plan.times
         return "-" if math.isnan(plan.seconds) else max(times, key=lambda k: times[k])
+
+    def others(plan: Plan) -> float:
+        return (plan.inputs - plan.parameters - plan.optimizer) / MIB
 
     loops = row("loops, the body counted once", lambda p: p.loops, "")
     return [
-        row("images a chip", lambda p: p.batch_size / p.where.chips, ",.0f"),
+        row("images per chip", lambda p: p.batch_size / p.target.chips, ",.0f"),
         row("parameters, MiB", lambda p: p.parameters / MIB, ",.1f"),
         row("optimiser, MiB", lambda p: p.optimizer / MIB, ",.1f"),
-        row("statistics and images, MiB", lambda p: p.others / MIB, ",.1f"),
+        row("statistics and images, MiB", others, ",.1f"),
         row("activations and scratch, MiB", lambda p: p.temporaries / MIB, ",.1f"),
         row("program, MiB", lambda p: p.program / MIB, ",.1f"),
-        row(f"peak of {chip.hbm / GIB:.2f} GiB HBM, GiB", lambda p: p.peak / GIB),
+        row(f"peak of {hbm} GiB HBM, GiB", lambda p: p.peak / GIB),
         row("fits", lambda p: "yes" if p.fits else "no", ""),
         row("operations, GFLOP", lambda p: p.flops / 1e9, ",.1f"),
         row("bytes accessed, GB", lambda p: p.bytes_accessed / 1e9),
         row("those in HBM, GB", lambda p: p.hbm_bytes / 1e9),
         *([loops] if any(plan.loops for plan in listed) else []),
         *map(exchanged, kinds),
-        row("compute, ms", lambda p: 1e3 * p.compute_seconds),
-        row("memory, ms", lambda p: 1e3 * p.memory_seconds),
-        row("network, ms", lambda p: 1e3 * p.network_seconds),
+        *(row(f"{k}, ms", lambda p, k=k: 1e3 * p.times[k]) for k in listed[0].times),
         row("bound by", bound, ""),
         row("cycles by the compiler's model, million", lambda p: p.cycles / 1e6),
-        row("images/s of the slice, at most", lambda p: p.images_per_second, ",.0f"),
+        row(
+            "images/s of the slice, at most", lambda p: p.batch_size / p.seconds, ",.0f"
+        ),
         row("hours of training, at least", lambda p: p.hours),
-        row("chip-hours, at least", lambda p: p.chip_hours, ",.1f"),
+        row("chip-hours, at least", lambda p: p.hours * p.target.chips, ",.1f"),
     ]
