@@ -233,10 +233,10 @@ def rows(flags: Conversion) -> Iterator[dict[str, Any]]:
 
 def figure(found: list[dict[str, Any]]) -> Any:
     """Accuracy against time steps, one line a row."""
-    from spikejax import chart
+    from spikejax import plot
 
     lines = {row["name"]: row["accuracy"] for row in found}
-    return chart.accuracy_by_steps(lines).figure
+    return plot.accuracy_by_steps(lines).figure
 
 
 def main(flags: Conversion) -> None:

@@ -67,7 +67,7 @@ def compare(digits: Digits) -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]], workdir: Path) -> None:
     """Print the table, and write it as summary.json and digits.png."""
-    from spikejax import chart
+    from spikejax import plot
 
     folder.write(workdir / "summary.json", rows)
     table(
@@ -84,7 +84,7 @@ def show(rows: list[dict[str, Any]], workdir: Path) -> None:
             for row in rows
         ],
     )
-    chart.comparison(rows).savefig(workdir / "digits.png", dpi=150)
+    plot.comparison(rows).savefig(workdir / "digits.png", dpi=150)
     print(f"Written: {workdir}/summary.json, {workdir}/digits.png")
 
 

@@ -1,6 +1,6 @@
 """Losses of logits over time: (logits [B, T, K], labels [B]) -> loss [B].
 
-Labels are class numbers in 0..K-1; the loss of another label is nan. The caller takes
+Labels are class numbers in 0..K-1; the loss of any other label is nan. The caller takes
 the mean over the batch.
 """
 
@@ -9,36 +9,43 @@ import jax.numpy as jnp
 import optax
 
 
-def _check(who, logits, labels):
+def _checked(
+    who: str, logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """Return the logits in float32 and the targets [B, K]."""
     if logits.ndim != 3 or labels.shape != logits.shape[:1]:
-        hint = "Labels are class numbers, one an example."
+        hint = "Labels are class numbers, one per example."
         if logits.ndim == 2:
             hint = "Logits without time: add the axis, logits[:, None]."
         raise ValueError(
             f"{who}: expected logits [B, T, K] and labels [B], got {logits.shape} and "
             f"{labels.shape}. {hint}"
         )
-
-
-def _one_hot(labels, classes):
-    """Rows of a label that is no class are nan, as nothing can be raised here."""
+    classes = logits.shape[-1]
+    # Values cannot raise inside jit, and one_hot gives an unknown label a row of zeros,
+    # which would pass for a low loss. nan stops the run.
     known = (labels >= 0) & (labels < classes)
-    return jnp.where(known[:, None], jax.nn.one_hot(labels, classes), jnp.nan)
-
-
-def _targets(labels, classes, label_smoothing):
-    targets = _one_hot(labels, classes)
-    return targets * (1 - label_smoothing) + label_smoothing / classes
+    targets = jnp.where(known[:, None], jax.nn.one_hot(labels, classes), jnp.nan)
+    targets = targets * (1 - label_smoothing) + label_smoothing / classes
+    # In bfloat16 the sum over classes would lose its small terms.
+    return logits.astype(jnp.float32), targets
 
 
 def rate_cross_entropy(
     logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
 ) -> jax.Array:
-    """Cross-entropy of the time mean: CE(1/T sum_t o_t, y)."""
-    _check("rate_cross_entropy", logits, labels)
-    mean = logits.astype(jnp.float32).mean(1)
-    targets = _targets(labels, logits.shape[-1], label_smoothing)
-    return optax.softmax_cross_entropy(mean, targets)
+    """Return the cross-entropy of the time mean: CE(1/T sum_t o_t, y).
+
+    Args:
+        logits: [B, T, K].
+        labels: [B], class numbers.
+        label_smoothing: probability spread over all classes, in [0, 1).
+
+    Raises:
+        ValueError: logits have no time axis, or labels are not one per example.
+    """
+    logits, targets = _checked("rate_cross_entropy", logits, labels, label_smoothing)
+    return optax.softmax_cross_entropy(logits.mean(1), targets)
 
 
 def tet(
@@ -49,29 +56,39 @@ def tet(
     weight: float = 1e-3,
     target: float = 1.0,
 ) -> jax.Array:
-    """Temporal efficient training: every step must classify.
+    """Return the loss of temporal efficient training: every step must classify.
 
     (1 - weight) 1/T sum_t CE(o_t, y) + weight mean((o - target)^2)
 
     Args:
-        weight: of the regularisation, in [0, 1].
-        target: where the logits are drawn to, the threshold.
+        logits: [B, T, K].
+        labels: [B], class numbers.
+        label_smoothing: probability spread over all classes, in [0, 1).
+        weight: weight of the regularisation, in [0, 1].
+        target: value that logits are drawn to, the threshold.
+
+    Raises:
+        ValueError: as for ``rate_cross_entropy``.
 
     Reference: Deng et al. 2022, arXiv:2202.11946.
     """
-    _check("tet", logits, labels)
-    logits = logits.astype(jnp.float32)
-    targets = _targets(labels, logits.shape[-1], label_smoothing)
+    logits, targets = _checked("tet", logits, labels, label_smoothing)
     entropy = optax.softmax_cross_entropy(logits, targets[:, None]).mean(1)
     distance = jnp.square(logits - target).mean((1, 2))
     return (1 - weight) * entropy + weight * distance
 
 
-def mse_of_counts(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Squared distance of the rate from one-hot: sum_k (1/T sum_t o_tk - [k = y])^2.
+def rate_mse(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return the mean squared error of the rates: mean_k (1/T sum_t o_tk - [k = y])^2.
 
-    Reference: Fang et al. 2021, arXiv:2007.05785 (there the mean over k).
+    Args:
+        logits: [B, T, K], spikes or membranes of the last layer.
+        labels: [B], class numbers.
+
+    Raises:
+        ValueError: as for ``rate_cross_entropy``.
+
+    Reference: Fang et al. 2021, arXiv:2007.05785.
     """
-    _check("mse_of_counts", logits, labels)
-    rate = logits.astype(jnp.float32).mean(1)
-    return jnp.square(rate - _one_hot(labels, logits.shape[-1])).sum(-1)
+    logits, targets = _checked("rate_mse", logits, labels)
+    return jnp.square(logits.mean(1) - targets).mean(-1)

@@ -26,8 +26,7 @@ STOREYS = {
     "conversion": NEURON | {"nn"},
     "live": NEURON,
     "nir": NEURON | {"nn", "conversion", "nodes"},
-    "plot": NEURON | {"nn"},
-    "chart": {"plot"},
+    "plot": NEURON | {"nn", "energy"},
     "tpu": {"train"},
     "experiment": NEURON
     | {"", "nn", "models", "data", "train", "conversion", "energy", "live", "cache"},
@@ -40,7 +39,7 @@ OPTIONAL = {
     "grain": {"data.images"},
     "sklearn": {"data.tfds", "data.images"},
     "tensorflow_datasets": {"data.tfds", "data.images"},
-    "matplotlib": {"plot", "chart"},
+    "matplotlib": {"plot"},
     "rich": {"train.progress"},
     "tensorboardX": {"train.progress"},
     "tyro": {"experiment.cli"},

@@ -12,7 +12,7 @@ from spikejax import losses
 
 LOGITS = jax.random.normal(jax.random.key(0), (4, 3, 5))
 LABELS = jnp.array([0, 4, 2, 2])
-ALL = [losses.rate_cross_entropy, losses.tet, losses.mse_of_counts]
+ALL = [losses.rate_cross_entropy, losses.tet, losses.rate_mse]
 
 
 def test_rate_cross_entropy_of_equal_logits_is_log_of_the_classes():
@@ -73,10 +73,10 @@ def test_tet_of_one_step_is_the_rate_loss():
     np.testing.assert_allclose(tet, losses.rate_cross_entropy(once, LABELS), rtol=1e-6)
 
 
-def test_mse_of_counts_by_hand():
+def test_rate_mse_by_hand():
     logits = jnp.array([[[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]])  # rates 1, 1/2, 0
-    for label, expected in ((0, 0.25), (1, 1 + 0.25), (2, 1 + 0.25 + 1)):
-        loss = losses.mse_of_counts(logits, jnp.array([label]))
+    for label, expected in ((0, 0.25 / 3), (1, 1.25 / 3), (2, 2.25 / 3)):
+        loss = losses.rate_mse(logits, jnp.array([label]))
         np.testing.assert_allclose(loss, [expected], rtol=1e-6)
 
 
@@ -118,7 +118,7 @@ def test_labels_of_another_batch_are_an_error(loss):
 
 @pytest.mark.parametrize("loss", ALL)
 def test_labels_that_are_no_class_numbers_are_an_error(loss):
-    message = r"got \(4, \d, 5\) and \(4, 5\)\. Labels are class numbers, one an"
+    message = r"got \(4, \d, 5\) and \(4, 5\)\. Labels are class numbers, one per"
     with pytest.raises(ValueError, match=message):
         loss(LOGITS, jax.nn.one_hot(LABELS, 5))
 
