@@ -18,6 +18,7 @@ STOREYS = {
     **{name: NEURON for name in NEURON},
     "nn": NEURON,
     "nodes": NEURON,
+    "trace": set(),
     "energy": NEURON,
     "models": NEURON | {"nn", "nodes"},
     "data": {"cache"},

@@ -1,0 +1,496 @@
+"""Functions looked into and computed again: one walk over a jaxpr, one interpreter.
+
+``trace`` follows a function's equations and finds its sites, the equations that a
+transformation replaces or observes: ReLUs, or products and spikes. ``run`` computes the
+function with each site handed to a handler. Energy, calibration, conversion and
+streaming are handlers; a module need not be built in any special way for them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+
+Pytree = Any
+Plan = Mapping[int, "int | Inner"]  # number of an equation -> number of a site, or more
+
+# Calls of functions, and the parameter that holds what they compute. Names differ
+# between versions of JAX, so the table has the old beside the new.
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+}
+REMAT = ("remat2", "checkpoint")
+
+
+class Value(NamedTuple):
+    """Static knowledge about a value in a jaxpr.
+
+    level: 0 where it depends on parameters alone; above, the rule says what it means.
+    label: path of the last parameter that took part in it.
+    const: the number that it is everywhere, or "platform".
+    site: number of the site that it is the output of.
+    """
+
+    level: int
+    label: str | None = None
+    const: float | str | None = None
+    site: int | None = None
+
+
+class Match(NamedTuple):
+    """Verdict of a rule on an equation that is a site.
+
+    kind: name for the handler. name: label of the site. cap: c of min(max(x, 0), c).
+    level: of the site's outputs.
+    """
+
+    kind: str
+    name: str | None
+    cap: float = np.inf
+    level: int = 1
+
+
+class Rule(Protocol):
+    """Definition of sites, and of levels."""
+
+    def match(self, eqn: JaxprEqn, values: Sequence[Value]) -> Match | None:
+        """Return a verdict if the equation is a site."""
+        ...
+
+    def level(self, eqn: JaxprEqn, values: Sequence[Value]) -> int:
+        """Return the level of the outputs of any other primitive with data in it."""
+        ...
+
+
+class Site(NamedTuple):
+    """Equation that a transformation replaces or observes.
+
+    name: path of the last parameter before it, its scope, or file and line.
+    kind, cap: see ``Match``. where: file, line and function. shape: of its output.
+    repeats: lengths of the scans around it. levels: of its operands. custom: whether it
+    is inside of a function with a gradient of its own.
+    """
+
+    name: str
+    kind: str
+    where: str
+    shape: tuple[int, ...]
+    repeats: tuple[int, ...]
+    cap: float
+    levels: tuple[int, ...]
+    custom: bool
+
+
+class Inner(NamedTuple):
+    """Sites in a jaxpr inside of an equation; branch is the one taken of a cond."""
+
+    plan: Plan
+    branch: int | None = None
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of the sites inside."""
+        found: list[int] = []
+        for item in self.plan.values():
+            found += item.numbers() if isinstance(item, Inner) else [item]
+        return found
+
+
+class Traced(NamedTuple):
+    """Function as a jaxpr, with its sites in the order in which they are computed.
+
+    others: (name, file and line) of the equations whose output has a higher level than
+    their inputs, such as what is not affine where the sites are ReLUs.
+    same: for each output, whether it is an input handed through.
+    """
+
+    closed: ClosedJaxpr
+    plan: Plan
+    sites: tuple[Site, ...]
+    others: tuple[tuple[str, str], ...]
+    out_tree: Any
+    same: tuple[bool, ...]
+
+
+Kept = dict[int, Any]  # number of a site -> pytree
+Handler = Callable[[int, Site, list, Any, JaxprEqn], tuple[jax.Array, Any]]
+
+
+def trace(
+    f: Callable[[Pytree, Pytree], Pytree], params: Pytree, xs: Pytree, rule: Rule
+) -> Traced:
+    """Return f(params, xs) as a jaxpr, and its sites.
+
+    Args:
+        f: pure function.
+        params: its parameters, whose paths name the sites.
+        xs: its input; only shapes and types count.
+        rule: says what a site is.
+
+    Raises:
+        ValueError: a site is inside of a loop of unknown length, or a branch.
+    """
+    closed, out = jax.make_jaxpr(f, return_shape=True)(params, xs)
+    walk = _Walk(rule)
+    paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    known = [Value(0, path.rpartition("/")[0]) for path in paths]
+    known += [Value(1)] * len(jax.tree.leaves(xs))
+    plan, _ = walk.jaxpr(closed.jaxpr, known)
+    inputs = set(closed.jaxpr.invars)
+    same = [isinstance(v, Var) and v in inputs for v in closed.jaxpr.outvars]
+    sites, others = tuple(walk.sites), tuple(walk.others)
+    return Traced(closed, plan, sites, others, jax.tree.structure(out), tuple(same))
+
+
+def run(
+    traced: Traced,
+    params: Pytree,
+    xs: Pytree,
+    handler: Handler,
+    given: Mapping[int, Any] | None = None,
+) -> tuple[Pytree, Kept]:
+    """Compute a traced function with its sites handed to a handler.
+
+    Differentiable, and works under jit. Equations without sites inside are computed as
+    they are, with their own gradients.
+
+    Args:
+        traced: from ``trace``, for the same shapes.
+        params, xs: as in ``trace``.
+        handler: (number, site, operands, given, equation) -> (output, kept).
+        given: number of a site -> pytree for its handler. In scans each step gets its
+            slice: leaves [*site.repeats, ...].
+
+    Returns:
+        the output of the function, and what the handler kept: number of a site ->
+        pytree with leaves [*site.repeats, ...].
+    """
+    computer = _Run(traced.sites, handler)
+    flat = jax.tree.leaves((params, xs))
+    given = dict.fromkeys(range(len(traced.sites))) | dict(given or {})
+    jaxpr, consts = traced.closed.jaxpr, traced.closed.consts
+    outs, kept = computer.jaxpr(jaxpr, consts, flat, traced.plan, given)
+    return jax.tree.unflatten(traced.out_tree, outs), kept
+
+
+def bind(eqn: JaxprEqn, values: Sequence[jax.Array]) -> list[jax.Array]:
+    """Compute one equation as it is."""
+    # As a jaxpr of one equation: Primitive.get_bind_params, the other way to do it,
+    # differs between JAX 0.7.2 and 0.10.
+    pairs = zip(eqn.invars, values, strict=True)
+    known = {v: value for v, value in pairs if not isinstance(v, Literal)}
+    one = Jaxpr((), list(known), list(eqn.outvars), [eqn], eqn.effects)
+    return jax.core.eval_jaxpr(one, (), *known.values())
+
+
+def scope(eqn: JaxprEqn) -> str:
+    """Return the innermost jax.named_scope of an equation, or nothing."""
+    return str(eqn.source_info.name_stack).rpartition("/")[-1]
+
+
+def where(eqn: JaxprEqn) -> str:
+    """Return file, line and function of an equation, as 'net.py:12 (__call__)'."""
+    return source_info_util.summarize(eqn.source_info).rpartition("/")[-1]
+
+
+def call_name(eqn: JaxprEqn) -> str:
+    """Return the name of the function that an equation calls, or of its primitive."""
+    inner = eqn.params.get(CALLS.get(eqn.primitive.name, ""))
+    info = getattr(getattr(inner, "jaxpr", inner), "debug_info", None)
+    name = eqn.params.get("name") or getattr(info, "func_name", None)
+    return name or eqn.primitive.name
+
+
+def functional(model: nnx.Module) -> tuple[Callable, Pytree]:
+    """Return a module as a pure function (state, xs) -> (ys, state), and its state."""
+    graphdef, state = nnx.split(model)
+
+    def f(state: Pytree, xs: jax.Array) -> tuple[jax.Array, Pytree]:
+        merged = nnx.merge(graphdef, state)
+        ys = merged(xs)
+        return ys, nnx.to_pure_dict(nnx.state(merged))
+
+    return f, nnx.to_pure_dict(state)
+
+
+class Function(nnx.Module):
+    """Pure function f(params, x), of Linen or your own, as a module over sequences.
+
+        Function(net.apply, variables)(images[:, None])
+
+    Args:
+        f: (params, x [B, ...]) -> y [B, ...], in evaluation mode.
+        params: pytree of arrays. In a dict with 'params', such as Linen's variables,
+            only that part is trained.
+        time: whether f takes sequences [B, T, ...] itself, as a spiking network does.
+            Otherwise every time step is one more image of the batch.
+    """
+
+    def __init__(
+        self,
+        f: Callable[[Pytree, jax.Array], jax.Array],
+        params: Pytree,
+        *,
+        time: bool = False,
+    ):
+        self.f, self.time = f, time
+        self.structure = jax.tree.structure(params)
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        self.paths = tuple(_path(path) for path, _ in leaves)
+        trained = not isinstance(params, dict) or "params" not in params
+        self.params = nnx.data({})
+        for name, (path, leaf) in zip(self.paths, leaves, strict=True):
+            is_param = trained or getattr(path[0], "key", None) == "params"
+            self.params[name] = (nnx.Param if is_param else nnx.Variable)(leaf)
+
+    def __call__(self, xs: jax.Array) -> jax.Array:
+        """Return f of the sequence xs [B, T, ...], as [B, T, ...]."""
+        leaves = [self.params[path][...] for path in self.paths]
+        params = jax.tree.unflatten(self.structure, leaves)
+        if self.time:
+            return self.f(params, xs)
+        ys = self.f(params, xs.reshape(-1, *xs.shape[2:]))
+        return ys.reshape(*xs.shape[:2], *ys.shape[1:])
+
+
+def _path(path: tuple) -> str:
+    keys = (getattr(k, "key", getattr(k, "idx", getattr(k, "name", ""))) for k in path)
+    return "/".join(str(key) for key in keys if key != "params")
+
+
+class _Walk:
+    """Search for the sites of a function, by what is known of its values."""
+
+    def __init__(self, rule: Rule):
+        self.rule = rule
+        self.sites: list[Site] = []
+        self.others: list[tuple[str, str]] = []
+
+    def jaxpr(
+        self,
+        jaxpr: Jaxpr,
+        inputs: Sequence[Value],
+        repeats: tuple[int, ...] = (),
+        custom: bool = False,
+    ) -> tuple[Plan, list[Value]]:
+        """Return the plan of a jaxpr, and what is known of its outputs."""
+        known = dict(zip(jaxpr.invars, inputs, strict=True))
+
+        def read(v: Var | Literal) -> Value:
+            if isinstance(v, Literal):
+                return Value(0, None, float(v.val) if np.ndim(v.val) == 0 else None)
+            return known.get(v, Value(0))  # else a constant of the jaxpr
+
+        plan: dict[int, int | Inner] = {}
+        for k, eqn in enumerate(jaxpr.eqns):
+            values = [read(v) for v in eqn.invars]
+            match = self.rule.match(eqn, values)
+            if match:
+                plan[k] = len(self.sites)
+                outs = [self.site(eqn, values, match, repeats, custom)]
+            elif _inner_jaxprs(eqn):
+                inner, outs = self.inner(eqn, values, repeats, custom)
+                if inner.plan:
+                    plan[k] = inner
+            else:
+                outs = [self.primitive(eqn, values)] * len(eqn.outvars)
+            known.update(zip(eqn.outvars, outs, strict=True))
+        return plan, [read(v) for v in jaxpr.outvars]
+
+    def site(
+        self,
+        eqn: JaxprEqn,
+        values: Sequence[Value],
+        match: Match,
+        repeats: tuple[int, ...],
+        custom: bool,
+    ) -> Value:
+        """Note a site, and return what is known of its output."""
+        name = where(eqn) if match.name is None else match.name
+        shape, levels = eqn.outvars[0].aval.shape, tuple(v.level for v in values)
+        self.sites.append(
+            Site(
+                name, match.kind, where(eqn), shape, repeats, match.cap, levels, custom
+            )
+        )
+        return Value(match.level, match.name, None, len(self.sites) - 1)
+
+    def primitive(self, eqn: JaxprEqn, values: Sequence[Value]) -> Value:
+        """Return what is known of the output of a primitive."""
+        name, label = eqn.primitive.name, last_label(values)
+        if not any(v.level for v in values):
+            if name == "platform_index":
+                return Value(0, None, "platform")
+            kept = name in ("broadcast_in_dim", "convert_element_type")
+            return Value(0, label, values[0].const if kept else None)
+        # A minimum right behind a site: min(max(x, 0), c) without a call around it.
+        if name == "min" and values[1].const and values[0].site is not None:
+            site = self.sites[values[0].site]
+            cap = min(site.cap, float(values[1].const))
+            self.sites[values[0].site] = site._replace(cap=cap)
+            return values[0]
+        level = self.rule.level(eqn, values)
+        if level > max(v.level for v in values):
+            self.others.append((name, where(eqn)))
+        return Value(level, label)
+
+    def inner(
+        self,
+        eqn: JaxprEqn,
+        values: list[Value],
+        repeats: tuple[int, ...],
+        custom: bool,
+    ) -> tuple[Inner, list[Value]]:
+        """Return the sites in the jaxprs of an equation, and its outputs."""
+        name, params = eqn.primitive.name, eqn.params
+        if name in CALLS:
+            inner, marks = params[CALLS[name]], len(self.others)
+            # A ReLU is a custom_jvp_call too, but is matched before: see the rule.
+            custom |= name.startswith("custom_")
+            jaxpr = getattr(inner, "jaxpr", inner)
+            plan, outs = self.jaxpr(jaxpr, values, repeats, custom)
+            # silu is reported, and not the logistic in it, which is on the same line.
+            if len(self.others) > marks and not plan and all(
+                line == where(eqn) for _, line in self.others[marks:]
+            ):  # fmt: skip
+                self.others[marks:] = [(call_name(eqn), where(eqn))]
+            return Inner(plan), outs
+        if name == "scan":
+            return self.scan(eqn, values, repeats, custom)
+        if name == "cond" and values[0].const == "platform":  # the default comes last
+            branches = params["branches"]
+            plan, outs = self.jaxpr(branches[-1].jaxpr, values[1:], repeats, custom)
+            return Inner(plan, len(branches) - 1), outs
+        found = len(self.sites)
+        for jaxpr in _inner_jaxprs(eqn):
+            self.jaxpr(jaxpr, [Value(1)] * len(jaxpr.invars), repeats, custom)
+        if len(self.sites) > found:
+            site = self.sites[found]
+            raise ValueError(
+                f"trace: expected {site.kind} at {site.where} outside of {name}, which "
+                "runs it an unknown number of times. Use jax.lax.scan or a Python loop."
+            )
+        return Inner({}), [Value(max(v.level for v in values))] * len(eqn.outvars)
+
+    def scan(
+        self,
+        eqn: JaxprEqn,
+        values: list[Value],
+        repeats: tuple[int, ...],
+        custom: bool,
+    ) -> tuple[Inner, list[Value]]:
+        """Walk the body of a scan until what is known of the carry is stable."""
+        params = eqn.params
+        first = params["num_consts"]
+        last = first + params["num_carry"]
+        while True:
+            marks = len(self.sites), len(self.others)
+            body, inside = params["jaxpr"].jaxpr, (*repeats, params["length"])
+            plan, outs = self.jaxpr(body, values, inside, custom)
+            carry = [
+                Value(max(before.level, after.level), before.label or after.label)
+                for before, after in zip(values[first:last], outs, strict=False)
+            ]
+            if [v.level for v in carry] == [v.level for v in values[first:last]]:
+                return Inner(plan), [v._replace(site=None) for v in outs]
+            values = [*values[:first], *carry, *values[last:]]
+            del self.sites[marks[0] :], self.others[marks[1] :]
+
+
+def last_label(values: Sequence[Value]) -> str | None:
+    """Return the label of the parameters among operands, else that of the data."""
+    labels = [v.label for v in values if v.label is not None and not v.level]
+    labels += [v.label for v in values if v.label is not None]
+    return labels[0] if labels else None
+
+
+def _inner_jaxprs(eqn: JaxprEqn) -> list[Jaxpr]:
+    params = list(eqn.params.values())
+    leaves = jax.tree.leaves(params, is_leaf=lambda v: hasattr(v, "eqns"))
+    found = [getattr(leaf, "jaxpr", leaf) for leaf in leaves]
+    return [jaxpr for jaxpr in found if hasattr(jaxpr, "eqns")]
+
+
+class _Run(NamedTuple):
+    """Interpreter of jaxprs."""
+
+    sites: tuple[Site, ...]
+    handler: Handler
+
+    def jaxpr(
+        self,
+        jaxpr: Jaxpr,
+        consts: Sequence[jax.Array],
+        inputs: Sequence[jax.Array],
+        plan: Plan,
+        given: Kept,
+    ) -> tuple[list[jax.Array], Kept]:
+        """Return the outputs of a jaxpr, and what its sites keep."""
+        known = dict(zip(jaxpr.constvars, consts, strict=True))
+        known |= zip(jaxpr.invars, inputs, strict=True)
+
+        def read(v: Var | Literal) -> jax.Array:
+            return v.val if isinstance(v, Literal) else known[v]
+
+        kept: Kept = {}
+        for k, eqn in enumerate(jaxpr.eqns):
+            values, item = [read(v) for v in eqn.invars], plan.get(k)
+            if item is None:
+                outs = bind(eqn, values)
+            elif isinstance(item, Inner):
+                mine = {n: given[n] for n in item.numbers()}
+                outs, more = self.inner(eqn, values, item, mine)
+                kept |= more
+            else:
+                site = self.sites[item]
+                y, kept[item] = self.handler(item, site, values, given[item], eqn)
+                outs = [y]
+            known.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars], kept
+
+    def inner(
+        self, eqn: JaxprEqn, values: list, item: Inner, given: Kept
+    ) -> tuple[list[jax.Array], Kept]:
+        """Compute a call, scan or branch that has sites inside."""
+        name, params = eqn.primitive.name, eqn.params
+        inner = params[CALLS.get(name, "jaxpr")] if name != "cond" else None
+        if inner is None:
+            inner, values = params["branches"][item.branch], values[1:]
+        jaxpr, consts = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+
+        def compute(values: list, given: Kept) -> tuple[list[jax.Array], Kept]:
+            return self.jaxpr(jaxpr, consts, values, item.plan, given)
+
+        if name == "scan":
+            return _scan(params, compute, values, given)
+        if name in REMAT:  # else a quantised network would lose its rematerialisation
+            policy, cse = params["policy"], params["prevent_cse"]
+            compute = jax.checkpoint(compute, policy=policy, prevent_cse=cse)
+        return compute(values, given)
+
+
+def _scan(
+    params: Mapping[str, Any], compute: Callable, values: list, given: Kept
+) -> tuple[list[jax.Array], Kept]:
+    first = params["num_consts"]
+    last = first + params["num_carry"]
+
+    def body(carry: list, now: tuple[list, Kept]) -> tuple[list, tuple[list, Kept]]:
+        outs, kept = compute([*values[:first], *carry, *now[0]], now[1])
+        return outs[: last - first], (outs[last - first :], kept)
+
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    scanned = (values[last:], given)
+    carry, (ys, kept) = jax.lax.scan(body, values[first:last], scanned, **options)
+    return [*carry, *ys], kept
