@@ -14,6 +14,7 @@ with their commands stand in docs/results.md.
 
 import dataclasses
 import json
+import time
 from collections import Counter, deque
 from pathlib import Path
 from typing import Literal
@@ -29,7 +30,7 @@ from spikejax.data.events import frames, recordings
 from spikejax.data.events import sets as events
 from spikejax.experiment import Experiment, Input, NeuronName, report, train
 from spikejax.experiment.cli import parse, reported
-from spikejax.live import live
+from spikejax.nn.memory import stepper
 from spikejax.train import TrainConfig
 from spikejax.train.progress import table
 
@@ -176,9 +177,16 @@ def run_stream(
     )
     last: deque[np.ndarray] = deque(maxlen=experiment.time_steps)
     lines = []
-    answers = live(model, counts, make_encode(experiment, event_set))
-    for step, (logits, seconds) in enumerate(answers):
-        last.append(logits)
+    encode = make_encode(experiment, event_set)
+    xs = encode(jnp.zeros((1, 1, *event_set.shape), jnp.uint8), jax.random.key(0))
+    state, advance = stepper(model, xs)
+    jax.block_until_ready(advance(state, xs))  # compiles before the first frame
+    for step, frame in enumerate(counts):
+        began = time.perf_counter()
+        xs = encode(jnp.asarray(frame)[None, None], jax.random.key(0))
+        state, logits = advance(state, xs)
+        last.append(np.asarray(logits[0, 0]))
+        seconds = time.perf_counter() - began
         name = event_set.class_names[int(np.mean(last, 0).argmax())]
         end = (step + 1) * duration / 1e6
         lines.append({"seconds": end, "class": name, "latency_ms": 1e3 * seconds})

@@ -10,7 +10,7 @@ List: Any = getattr(nnx, "List", list)
 
 
 def iter_modules(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Module]]:
-    """Yields (path, module) for the modules in model, itself with path () last.
+    """Yield (path, module) for the modules in a model, the model with path () last.
 
     Flax 0.11 has this as a method only, Flax 0.12 deprecates that method.
     """

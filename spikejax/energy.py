@@ -17,6 +17,7 @@ from flax import nnx
 
 from spikejax._compat import iter_modules
 from spikejax.layers import Neuron
+from spikejax.nn.memory import drop_membranes
 
 # Of float32 in 45 nm: Horowitz 2014, doi:10.1109/ISSCC.2014.6757323
 AC_PJ, MAC_PJ = 0.9, 4.6
@@ -125,6 +126,7 @@ def measure(model: nnx.Module, xs: jax.Array) -> Report:
             "For images without time, add the axis: images[:, None]."
         )
     _warn_of_uncounted(model)
+    model = drop_membranes(nnx.clone(model))  # kept ones have another batch size
     graphdef, state = nnx.split(model)
     found = jax.device_get(jax.jit(partial(_count, graphdef))(state, xs))
     batch, steps = xs.shape[:2]
@@ -219,11 +221,7 @@ def _recorded_spikes(kind):
     """Neurons that note their binary trains."""
 
     def call(self, xs, *, trains=False):
-        held = self.membrane
-        spikes = kind.__call__(self, xs, trains=True)
-        _note(self, spikes)
-        if held is not None:
-            self.membrane = held
+        _note(self, kind.__call__(self, xs, trains=True))
         return kind.__call__(self, xs, trains=trains)
 
     def step(self, v, xs, *, trains=False):

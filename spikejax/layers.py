@@ -1,327 +1,521 @@
 """Layers of spiking neurons for Flax NNX, over sequences [B, T, ...].
 
-A layer starts from rest at every call, so nothing has to be reset, unless it holds its
-membrane: see ``keep_membranes``. Membranes are float32 whatever the type of the input.
+A layer starts from rest at every call, so nothing has to be reset, unless its state is
+kept between calls: see ``keep_membranes`` and ``stepper``. Membranes are float32
+whatever the type of the input.
 """
 
 import inspect
 import math
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from spikejax import neurons, surrogate
-from spikejax.neurons import NeuronParams
-from spikejax.surrogate import Spike, check_spike
-from spikejax.unroll import unroll
+from spikejax._compat import iter_modules
+from spikejax.neurons import Cell, NeuronOptions, NeuronParams, Number, State
+from spikejax.surrogate import Spike, Surrogate
+from spikejax.unroll import unroll_compiled
 
 
 class Membrane(nnx.Variable):
-    """Membrane potential that a neuron layer keeps from one call to the next."""
+    """State that a layer keeps from one call to the next."""
+
+
+class Fixed(nnx.Variable):
+    """Parameter of a neuron that is not trained."""
+
+
+class Memory(nnx.Module):
+    """State of a layer between calls, held only after ``keep_membranes``."""
+
+    # On the class, as Flax fixes what an attribute is when an instance first gets it.
+    held: Any = None  # leaves of the state
+    watch: Callable[[State], Any] | None = None
+
+    def load(self, start: State) -> State:
+        """Return the state to begin with: ``start``, or what is held.
+
+        Args:
+            start: state at rest, in the shapes of this call.
+
+        Raises:
+            ValueError: the held state is of another shape.
+        """
+        if self.watch is not None:
+            self.watch(start)
+        if self.held is None:
+            return start
+        leaves, structure = jax.tree.flatten(start)
+        held = [leaf[...] for leaf in self.held]
+        if [v.shape for v in held] != [v.shape for v in leaves]:
+            raise ValueError(
+                f"membranes: expected input for membranes {held[0].shape}, got input "
+                f"for {leaves[0].shape}. Call keep_membranes(model, xs) for the new "
+                "shape, or drop_membranes(model)."
+            )
+        return jax.tree.unflatten(structure, held)
+
+    def save(self, state: State) -> None:
+        """Keep the state for the next call, if states are held."""
+        if self.held is not None:
+            for leaf, value in zip(self.held, jax.tree.leaves(state), strict=True):
+                leaf[...] = value
+
+
+# The tracer finds spikes in a jaxpr by this name: a jit of a function is one equation.
+@jax.jit
+def spiking_output(y: jax.Array, count: jax.Array) -> jax.Array:
+    """Return y, which is made of ``count`` binary spikes."""
+    return y
+
+
+class Step(NamedTuple):
+    """One time step of a neuron, (params, state, x) -> (state, output).
+
+    It is hashable and closes over no arrays, so it compiles once. params is the pair of
+    the cell's parameters and the size of a spike, or None for 1.
+    """
+
+    cell: Cell
+    options: NeuronOptions
+    name: str
+    trains: bool = False
+
+    def __call__(
+        self, params: tuple[Any, Any], state: State, x: jax.Array
+    ) -> tuple[State, jax.Array]:
+        """Return the state after the currents x, and spikes in the type of x."""
+        params, unit = params
+        current = x.astype(jnp.float32)
+        if unit is not None:
+            current = current / unit
+        state, trains = self.cell(params, state, current, self.options)
+        if not trains:  # an integrator: its membrane is its output
+            return state, state.astype(x.dtype)
+        if self.trains:
+            return state, jnp.stack(trains, -1).astype(x.dtype)
+        weights = neurons.spike_weights(self.cell, params)
+        y = count = sum(trains[1:], trains[0])
+        if not all(isinstance(w, float) and np.float32(w) == 1 for w in weights[1:]):
+            pairs = zip(trains[1:], weights[1:], strict=True)
+            y = sum((z * w for z, w in pairs), trains[0])
+        if unit is not None:
+            y = y * unit
+        # Where y is the count, both operands are one array, not two to write.
+        y, count = (
+            (y.astype(x.dtype),) * 2 if y is count else (y.astype(x.dtype), count)
+        )
+        with jax.named_scope(self.name or "neuron"):
+            return state, spiking_output(y, count)
 
 
 class Neuron(nnx.Module):
-    """What all layers of neurons share: a cell, its leak and thresholds, its membrane.
+    """Layer of spiking neurons: a cell, its parameters, and its options.
 
-    Use IF, LIF, PLIF or MultiThreshold. ``cell`` is one of ``spikejax.neurons`` (lif,
-    parallel, cascade, independent).
+    IF, LIF, PLIF, MultiThreshold and LI construct it; nothing overrides it. A neuron of
+    your own is a function (params, state, x, options) -> (state, trains):
+
+        Neuron(cell, MyParams(...), start=my_rest)
+
+    Args:
+        cell: one of ``spikejax.neurons``, or your own.
+        params: a NamedTuple, such as NeuronParams, of numbers, arrays, or sequences of
+            those. Arrays broadcast against the features; an nnx.Param is learned as it
+            is.
+        options: see ``NeuronOptions``.
+        start: (params, shape of the currents, v_start) -> state at rest; by default the
+            membranes.
+        v_start: membrane before the first step; v_reset, or 0, where it is None.
+        unit: size of one spike: currents are divided by it and outputs multiplied. A
+            number, array or nnx.Param; None for 1.
+        learn_tau: learn the leak as sigmoid(leak_logit), in the shape of tau.
+        learn_thresholds: learn the thresholds as exp(log_steps), summed up where they
+            must rise, so they stay positive and in order.
+
+    Raises:
+        ValueError: a parameter is out of its range.
     """
-
-    membrane: Membrane | None = None  # kept from call to call once it is set
 
     def __init__(
         self,
-        cell: neurons.Cell,
-        thresholds: Sequence[float],
+        cell: Cell,
+        params: Any,
+        options: NeuronOptions = neurons.DEFAULT,
         *,
-        tau: float,
-        v_reset: float | None = None,
-        decay_input: bool,
-        detach_reset: bool = False,
-        surrogate: Spike = surrogate.ATAN,
+        start: Callable[[Any, tuple[int, ...], Number], State] | None = None,
+        v_start: Number | None = None,
+        unit: Number | nnx.Param | None = None,
         learn_tau: bool = False,
         learn_thresholds: bool = False,
     ):
-        who = type(self).__name__
-        check_spike(who, surrogate)
-        neurons.check_thresholds(who, thresholds, rising=cell is neurons.parallel)
-        if not tau >= 1 or (learn_tau and not 1 < tau < math.inf):
-            raise ValueError(
-                f"{who}: expected tau {'> 1 and finite' if learn_tau else '>= 1'}, got "
-                f"{tau}. The membrane keeps 1 - 1/tau of itself each time step."
-            )
-        if decay_input and tau == math.inf:
-            raise ValueError(
-                f"{who}: expected a finite tau with decay_input, got {tau}, which "
-                "keeps all input out. For integrate-and-fire, give decay_input=False."
-            )
-        if cell is neurons.lif and len(thresholds) != 1:
-            raise ValueError(
-                f"{who}: expected one threshold for the cell lif, got {thresholds}. "
-                "For several, give neurons.parallel, cascade or independent."
-            )
-        if v_reset is not None and not v_reset < min(thresholds):
-            raise ValueError(
-                f"{who}: expected v_reset below every threshold {min(thresholds)}, got "
-                f"{v_reset}. Give None for soft reset."
-            )
+        if isinstance(params, NeuronParams):
+            _check(type(self).__name__, cell, params, options, learn_tau)
         self.cell = cell
-        self.v_reset = v_reset
-        self.decay_input = decay_input
-        self.detach_reset = detach_reset
-        self.surrogate = surrogate
-        self.num_thresholds = len(thresholds)
-        self.tau = float(tau)
-        self.thresholds = tuple(float(t) for t in thresholds)
+        self.options = options
+        self.name = ""  # of its place in the model, where somebody asks for it
+        self.memory = Memory()
+        default = neurons.rest_each if cell is neurons.independent else neurons.rest
+        self.rest = default if start is None else start
+        self.v_start = _hold(options.v_reset or 0.0 if v_start is None else v_start)
+        self.unit = _hold(unit)
+        self.kind = type(params)
+        for field, value in zip(params._fields, params, strict=True):
+            setattr(self, field, _hold(value))
         # sigmoid(leak_logit) = 1 / tau
-        logit = jnp.asarray(-math.log(tau - 1), jnp.float32) if learn_tau else None
-        self.leak_logit = nnx.Param(logit) if learn_tau else None
-        self.log_steps = nnx.Param(self._log_steps()) if learn_thresholds else None
+        logit = -np.log(1 / np.asarray(params.leak) - 1) if learn_tau else None
+        self.leak_logit = None if logit is None else _param(logit)
+        self.log_steps = _param(self._log_steps()) if learn_thresholds else None
 
-    def _log_steps(self):
-        steps = jnp.asarray(self.thresholds, jnp.float32)
-        if self.cell is neurons.parallel:
-            steps = jnp.diff(steps, prepend=0)
-        return jnp.log(steps)
+    def _rises(self) -> bool:
+        return self.cell is neurons.parallel and self.amounts is None
+
+    def _log_steps(self) -> jax.Array:
+        steps = jnp.asarray(_read(self.thresholds), jnp.float32)
+        return jnp.log(jnp.diff(steps, axis=0, prepend=0) if self._rises() else steps)
 
     @property
-    def params(self) -> NeuronParams:
-        """Leak 1/tau and thresholds, learned or fixed, as the cell takes them.
-
-        A learned leak is sigmoid(leak_logit). Learned thresholds are exp(log_steps),
-        summed up where they must rise, so they stay positive and in order.
-        """
-        leak = 1 / self.tau
+    def params(self) -> Any:
+        """Parameters as the cell takes them, learned or fixed."""
+        values = {field: _read(getattr(self, field)) for field in self.kind._fields}
         if self.leak_logit is not None:
-            leak = jax.nn.sigmoid(self.leak_logit[...])
-        thresholds = self.thresholds
+            values["leak"] = jax.nn.sigmoid(self.leak_logit[...])
         if self.log_steps is not None:
             steps = jnp.exp(self.log_steps[...])
-            if self.cell is neurons.parallel:
-                steps = jnp.cumsum(steps)
-            thresholds = tuple(steps[k] for k in range(self.num_thresholds))
-        return NeuronParams(leak, thresholds)
+            values["thresholds"] = jnp.cumsum(steps, 0) if self._rises() else steps
+        return self.kind(**values)
 
     @property
-    def v_start(self) -> float:
-        """Membrane at rest, before the first step of a sequence."""
-        return self.v_reset or 0.0
+    def num_thresholds(self) -> int:
+        """Number N of thresholds, and of spike trains."""
+        return len(self.params.thresholds)
 
-    def rest(self, shape: tuple[int, ...]) -> jax.Array:
-        """Membranes at rest for currents of that shape."""
-        if self.cell is neurons.independent:
-            shape = (self.num_thresholds, *shape)
-        return jnp.full(shape, self.v_start, jnp.float32)
+    def start(self, shape: tuple[int, ...]) -> State:
+        """Return the state before the first step, for currents of that shape."""
+        return self.rest(self.params, shape, _read(self.v_start))
 
-    def _start(self, xs):
-        """Membrane before the first step: held from the last call, or at rest."""
-        rest = self.rest(xs[:, 0].shape)
-        if self.membrane is None:
-            return rest
-        held, shape = self.membrane[...], rest.shape
-        if held.shape not in ((), shape):
-            raise ValueError(
-                f"{type(self).__name__}: expected input for its membrane "
-                f"{held.shape}, got {xs.shape}. Call keep_membranes(model) to start "
-                "anew."
-            )
-        return jnp.broadcast_to(held, shape)
+    def bind(self, *, trains: bool = False) -> tuple[Step, tuple[Any, Any]]:
+        """Return one time step as a pure function, and its parameters.
+
+        With them ``step(params, state, x)`` is what ``self.step(state, x)`` computes.
+        """
+        step = Step(self.cell, self.options, self.name, trains)
+        return step, (self.params, _read(self.unit))
+
+    def step(
+        self, state: State, x: jax.Array, *, trains: bool = False
+    ) -> tuple[State, jax.Array]:
+        """Compute one step from a state that the caller keeps.
+
+        Args:
+            state: as from ``start(x.shape)``.
+            x: currents of any shape; its axes do not see each other.
+            trains: return the N binary trains on a new last axis.
+
+        Returns:
+            the state after it, and the spikes in the type of x.
+        """
+        step, params = self.bind(trains=trains)
+        return step(params, state, x)
+
+    def charge(self, v: jax.Array, x: jax.Array) -> jax.Array:
+        """Return the membranes of such a step after charging, before it fires."""
+        current = x.astype(jnp.float32)
+        if self.unit is not None:
+            current = current / _read(self.unit)
+        return neurons.charge(self.params.leak, v, current, self.options)
 
     def __call__(self, xs: jax.Array, *, trains: bool = False) -> jax.Array:
-        """Spikes of the currents xs.
+        """Return the spikes of the currents xs.
 
         Args:
             xs: input current [B, T, ...], floating point.
-            trains: the N binary spike trains apart, on a new last axis.
+            trains: return the N binary spike trains on a new last axis.
 
         Returns:
-            spikes [B, T, ...] in the type of xs; for N thresholds their weighted sum.
-        """
-        who = type(self).__name__
-        if xs.ndim < 2 or xs.shape[1] == 0:
-            raise ValueError(
-                f"{who}: expected a sequence [B, T, ...] with T >= 1, got shape "
-                f"{xs.shape}. For one time step, add the time axis: x[:, None]."
-            )
-        if not jnp.issubdtype(xs.dtype, jnp.floating):
-            raise ValueError(
-                f"{who}: expected floating point input, got {xs.dtype}. "
-                "Convert it: xs.astype(jnp.float32)."
-            )
+            spikes [B, T, ...] in the type of xs: for N thresholds their weighted sum.
 
-        cell = partial(self._step, trains=trains)
-        v, spikes = unroll(cell, self.params, self._start(xs), xs)
-        if self.membrane is not None:
-            self.membrane = Membrane(v)
+        Raises:
+            ValueError: xs has no time axis, or holds no floating point numbers.
+        """
+        check_sequence(type(self).__name__, xs)
+        step, params = self.bind(trains=trains)
+        state = self.memory.load(self.start(xs[:, 0].shape))
+        state, spikes = unroll_compiled(step, params, state, xs)
+        self.memory.save(state)
         return spikes
 
-    def step(
-        self, v: jax.Array, xs: jax.Array, *, trains: bool = False
-    ) -> tuple[jax.Array, jax.Array]:
-        """One step for all currents xs at once, from membranes that the caller keeps.
 
-        Args:
-            v: membranes in the shape of xs, such as ``rest(xs.shape)``.
-            xs: currents [B, T, ...], whose time steps do not see each other here.
-            trains: as in a call of the layer.
+def check_sequence(who: str, xs: jax.Array) -> None:
+    """Check that xs is a sequence [B, T, ...] of floating point numbers.
 
-        Returns:
-            the membranes after it, and the spikes.
-        """
-        return self._step(self.params, v, xs, trains=trains)
+    Raises:
+        ValueError: it is not.
+    """
+    shape, dtype = jnp.shape(xs), jnp.result_type(xs)
+    if len(shape) > 1 and shape[1] and jnp.issubdtype(dtype, jnp.floating):
+        return
+    raise ValueError(
+        f"{who}: expected a floating point sequence [B, T, ...] with T >= 1, got "
+        f"{dtype} of shape {shape}. For one time step, add the time axis: x[:, None]. "
+        "Convert integers: xs.astype(jnp.float32)."
+    )
 
-    def _step(self, params, v, x, *, trains=False):
-        v, z = self.cell(
-            params,
-            v,
-            x.astype(jnp.float32),
-            v_reset=self.v_reset,
-            decay_input=self.decay_input,
-            detach_reset=self.detach_reset,
-            spike=self.surrogate,
-            trains=trains,
+
+def _hold(value: Any) -> Any:
+    """Return a value as a module stores it: numbers static, arrays in a variable."""
+    if isinstance(value, nnx.Variable) or np.ndim(value) == 0 and _is_plain(value):
+        return value
+    if isinstance(value, Sequence) and all(map(_is_plain, value)):
+        return tuple(float(v) for v in value)
+    return Fixed(jnp.asarray(_stack(value), jnp.float32))
+
+
+def _param(value: Any) -> nnx.Param:
+    return nnx.Param(jnp.asarray(value, jnp.float32))
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, int | float | np.number | str)
+
+
+def _stack(value: Any) -> Any:
+    """Return a sequence of numbers and arrays as one array, [N, ...]."""
+    if isinstance(value, Sequence):
+        return jnp.stack(jnp.broadcast_arrays(*map(jnp.asarray, value)))
+    return value
+
+
+def _read(value: Any) -> Any:
+    return value[...] if isinstance(value, nnx.Variable) else value
+
+
+def _check(
+    who: str, cell: Cell, params: NeuronParams, options: NeuronOptions, learn_tau: bool
+) -> None:
+    """Check the parameters of our own cells, where they are numbers already.
+
+    Raises:
+        ValueError: one is out of its range.
+    """
+    if not isinstance(options.surrogate, Surrogate):
+        raise ValueError(
+            f"{who}: expected a surrogate such as surrogate.ATAN or "
+            f"surrogate.heaviside(derivative), got {options.surrogate!r}."
         )
-        return v, z.astype(x.dtype)
-
-    def charge(self, v: jax.Array, xs: jax.Array) -> jax.Array:
-        """Membranes of such a step after the currents xs and before the spikes."""
-        return neurons.charge(
-            self.params.leak,
-            v,
-            xs.astype(jnp.float32),
-            v_reset=self.v_reset,
-            decay_input=self.decay_input,
+    if cell is neurons.integrate or isinstance(params.thresholds, nnx.Variable):
+        return
+    if params.amounts is None:
+        rising = cell is neurons.parallel
+        neurons.check_thresholds(who, params.thresholds, rising=rising)
+    if cell is neurons.lif and len(params.thresholds) != 1:
+        raise ValueError(
+            f"{who}: expected one threshold for the cell lif, got {params.thresholds}. "
+            "For several, give neurons.parallel, cascade or independent."
         )
+    v_reset, lowest = options.v_reset, min(np.min(t) for t in params.thresholds)
+    if v_reset is not None and params.amounts is None and not v_reset < lowest:
+        raise ValueError(
+            f"{who}: expected v_reset below every threshold {lowest}, got {v_reset}. "
+            "Give None for soft reset."
+        )
+
+
+def _leak(who: str, tau: Number, options: NeuronOptions, learn_tau: bool) -> Number:
+    """Return 1 / tau.
+
+    Raises:
+        ValueError: tau is out of its range.
+    """
+    with np.errstate(all="ignore"):
+        leak = 1 / np.asarray(tau, np.float64)
+    low = (leak <= 0) & (learn_tau | options.decay_input)
+    if (
+        low | (leak < 0) | np.isnan(leak) | (leak > 1) | (learn_tau & (leak == 1))
+    ).any():
+        raise ValueError(
+            f"{who}: expected tau >= 1, and > 1 and finite where it is learned, got "
+            f"{tau}. The membrane keeps 1 - 1/tau of itself per time step; for "
+            "integrate-and-fire take IF, or tau=math.inf with decay_input=False."
+        )
+    return leak.item() if leak.ndim == 0 else leak
 
 
 class LIF(Neuron):
-    """Leaky integrate-and-fire neurons.
+    """Layer of leaky integrate-and-fire neurons.
 
     u = v + (x - v) / tau  (decay_input)   or   u = v - v / tau + x
     z = H(u - v_threshold);   v' = u - v_threshold z  (soft)   or   v_reset where z = 1
 
     Args:
-        tau: membrane time constant in time steps, >= 1.
-        v_threshold: threshold, > 0.
+        tau: membrane time constant in time steps, >= 1; a number, or an array that
+            broadcasts against the features.
+        v_threshold: threshold, > 0; a number or an array like tau.
         v_reset: None for soft reset, else the value after a spike and at rest.
         decay_input: whether tau scales the input too.
-        detach_reset: no gradient through the reset.
+        detach_reset: whether no gradient flows through the reset.
         surrogate: Heaviside step with a surrogate derivative.
-        learn_tau: learn one tau for the layer (PLIF).
-        learn_thresholds: learn the threshold.
+        v_start: membrane before the first step; v_reset, or 0, where it is None.
+        learn_tau: learn tau, in its own shape: one number is one tau per layer (PLIF).
+        learn_thresholds: learn the threshold, in its own shape.
+
+    Raises:
+        ValueError: an argument is out of its range.
 
     Reference: Wu et al. 2018, arXiv:1706.02609.
     """
 
     def __init__(
         self,
-        tau: float = 2.0,
-        v_threshold: float = 1.0,
+        tau: Number = 2.0,
+        v_threshold: Number = 1.0,
         *,
         v_reset: float | None = None,
         decay_input: bool = True,
         detach_reset: bool = False,
         surrogate: Spike = surrogate.ATAN,
+        v_start: Number | None = None,
         learn_tau: bool = False,
         learn_thresholds: bool = False,
     ):
+        options = NeuronOptions(v_reset, decay_input, detach_reset, surrogate)
+        leak = _leak(type(self).__name__, tau, options, learn_tau)
         super().__init__(
             neurons.lif,
-            (v_threshold,),
-            tau=tau,
-            v_reset=v_reset,
-            decay_input=decay_input,
-            detach_reset=detach_reset,
-            surrogate=surrogate,
+            NeuronParams(leak, (v_threshold,)),
+            options,
+            v_start=v_start,
             learn_tau=learn_tau,
             learn_thresholds=learn_thresholds,
         )
 
 
 class IF(LIF):
-    """Integrate-and-fire neurons: u = v + x. Arguments are those of LIF but tau."""
+    """Layer of integrate-and-fire neurons: u = v + x.
 
-    def __init__(self, v_threshold: float = 1.0, **options):
+    Arguments are those of LIF except tau and decay_input.
+    """
+
+    def __init__(self, v_threshold: Number = 1.0, **options: Any):
         super().__init__(math.inf, v_threshold, decay_input=False, **options)
 
 
 class PLIF(LIF):
-    """Leaky integrate-and-fire neurons that learn one tau a layer.
+    """Layer of leaky integrate-and-fire neurons that learn tau.
 
-    1 / tau = sigmoid(w). Arguments are those of LIF; tau is the start, > 1.
+    1 / tau = sigmoid(w). Arguments are those of LIF; tau is the initial value, > 1.
 
     Reference: Fang et al. 2021, arXiv:2007.05785.
     """
 
-    def __init__(self, tau: float = 2.0, v_threshold: float = 1.0, **options):
+    def __init__(self, tau: Number = 2.0, v_threshold: Number = 1.0, **options: Any):
         super().__init__(tau, v_threshold, learn_tau=True, **options)
 
 
+class LI(Neuron):
+    """Layer of leaky integrators, such as a readout: v' = v + (x - v) / tau, output v'.
+
+    Args:
+        tau: as in LIF; math.inf with decay_input=False adds up the input.
+        decay_input: whether tau scales the input too.
+
+    Raises:
+        ValueError: tau is out of its range.
+    """
+
+    def __init__(self, tau: Number = 2.0, *, decay_input: bool = True):
+        options = NeuronOptions(decay_input=decay_input)
+        leak = _leak(type(self).__name__, tau, options, False)
+        super().__init__(neurons.integrate, NeuronParams(leak), options)
+
+
 class MultiThreshold(Neuron):
-    """Neurons with N thresholds, which fire up to N spikes in one time step.
+    """Layer of neurons with N thresholds, which fire up to N spikes in one time step.
 
     The output is the sum of N binary spike trains, with weights that are 1 for equally
-    spaced thresholds; ``layer(xs, trains=True)`` gives the trains. See the cell for the
-    equations.
+    spaced thresholds; ``layer(xs, trains=True)`` returns the trains. See the cell for
+    the equations.
 
     Args:
         thresholds: their number N, for equal spacing of v_threshold, or the thresholds
-            themselves: rising for ``parallel``, in the order of firing for ``cascade``.
-        cell: neurons.parallel, neurons.cascade, or neurons.independent (one membrane a
-            threshold).
+            themselves, numbers or arrays: rising for ``parallel``, in the order of
+            firing for ``cascade``.
+        cell: neurons.parallel, neurons.cascade, or neurons.independent (one membrane
+            per threshold).
         v_threshold: the spacing, where thresholds is a number.
         tau: membrane time constant in time steps, >= 1; math.inf with decay_input=False
             makes integrate-and-fire neurons.
-        learn_tau: learn one tau for the layer.
-        learn_thresholds: learn the thresholds.
         Other arguments are those of LIF. After a batch norm, v_threshold=0.5 and
-        decay_input=False put four thresholds where the inputs lie.
+        decay_input=False put four thresholds where the inputs are.
+
+    Raises:
+        ValueError: an argument is out of its range.
 
     Reference: Wang, Zhang, Zhang 2023, arXiv:2303.11127.
     """
 
     def __init__(
         self,
-        thresholds: int | Sequence[float] = 4,
-        cell: neurons.Cell = neurons.parallel,
+        thresholds: int | Sequence[Number] = 4,
+        cell: Cell = neurons.parallel,
         *,
-        v_threshold: float = 1.0,
-        tau: float = 2.0,
+        v_threshold: Number = 1.0,
+        tau: Number = 2.0,
         v_reset: float | None = None,
         decay_input: bool = True,
         detach_reset: bool = False,
         surrogate: Spike = surrogate.ATAN,
+        v_start: Number | None = None,
         learn_tau: bool = False,
         learn_thresholds: bool = False,
     ):
+        who = type(self).__name__
+        if isinstance(cell, type | Neuron | str) or isinstance(thresholds, float | str):
+            raise ValueError(
+                f"{who}: expected the number of thresholds or a sequence of them, and "
+                "a cell such as neurons.parallel, got "
+                f"{thresholds!r} and {getattr(cell, '__name__', type(cell).__name__)}."
+            )
+        if isinstance(thresholds, int | np.integer):
+            equal = neurons.equal_thresholds
+            if cell is neurons.cascade:
+                equal = neurons.repeated_thresholds
+            thresholds = equal(int(thresholds), v_threshold)
+        elif np.ndim(v_threshold) or v_threshold != 1.0:
+            raise ValueError(
+                f"{who}: expected v_threshold with a number of thresholds, got it with "
+                f"{thresholds}."
+            )
+        options = NeuronOptions(v_reset, decay_input, detach_reset, surrogate)
         super().__init__(
             cell,
-            neurons.spaced(type(self).__name__, cell, thresholds, v_threshold),
-            tau=tau,
-            v_reset=v_reset,
-            decay_input=decay_input,
-            detach_reset=detach_reset,
-            surrogate=surrogate,
+            NeuronParams(_leak(who, tau, options, learn_tau), tuple(thresholds)),
+            options,
+            v_start=v_start,
             learn_tau=learn_tau,
             learn_thresholds=learn_thresholds,
         )
 
 
 def neuron_layers(model: nnx.Module) -> dict[str, Neuron]:
-    """The layers of neurons in a model, by path such as 'stages/0/neurons/1'."""
+    """Return the layers of neurons in a model, by path such as 'stages/0/neurons/1'."""
     return {
         "/".join(map(str, path)): module
-        for path, module in nnx.iter_graph(model)
+        for path, module in iter_modules(model)
         if isinstance(module, Neuron)
     }
 
 
-def check_factory(who: str, neuron: Any) -> None:
-    """A ValueError where ``neuron()`` cannot be called: it makes each activation."""
+def check_factory(who: str, neuron: Callable) -> None:
+    """Check that ``neuron()`` makes an activation.
+
+    Raises:
+        ValueError: it takes arguments, or is not a function.
+    """
     try:
         inspect.signature(neuron).bind()
     except TypeError as error:
@@ -330,20 +524,3 @@ def check_factory(who: str, neuron: Any) -> None:
             f"partial(LIF, tau=4.0) or lambda: nnx.relu, got {type(neuron).__name__}: "
             f"{error}."
         ) from error
-
-
-def keep_membranes(model: nnx.Module) -> nnx.Module:
-    """Let every neuron of a model keep its membrane from now on, starting from rest.
-
-    Then a sequence may be fed in slices, ``model(xs[:, t : t + 1])``, with the result
-    of feeding it whole. Call it again to start anew. Changes and returns the model.
-    """
-    layers = neuron_layers(model)
-    if not layers:
-        raise ValueError(
-            f"keep_membranes: expected a model with spiking neurons, found none in "
-            f"{type(model).__name__}."
-        )
-    for layer in layers.values():
-        layer.membrane = Membrane(jnp.float32(layer.v_start))
-    return model

@@ -1,8 +1,10 @@
-"""Spiking neurons as pure cells: ``(params, v, x) -> (v, spikes)``, one time step.
+"""Spiking neurons as pure cells: ``(params, state, x, options) -> (state, trains)``.
 
-Every cell charges, fires and resets within the same step. A cell knows nothing of time:
-``spikejax.unroll`` repeats it. There is one rule for each of the three phases, shared
-by all cells, so that a multi-threshold neuron with one threshold is the plain neuron.
+A cell computes one time step: it charges, fires and resets within the same step. It
+knows nothing of time: ``spikejax.unroll`` repeats it. ``trains`` are its N binary spike
+trains as a tuple; the layer weighs and sums them (``spike_weights``). ``state`` is any
+pytree, for most cells the membrane. There is one rule for each of the three phases,
+shared by all cells, so a cell with one threshold is the plain neuron.
 """
 
 import math
@@ -16,71 +18,83 @@ import numpy as np
 from spikejax import surrogate
 from spikejax.surrogate import Spike
 
-Cell = Callable[..., tuple[jax.Array, jax.Array]]
+Number = float | jax.Array  # arrays broadcast against the membrane
+State = Any  # a pytree of arrays
+Trains = tuple[jax.Array, ...]
+Cell = Callable[..., tuple[State, Trains]]
 
 
 class NeuronParams(NamedTuple):
     """Parameters of a neuron; arrays broadcast against the membrane.
 
     leak: 1 / tau in [0, 1]; 0 makes an integrate-and-fire neuron.
-    thresholds: the N thresholds, each a scalar or an array that broadcasts.
+    thresholds: N thresholds; an array has them on its first axis.
+    amounts: what each of the N spikes takes away from the membrane, in the output
+        relative to the first; None is the rule of the cell. Negative amounts belong to
+        spikes that fire below their threshold (signed and ternary neurons).
     """
 
-    leak: Any = 0.5
-    thresholds: Any = (1.0,)
+    leak: Number = 0.5
+    thresholds: Sequence[Number] | jax.Array = (1.0,)
+    amounts: Sequence[Number] | jax.Array | None = None
 
 
-def charge(leak, v, x, *, v_reset: float | None, decay_input: bool) -> jax.Array:
-    """Membrane after one step of input, before it fires: u.
+class NeuronOptions(NamedTuple):
+    """Discrete choices of a neuron, the same for every cell.
+
+    v_reset: None for soft reset (subtract the amounts), else the value after a spike.
+    decay_input: whether the leak scales the input too.
+    detach_reset: whether no gradient flows through the reset.
+    surrogate: Heaviside step with a surrogate derivative.
+    """
+
+    v_reset: float | None = None
+    decay_input: bool = True
+    detach_reset: bool = False
+    surrogate: Spike = surrogate.ATAN
+
+
+DEFAULT = NeuronOptions()
+
+
+def charge(leak: Number, v: Number, x: jax.Array, options: NeuronOptions) -> jax.Array:
+    """Return the membrane u after one step of input, before it fires.
 
     decay_input: u = v + (x - (v - v_rest)) leak;  else: u = v - (v - v_rest) leak + x
 
     v_rest is v_reset, or 0 where v_reset is None.
     """
-    above_rest = v - v_reset if v_reset else v
-    if decay_input:
+    above_rest = v - options.v_reset if options.v_reset else v
+    if options.decay_input:
         return v + (x - above_rest) * leak
     return v - above_rest * leak + x
 
 
-def reset(u, z, amount, *, v_reset: float | None, detach_reset: bool) -> jax.Array:
-    """Membrane after firing: u - amount (soft, v_reset None), or v_reset where z = 1.
+def reset(
+    u: jax.Array, z: jax.Array, amount: jax.Array, options: NeuronOptions
+) -> jax.Array:
+    """Return the membrane after firing: u - amount (soft), or v_reset where z = 1.
 
     Args:
         u: membrane before the reset.
         z: whether the neuron fired, in {0, 1}.
         amount: what a soft reset takes away, z times the threshold.
-        detach_reset: no gradient flows through z and amount.
+        options: v_reset and detach_reset.
     """
-    if detach_reset:
+    if options.detach_reset:
         z, amount = jax.lax.stop_gradient((z, amount))
-    if v_reset is None:
+    if options.v_reset is None:
         return u - amount
-    return (1 - z) * u + v_reset * z
-
-
-def _gather(spikes, steps, trains):
-    """Weighted sum of binary trains (weights steps / steps[0]), or the trains alone."""
-    if trains:
-        return jnp.stack(spikes, -1)
-    total = spikes[0]
-    for z, step in zip(spikes[1:], steps[1:], strict=True):
-        total = total + z * (step / steps[0])
-    return total
+    return (1 - z) * u + options.v_reset * z
 
 
 def lif(
     params: NeuronParams,
     v: jax.Array,
     x: jax.Array,
-    *,
-    v_reset: float | None = None,
-    decay_input: bool = True,
-    detach_reset: bool = False,
-    spike: Spike = surrogate.ATAN,
-    trains: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """One step of a leaky integrate-and-fire neuron.
+    options: NeuronOptions = DEFAULT,
+) -> tuple[jax.Array, Trains]:
+    """Compute one step of a leaky integrate-and-fire neuron.
 
     u = charge(leak, v, x),  z = H(u - threshold),  v' = reset(u, z)
 
@@ -90,193 +104,251 @@ def lif(
         params: leak and one threshold.
         v: membrane left by the previous step, any shape.
         x: input current, shape of v.
-        v_reset: None for soft reset (subtract the threshold), else the reset value.
-        decay_input: whether the leak scales the input too.
-        detach_reset: no gradient through the reset.
-        spike: Heaviside step with a surrogate derivative.
-        trains: add a last axis of size 1 to the spikes, as the cells below do.
+        options: see ``NeuronOptions``.
 
     Returns:
-        v' and the spikes in {0, 1}, both in the shape of v.
+        v' in the shape of v, and one spike train in {0, 1} of the same shape.
 
     Reference: Fang et al. 2021, arXiv:2007.05785 (PLIF); Wu et al. 2018,
     arXiv:1706.02609.
     """
-    (threshold,) = params.thresholds
-    u = charge(params.leak, v, x, v_reset=v_reset, decay_input=decay_input)
-    z = spike(u - threshold)
-    v = reset(u, z, threshold * z, v_reset=v_reset, detach_reset=detach_reset)
-    return v, _gather([z], [threshold], trains)
+    return cascade(params, v, x, options)  # of one threshold
 
 
 def parallel(
     params: NeuronParams,
     v: jax.Array,
     x: jax.Array,
-    *,
-    v_reset: float | None = None,
-    decay_input: bool = True,
-    detach_reset: bool = False,
-    spike: Spike = surrogate.ATAN,
-    trains: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """One step of a multi-threshold neuron, all N thresholds compared at once.
+    options: NeuronOptions = DEFAULT,
+) -> tuple[jax.Array, Trains]:
+    """Compute one step of a multi-threshold neuron, all N thresholds compared together.
 
     u = charge(leak, v, x),  z_k = H(u - theta_k),  theta_1 < ... < theta_N
-    o = sum_k (d_k / d_1) z_k,  d_k = theta_k - theta_(k-1),  theta_0 = 0
-    soft: v' = u - sum_k d_k z_k;   hard: v' = v_reset where z_1 fired
+    o = sum_k (a_k / a_1) z_k,  a_k = theta_k - theta_(k-1),  theta_0 = 0
+    soft: v' = u - sum_k a_k z_k;   hard: v' = v_reset where z_1 fired
 
     Equal spacing gives weights of 1: the output is the number of spikes, and with soft
     reset it is clip(floor(u / theta_1), 0, N).
 
+    With ``amounts`` a_k of one's own the thresholds may have any value, and a spike of
+    negative amount fires below its threshold: z_k = H(theta_k - u). So thresholds
+    theta (k - 1/2) with amounts theta make an I-LIF neuron, which rounds where this one
+    floors.
+
     Args:
-        params: leak and N rising thresholds.
-        trains: the N binary trains on a new last axis instead of their weighted sum.
-        Other arguments are those of ``lif``.
+        params: leak and N thresholds; rising, and positive, unless amounts are given.
+        v, x, options: as in ``lif``.
 
     Returns:
-        v' in the shape of v, and the output o.
+        v' in the shape of v, and N spike trains; the layer sums them up to o.
 
-    Reference: after Wang, Zhang, Zhang 2023, arXiv:2303.11127, which names the mode;
-    the equations are our choice, as the paper's could not be had.
+    Reference: after Wang, Zhang, Zhang 2023, arXiv:2303.11127, which names the mode. We
+    had no access to the paper's equations; these are our own. Amounts: Luo et al. 2024,
+    arXiv:2407.20708 (I-LIF).
     """
-    u = charge(params.leak, v, x, v_reset=v_reset, decay_input=decay_input)
-    thresholds = params.thresholds
-    spikes = [spike(u - threshold) for threshold in thresholds]
-    steps = [thresholds[0]]
-    steps += [b - a for a, b in zip(thresholds[:-1], thresholds[1:], strict=True)]
-    amount = sum(step * z for step, z in zip(steps, spikes, strict=True))
-    v = reset(u, spikes[0], amount, v_reset=v_reset, detach_reset=detach_reset)
-    return v, _gather(spikes, steps, trains)
+    u = charge(params.leak, v, x, options)
+    amounts = spike_amounts(parallel, params)
+    if params.amounts is None:
+        trains = tuple(options.surrogate(u - theta) for theta in params.thresholds)
+        fired = trains[0]  # thresholds rise: no other fires without the first
+    else:
+        pairs = zip(params.thresholds, amounts, strict=True)
+        trains = tuple(options.surrogate(jnp.sign(a) * (u - t)) for t, a in pairs)
+        fired = 1 - math.prod(1 - z for z in trains)
+    amount = sum(a * z for a, z in zip(amounts, trains, strict=True))
+    return reset(u, fired, amount, options), trains
 
 
 def cascade(
     params: NeuronParams,
     v: jax.Array,
     x: jax.Array,
-    *,
-    v_reset: float | None = None,
-    decay_input: bool = True,
-    detach_reset: bool = False,
-    spike: Spike = surrogate.ATAN,
-    trains: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """One step of a multi-threshold neuron, each threshold after the reset of the last.
+    options: NeuronOptions = DEFAULT,
+) -> tuple[jax.Array, Trains]:
+    """Compute one step of a multi-threshold neuron, one threshold after the other.
 
     u_0 = charge(leak, v, x),  z_k = H(u_(k-1) - theta_k),  u_k = reset(u_(k-1), z_k)
-    o = sum_k (theta_k / theta_1) z_k,  v' = u_N
+    o = sum_k (a_k / a_1) z_k,  a_k = theta_k,  v' = u_N
 
     Equal thresholds give weights of 1; dyadic ones (theta_k = theta 2^(1-k)) give 2^N
     levels from N spikes. With hard reset at most one of the N fires: take soft reset.
 
     Args:
         params: leak and N positive thresholds, in the order in which they act.
-        trains: the N binary trains on a new last axis instead of their weighted sum.
-        Other arguments are those of ``lif``.
+        v, x, options: as in ``lif``.
 
     Returns:
-        v' in the shape of v, and the output o.
+        v' in the shape of v, and N spike trains; the layer sums them up to o.
 
-    Reference: after Wang, Zhang, Zhang 2023, arXiv:2303.11127, which names the mode;
-    the equations are our choice, as the paper's could not be had.
+    Reference: after Wang, Zhang, Zhang 2023, arXiv:2303.11127, which names the mode. We
+    had no access to the paper's equations; these are our own.
     """
-    u = charge(params.leak, v, x, v_reset=v_reset, decay_input=decay_input)
-    spikes = []
-    for threshold in params.thresholds:
-        z = spike(u - threshold)
-        u = reset(u, z, threshold * z, v_reset=v_reset, detach_reset=detach_reset)
-        spikes.append(z)
-    return u, _gather(spikes, params.thresholds, trains)
+    u = charge(params.leak, v, x, options)
+    trains = []
+    amounts = spike_amounts(cascade, params)
+    for theta, amount in zip(params.thresholds, amounts, strict=True):
+        z = options.surrogate(u - theta)
+        u = reset(u, z, amount * z, options)
+        trains.append(z)
+    return u, tuple(trains)
 
 
 def independent(
-    params: NeuronParams, v: jax.Array, x: jax.Array, *, trains: bool = False, **options
-) -> tuple[jax.Array, jax.Array]:
-    """One step of N plain neurons that share their input, one membrane a threshold.
+    params: NeuronParams,
+    membranes: jax.Array,
+    x: jax.Array,
+    options: NeuronOptions = DEFAULT,
+) -> tuple[jax.Array, Trains]:
+    """Compute one step of N plain neurons that share their input.
 
     v_k', z_k = lif(leak, theta_k, v_k, x);   o = sum_k z_k
 
     Args:
         params: leak and N positive thresholds.
-        v: membranes, one a threshold on a new first axis: [N, *x.shape].
-        trains: the N binary trains on a new last axis instead of their sum.
-        Other arguments are those of ``lif``.
+        membranes: one per threshold, on a new first axis: [N, *x.shape].
+        x, options: as in ``lif``.
 
     Returns:
-        v' in the shape of v, and the output o in the shape of x.
+        the membranes, and N spike trains in the shape of x.
 
     Reference: the multi-level firing unit, Feng et al. 2022, arXiv:2210.06386.
     """
-    membranes, spikes = [], []
-    for k, threshold in enumerate(params.thresholds):
-        one = NeuronParams(params.leak, (threshold,))
-        membrane, z = lif(one, v[k], x, **options)
-        membranes.append(membrane)
-        spikes.append(z)
-    return jnp.stack(membranes), _gather(spikes, [1.0] * len(spikes), trains)
+    steps = [
+        lif(NeuronParams(params.leak, (theta,)), v, x, options)
+        for theta, v in zip(params.thresholds, membranes, strict=True)
+    ]
+    return jnp.stack([v for v, _ in steps]), tuple(z for _, (z,) in steps)
+
+
+def integrate(
+    params: NeuronParams,
+    v: jax.Array,
+    x: jax.Array,
+    options: NeuronOptions = DEFAULT,
+) -> tuple[jax.Array, Trains]:
+    """Compute one step of a leaky integrator: v' = charge(leak, v, x).
+
+    It never fires, so it has no spike trains; the output of its layer is v'.
+
+    Args:
+        params: leak; thresholds have no meaning.
+        v, x, options: as in ``lif``.
+    """
+    return charge(params.leak, v, x, options), ()
+
+
+def late_reset(
+    params: NeuronParams,
+    v: jax.Array,
+    x: jax.Array,
+    options: NeuronOptions = DEFAULT,
+) -> tuple[jax.Array, Trains]:
+    """Compute one step of a neuron whose soft reset comes one step later.
+
+    u = charge(leak, v, x),  z = H(u - threshold),  v' = u - threshold z / (1 - leak)
+
+    The leak of the next step makes v' (1 - leak) = u (1 - leak) - threshold z: the
+    default of snnTorch's Leaky.
+
+    Args:
+        params: leak < 1, and one threshold.
+        v, x: as in ``lif``.
+        options: as in ``lif``, without hard reset.
+    """
+    (theta,) = params.thresholds
+    u = charge(params.leak, v, x, options)
+    z = options.surrogate(u - theta)
+    return reset(u, z, theta / (1 - params.leak) * z, options), (z,)
+
+
+def spike_amounts(cell: Cell, params: NeuronParams) -> Sequence[Number] | jax.Array:
+    """Return what each of the N spikes takes away from the membrane."""
+    if params.amounts is not None:
+        return params.amounts
+    theta = params.thresholds
+    if cell is not parallel:
+        return theta
+    steps = [b - a for a, b in zip(theta[:-1], theta[1:], strict=True)]
+    return [theta[0], *steps]
+
+
+def spike_weights(cell: Cell, params: NeuronParams) -> list[Number]:
+    """Return what each of the N spikes adds to the output: a_k / a_1.
+
+    Spikes of cells without a common membrane (``independent``) weigh 1 each.
+    """
+    if cell in (parallel, cascade) or getattr(params, "amounts", None) is not None:
+        amounts = spike_amounts(cell, params)
+        return [a / amounts[0] for a in amounts]
+    return [1.0] * len(params.thresholds)
+
+
+def rest(params: Any, shape: tuple[int, ...], v_start: Number) -> jax.Array:
+    """Return membranes before the first step, for currents of that shape."""
+    # float32 whatever the type of the currents: sums over time need the digits.
+    return jnp.broadcast_to(jnp.asarray(v_start, jnp.float32), shape)
+
+
+def rest_each(
+    params: NeuronParams, shape: tuple[int, ...], v_start: Number
+) -> jax.Array:
+    """Return one membrane per threshold, [N, *shape], as ``independent`` keeps them."""
+    return rest(params, (len(params.thresholds), *shape), v_start)
 
 
 def equal_thresholds(num_thresholds: int, v_threshold: float = 1.0) -> tuple:
-    """Equally spaced thresholds for ``parallel``: v_threshold * (1, 2, ..., N)."""
-    _check_number(num_thresholds)
-    return tuple(v_threshold * k for k in range(1, num_thresholds + 1))
+    """Return equally spaced thresholds for ``parallel``: v_threshold (1, 2, ..., N).
+
+    Raises:
+        ValueError: the number is below 1.
+    """
+    return tuple(v_threshold * k for k in range(1, _check_number(num_thresholds) + 1))
 
 
 def repeated_thresholds(num_thresholds: int, v_threshold: float = 1.0) -> tuple:
-    """The same threshold N times, for ``cascade``: its equally spaced levels."""
-    _check_number(num_thresholds)
-    return (v_threshold,) * num_thresholds
+    """Return one threshold N times, the equally spaced levels of ``cascade``.
+
+    Raises:
+        ValueError: the number is below 1.
+    """
+    return (v_threshold,) * _check_number(num_thresholds)
 
 
 def dyadic_thresholds(num_thresholds: int, v_threshold: float = 1.0) -> tuple:
-    """Halving thresholds for ``cascade``: v_threshold * 2^(1-k), 2^N output levels."""
-    _check_number(num_thresholds)
-    return tuple(v_threshold * 2.0**-k for k in range(num_thresholds))
+    """Return halving thresholds for ``cascade``: v_threshold 2^(1-k), 2^N levels.
+
+    Raises:
+        ValueError: the number is below 1.
+    """
+    return tuple(v_threshold * 2.0**-k for k in range(_check_number(num_thresholds)))
 
 
-def spaced(
-    who: str, cell: Cell, thresholds: int | Sequence[float], v_threshold: float
-) -> Sequence[float]:
-    """The thresholds of a cell: as they are, or as many at the spacing v_threshold."""
-    is_layer = isinstance(cell, type) or hasattr(cell, "cell")  # LIF, LIF()
-    if is_layer or not callable(cell):
-        got = repr(cell).split("(")[0]
-        raise ValueError(f"{who}: expected a cell such as neurons.parallel, got {got}.")
-    if isinstance(thresholds, float | str):
-        raise ValueError(
-            f"{who}: expected the number of thresholds, or the thresholds themselves, "
-            f"got {thresholds!r}."
-        )
-    if isinstance(thresholds, int | np.integer):
-        equal = repeated_thresholds if cell is cascade else equal_thresholds
-        return equal(int(thresholds), v_threshold)
-    if v_threshold != 1.0:
-        raise ValueError(
-            f"{who}: expected v_threshold beside a number of thresholds, got it beside "
-            f"{thresholds}."
-        )
-    return thresholds
-
-
-def _check_number(num_thresholds):
+def _check_number(num_thresholds: int) -> int:
     if num_thresholds < 1:
         raise ValueError(
             f"num_thresholds: expected at least 1, got {num_thresholds}. "
             "One threshold is the plain neuron."
         )
+    return int(num_thresholds)
 
 
-def check_thresholds(who: str, thresholds: Sequence[float], *, rising: bool) -> None:
-    """ValueError unless there is a threshold and all are positive (and rising)."""
-    if any(isinstance(t, str | bool) for t in thresholds):
-        raise ValueError(f"{who}: expected numbers for thresholds, got {thresholds}.")
-    values = [float(t) for t in thresholds]
-    if not values:
-        raise ValueError(f"{who}: expected at least 1 threshold, got none.")
-    if not all(math.isfinite(t) and t > 0 for t in values):
-        raise ValueError(f"{who}: expected positive thresholds, got {values}.")
-    if rising and any(a >= b for a, b in zip(values[:-1], values[1:], strict=True)):
-        raise ValueError(
-            f"{who}: expected rising thresholds, got {values}. "
-            "Sort them, and drop those that are equal; a cascade takes falling ones."
-        )
+def check_thresholds(who: str, thresholds: Sequence[Number], *, rising: bool) -> None:
+    """Check that there is a threshold and that all are positive (and rising).
+
+    Raises:
+        ValueError: they are not.
+    """
+    values = [np.asarray(t) for t in thresholds]
+    numeric = all(np.issubdtype(v.dtype, np.number) for v in values)
+    if not values or not numeric or not all((v > 0).all() for v in values):
+        problem = "positive thresholds"
+    elif not all(np.isfinite(v).all() for v in values):
+        problem = "finite thresholds"
+    elif rising and any((a >= b).any() for a, b in zip(values, values[1:])):  # noqa: B905
+        problem = "rising thresholds"
+    else:
+        return
+    raise ValueError(
+        f"{who}: expected at least one threshold, {problem}, got {thresholds}. A "
+        "parallel neuron takes them sorted, without equal ones."
+    )

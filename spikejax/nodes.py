@@ -6,7 +6,7 @@ gives is in the order of channels-first.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,138 +15,78 @@ from flax import nnx
 
 from spikejax import neurons, surrogate
 from spikejax.layers import Neuron
-from spikejax.neurons import NeuronParams
+from spikejax.neurons import Cell, NeuronOptions, NeuronParams, Number, Trains
 
 
-def integrate(
-    params: NeuronParams,
+class NodeParams(NamedTuple):
+    """Parameters of a NIR node: NeuronParams, and the current gain x + offset.
+
+    base: membrane that counts as 0 for the leak.
+    """
+
+    leak: Number
+    thresholds: Any
+    gain: Number = 1.0
+    offset: Number = 0.0
+    base: Number = 0.0
+
+
+def node_cell(
+    cell: Cell,
+    params: NodeParams,
     v: jax.Array,
     x: jax.Array,
+    options: NeuronOptions,
+) -> tuple[jax.Array, Trains]:
+    """Compute one step of a cell on gain x + offset, its membrane above base."""
+    plain = NeuronParams(params.leak, params.thresholds)
+    current = x * params.gain + params.offset
+    v, trains = cell(plain, v - params.base, current, options)
+    return v + params.base, trains
+
+
+def node_lif(*args: Any) -> tuple[jax.Array, Trains]:
+    """Compute one step of a leaky integrate-and-fire node."""
+    return node_cell(neurons.lif, *args)
+
+
+def node_late_reset(*args: Any) -> tuple[jax.Array, Trains]:
+    """Compute one step of a node whose reset comes one step later."""
+    return node_cell(neurons.late_reset, *args)
+
+
+def node_integrate(*args: Any) -> tuple[jax.Array, Trains]:
+    """Compute one step of a node that never fires."""
+    return node_cell(neurons.integrate, *args)
+
+
+NODES = {
+    neurons.lif: node_lif,
+    neurons.late_reset: node_late_reset,
+    neurons.integrate: node_integrate,
+}
+
+
+def node_neuron(
+    cell: Cell,
     *,
+    leak: Any,
+    threshold: Any = 1.0,
+    gain: Any = 1.0,
+    offset: Any = 0.0,
     v_reset: float | None = None,
     decay_input: bool = True,
-    trains: bool = False,
-    **_,
-) -> tuple[jax.Array, jax.Array]:
-    """One step of a leaky integrator, which never fires: its output is its membrane.
-
-    v' = charge(leak, v, x).  Arguments are those of ``spikejax.neurons.lif``.
-    """
-    u = neurons.charge(params.leak, v, x, v_reset=v_reset, decay_input=decay_input)
-    return u, u[..., None] if trains else u
-
-
-def late_reset(
-    params: NeuronParams,
-    v: jax.Array,
-    x: jax.Array,
-    *,
-    v_reset: float | None = None,
-    decay_input: bool = True,
-    detach_reset: bool = False,
-    spike: surrogate.Spike = surrogate.ATAN,
-    trains: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """One step of a neuron whose soft reset comes one step later, after the leak.
-
-    u = charge(leak, v, x),  z = H(u - threshold),  v' = u - threshold z / (1 - leak)
-
-    so that v' (1 - leak) is u (1 - leak) - threshold z, which is what snnTorch's Leaky
-    does by default. Arguments are those of ``spikejax.neurons.lif``, without hard reset
-    and with leak < 1.
-    """
-    (threshold,) = params.thresholds
-    u = neurons.charge(params.leak, v, x, v_reset=None, decay_input=decay_input)
-    z = spike(u - threshold)
-    amount = threshold / (1 - params.leak) * z
-    v = neurons.reset(u, z, amount, v_reset=None, detach_reset=detach_reset)
-    return v, z[..., None] if trains else z
-
-
-class LI(Neuron):
-    """Leaky integrators, such as a readout: v' = v + (x - v) / tau, output v'.
-
-    Args:
-        tau: membrane time constant in time steps, >= 1; math.inf with decay_input=False
-            adds up its input.
-        decay_input: whether tau scales the input too.
-    """
-
-    def __init__(self, tau: float = 2.0, *, decay_input: bool = True):
-        super().__init__(
-            integrate,
-            (1.0,),
-            tau=tau,
-            decay_input=decay_input,
-        )
+    base: Any = 0.0,
+    v_start: float = 0.0,
+) -> Neuron:
+    """Return neurons with parameters of their own: a cell on gain * x + offset."""
+    params = NodeParams(leak, (threshold,), gain, offset, base)
+    options = NeuronOptions(v_reset, decay_input)
+    return Neuron(NODES[cell], params, options, v_start=v_start + np.float32(base))
 
 
 class Fixed(nnx.Variable):
     """A parameter of a node that is not trained."""
-
-
-class NodeNeuron(Neuron):
-    """Neurons with parameters of their own each: a cell on gain * x + offset.
-
-    Args:
-        cell: of ``spikejax.neurons``, or ``integrate``.
-        leak, threshold, gain, offset: numbers, or arrays that broadcast with [B, ...].
-        v_reset: 0 for hard reset, None for soft.
-        decay_input: as in LIF.
-        base: where 0 of the membrane lies; ``integrate`` adds it to its output.
-        v_start: membrane before the first step.
-    """
-
-    def __init__(
-        self,
-        cell: neurons.Cell,
-        *,
-        leak: Any,
-        threshold: Any = 1.0,
-        gain: Any = 1.0,
-        offset: Any = 0.0,
-        v_reset: float | None = None,
-        decay_input: bool = True,
-        base: Any = 0.0,
-        v_start: float = 0.0,
-    ):
-        super().__init__(
-            cell,
-            (float(np.min(threshold)),),
-            tau=math.inf,
-            v_reset=v_reset,
-            decay_input=False,
-        )
-        self.decay_input = decay_input
-        self.start = v_start
-        given = {"leak": leak, "threshold": threshold, "gain": gain}
-        given |= {"offset": offset, "base": base}
-        self.numbers = tuple((k, v) for k, v in given.items() if np.ndim(v) == 0)
-        for name, value in given.items():
-            if np.ndim(value):
-                setattr(self, name, Fixed(jnp.asarray(value, jnp.float32)))
-
-    def _get(self, name):
-        given = dict(self.numbers)
-        return given[name] if name in given else getattr(self, name)[...]
-
-    @property
-    def params(self) -> NeuronParams:
-        """Leak and threshold."""
-        return NeuronParams(self._get("leak"), (self._get("threshold"),))
-
-    @property
-    def v_start(self) -> float:
-        """Membrane before the first step of a sequence."""
-        return self.start
-
-    def _step(self, params, v, x, *, trains=False):
-        gain, offset = self._get("gain"), self._get("offset")
-        x = (x * gain + offset).astype(x.dtype)
-        v, z = super()._step(params, v, x, trains=trains)
-        if self.cell is integrate:
-            z = (z + self._get("base")).astype(z.dtype)
-        return v, z
 
 
 class Threshold(nnx.Module):

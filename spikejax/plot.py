@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from spikejax import neurons
 from spikejax.energy import Report
 from spikejax.layers import Neuron
+from spikejax.nn.memory import drop_membranes
 from spikejax.nn.quant import QuantReLU, ScaledIF
 
 # Okabe and Ito's colours without the yellow, which is faint on white.
@@ -139,12 +140,11 @@ def membrane(layer: Neuron, x: ArrayLike, *, axes: Axes | None = None) -> Axes:
         raise ValueError(
             f"membrane: expected the current of one neuron, [T], got shape {x.shape}."
         )
-    current = x / layer.amplitude if isinstance(layer, ScaledIF) else x
-    v = layer.rest(())
+    v = layer.start(())
     times, values, trains = [0], [v], []
     for t in range(len(x)):
-        values.append(layer.charge(v, current[t]))
-        v, spikes = layer.step(v, current[t], trains=True)
+        values.append(layer.charge(v, x[t]))
+        v, spikes = layer.step(v, x[t], trains=True)
         times += [t + 1, t + 1]
         values.append(v)
         trains.append(spikes)
@@ -195,7 +195,7 @@ def response(
     x = jnp.linspace(-0.1 * top, 1.2 * top, POINTS)
     for k, (name, layer) in enumerate(named.items()):
         fresh = nnx.clone(layer)
-        fresh.membrane = None
+        drop_membranes(fresh)
         output = np.asarray(fresh(x[:, None])[:, 0])
         count = np.asarray(fresh(x[:, None], trains=True)[:, 0].sum(-1))
         if len(named) == 1 and not np.allclose(count, output):
@@ -215,12 +215,12 @@ def response(
 
 def _saturation(layer: Neuron) -> float:
     """Return an input above which the output of a resting neuron is constant."""
-    leak, thresholds = layer.params
+    leak, thresholds, _ = layer.params
     values = [float(t) for t in thresholds]
     # A cascade subtracts each threshold that it passed before it compares the next.
     top = sum(values) if layer.cell is neurons.cascade else max(values)
-    rest = layer.v_reset or 0.0
-    scale = float(leak) if layer.decay_input else 1.0
+    rest = layer.options.v_reset or 0.0
+    scale = float(leak) if layer.options.decay_input else 1.0
     return (top - rest) / (scale or 1.0)
 
 

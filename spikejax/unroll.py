@@ -7,30 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+Pytree = Any
+Step = Callable[[Pytree, Pytree, Pytree], tuple[Pytree, Pytree]]
+
 UNROLLED = 4  # up to so many steps are written out, so that XLA fuses them
 
 
-@jax.custom_vjp
-def _gathered(xs):
-    """xs, whose gradient is summed over thresholds and steps once, if on a CPU.
-
-    XLA would write down each of the summands there, and sum them for each use.
-    """
-    return xs
-
-
-def _gather_gradient(_, g):
-    once = jax.lax.optimization_barrier
-    return (jax.lax.platform_dependent(g, cpu=once, default=lambda g: g),)
-
-
-_gathered.defvjp(lambda xs: (xs, None), _gather_gradient)
-
-
 def unroll(
-    cell: Callable, params: Any, state: Any, xs: jax.Array
-) -> tuple[Any, jax.Array]:
-    """Run ``cell(params, state, x) -> (state, spikes)`` over the steps of xs.
+    cell: Step, params: Pytree, state: Pytree, xs: Pytree
+) -> tuple[Pytree, Pytree]:
+    """Run ``cell(params, state, x) -> (state, y)`` over the time steps of xs.
 
     Up to 4 steps are written out one by one; more run in a ``jax.lax.scan``, whose
     backward pass keeps xs alone, and computes the states again. Both give one answer.
@@ -39,77 +25,107 @@ def unroll(
         cell: one step, a pure function.
         params: handed to every step.
         state: pytree before the first step; keeps shapes and dtypes.
-        xs: [B, T, ...], T >= 1.
+        xs: array [B, T, ...] with T >= 1, or a pytree of them.
 
     Returns:
-        state after the last step, and the spikes [B, T, ...].
+        state after the last step, and the outputs [B, T, ...].
+
+    Raises:
+        ValueError: xs has no time axis, or no steps.
     """
-    if xs.ndim < 2 or xs.shape[1] == 0:
+    leaves = jax.tree.leaves(xs)
+    if not all(x.ndim > 1 and x.shape[1] for x in leaves):
         raise ValueError(
-            f"unroll: expected xs [B, T, ...] with T >= 1, got shape {xs.shape}. "
-            "For one time step, add the time axis: x[:, None]."
+            "unroll: expected xs [B, T, ...] with T >= 1, got shape "
+            f"{leaves[0].shape}. For one time step, add the time axis: x[:, None]."
         )
-    steps = xs.shape[1]
+    steps = leaves[0].shape[1]
     if steps <= UNROLLED:
-        xs, spikes = _gathered(xs), []
+        outputs = []
         for t in range(steps):
-            state, z = cell(params, state, xs[:, t])
-            spikes.append(z)
-        return state, jnp.stack(spikes, 1)
-    # What has a gradient must be an argument of a function with its own derivative.
-    step, weights = jax.closure_convert(partial(cell, params), state, xs[:, 0])
+            state, y = cell(params, state, jax.tree.map(lambda x, t=t: x[:, t], xs))
+            outputs.append(y)
+        return state, jax.tree.map(lambda *ys: jnp.stack(ys, 1), *outputs)
+    # Arrays that the cell closes over become arguments: a function with a derivative of
+    # its own has gradients for its arguments alone.
+    step, weights = jax.closure_convert(partial(cell, params), state, _at(xs, 0))
     return _loop(step, weights, state, xs)
 
 
+@partial(jax.jit, static_argnums=0, inline=True)
+def unroll_compiled(
+    cell: Step, params: Pytree, state: Pytree, xs: Pytree
+) -> tuple[Pytree, Pytree]:
+    """Run ``unroll``, compiled once per cell and shape where it is called eagerly.
+
+    Args:
+        cell: as in ``unroll``, hashable, closing over no arrays.
+        params, state, xs: as in ``unroll``.
+    """
+    return unroll(cell, params, state, xs)
+
+
+# A plain scan would keep every intermediate of every step for its backward pass: twice
+# the memory of this one for a cascade of two thresholds at T = 256.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loop(step, weights, state, xs):
-    """The steps in a loop, which reads and writes in place: no axis is moved."""
-    (state, spikes), _ = _run(step, weights, state, xs)
-    return state, spikes
+def _loop(
+    step: Step, weights: Pytree, state: Pytree, xs: Pytree
+) -> tuple[Pytree, Pytree]:
+    """Run the steps in a loop that reads and writes in place: no axis is moved."""
+    return _run(step, weights, state, xs)[0]
 
 
-def _run(step, weights, state, xs):
-    """((last state, spikes), the states before each step [T, ...])."""
-    _, z = jax.eval_shape(step, state, xs[:, 0], *weights)
-    spikes = jnp.zeros((z.shape[0], xs.shape[1], *z.shape[1:]), z.dtype)
+def _run(
+    step: Step, weights: Pytree, state: Pytree, xs: Pytree
+) -> tuple[tuple[Pytree, Pytree], Pytree]:
+    """Return ((last state, outputs), the states before each step [T, ...])."""
+    steps = jax.tree.leaves(xs)[0].shape[1]
+    _, y = jax.eval_shape(step, state, _at(xs, 0), *weights)
+    ys = jax.tree.map(
+        lambda y: jnp.zeros((y.shape[0], steps, *y.shape[1:]), y.dtype), y
+    )
 
-    def body(carry, t):
-        before, spikes = carry
-        after, z = step(before, _at(xs, t), *weights)
-        return (after, _put(spikes, z, t)), before
+    def body(carry: tuple, t: jax.Array) -> tuple:
+        before, ys = carry
+        after, y = step(before, _at(xs, t), *weights)
+        return (after, _put(ys, y, t)), before
 
-    return jax.lax.scan(body, (state, spikes), jnp.arange(xs.shape[1]))
+    return jax.lax.scan(body, (state, ys), jnp.arange(steps))
 
 
-def _forward(step, weights, state, xs):
+def _forward(
+    step: Step, weights: Pytree, state: Pytree, xs: Pytree
+) -> tuple[tuple[Pytree, Pytree], tuple]:
     return _loop(step, weights, state, xs), (weights, state, xs)
 
 
-def _backward(step, kept, cotangents):
+def _backward(step: Step, kept: tuple, cotangents: tuple[Pytree, Pytree]) -> tuple:
     weights, state, xs = kept
-    d_state, d_spikes = cotangents
+    d_state, d_ys = cotangents
     _, states = _run(step, weights, state, xs)
 
-    def body(carry, given):
+    def body(carry: tuple, given: tuple[jax.Array, Pytree]) -> tuple[tuple, None]:
         d_weights, d_state, d_xs = carry
         t, before = given
         _, pull = jax.vjp(step, before, _at(xs, t), *weights)
-        d_state, d_x, *more = pull((d_state, _at(d_spikes, t)))
+        d_state, d_x, *more = pull((d_state, _at(d_ys, t)))
         d_weights = jax.tree.map(jnp.add, d_weights, more)
         return (d_weights, d_state, _put(d_xs, d_x, t)), None
 
     zeros = jax.tree.map(jnp.zeros_like, (weights, xs))
-    first, given = (zeros[0], d_state, zeros[1]), (jnp.arange(xs.shape[1]), states)
-    carry, _ = jax.lax.scan(body, first, given, reverse=True)
-    return carry
+    steps = jnp.arange(jax.tree.leaves(xs)[0].shape[1])
+    first = (zeros[0], d_state, zeros[1])
+    return jax.lax.scan(body, first, (steps, states), reverse=True)[0]
 
 
 _loop.defvjp(_forward, _backward)
 
 
-def _at(xs, t):
-    return jax.lax.dynamic_index_in_dim(xs, t, 1, keepdims=False)
+def _at(xs: Pytree, t: jax.Array | int) -> Pytree:
+    at = partial(jax.lax.dynamic_index_in_dim, index=t, axis=1, keepdims=False)
+    return jax.tree.map(at, xs)
 
 
-def _put(xs, x, t):
-    return jax.lax.dynamic_update_index_in_dim(xs, x, t, 1)
+def _put(xs: Pytree, x: Pytree, t: jax.Array) -> Pytree:
+    put = partial(jax.lax.dynamic_update_index_in_dim, index=t, axis=1)
+    return jax.tree.map(put, xs, x)

@@ -80,7 +80,7 @@ def test_each_quantised_relu_becomes_a_neuron_and_nothing_else_changes():
     by_path = {swap.path: swap for swap in swaps}
     assert by_path["stage_neuron"].levels == 3
     assert by_path["stage_neuron"].v_threshold == pytest.approx(1.2)
-    assert float(snn.stage_neuron.v_threshold[...]) == pytest.approx(1.2)
+    assert float(snn.stage_neuron.unit[...]) == pytest.approx(1.2)
     after = weights(snn)
     kept = {path for path in before if "neuron" not in path}
     assert {path for path in after if "neuron" not in path} == kept

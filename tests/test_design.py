@@ -19,18 +19,17 @@ STOREYS = {
     "nn": NEURON,
     "nodes": NEURON,
     "trace": set(),
-    "energy": NEURON,
+    "energy": NEURON | {"nn", "trace"},
     "models": NEURON | {"nn", "nodes"},
     "data": {"cache"},
     "train": NEURON | {"nn"},
     "cache": {"train"},
     "conversion": NEURON | {"nn"},
-    "live": NEURON,
     "nir": NEURON | {"nn", "conversion", "nodes"},
     "plot": NEURON | {"nn", "energy"},
     "tpu": {"train"},
     "experiment": NEURON
-    | {"", "nn", "models", "data", "train", "conversion", "energy", "live", "cache"},
+    | {"", "nn", "models", "data", "train", "conversion", "energy", "cache"},
 }
 
 # Packages that only extras install -> the rooms that may need them to be imported.

@@ -13,7 +13,7 @@ from golden.seeded import images, weights
 from spikejax.layers import IF, LIF, PLIF
 from spikejax.models.pretrained import load_resnet, snntorch_neuron, spikingjelly_neuron
 from spikejax.models.resnet import ResNet, ms, resnet18, sew
-from spikejax.nodes import NodeNeuron, late_reset
+from spikejax.neurons import late_reset
 
 GOLDEN = np.load(Path(__file__).parent / "golden/sew_resnet.npz")
 SEED, NAMES = int(GOLDEN["seed"]), list(map(str, GOLDEN["names"]))
@@ -65,7 +65,7 @@ def test_neurons_of_snntorch():
     layer = snntorch_neuron(0.75, 0.5, reset_delay=False)
     assert layer.v_reset is None and layer.thresholds == (0.5,)
     late = snntorch_neuron(0.75)
-    assert isinstance(late, NodeNeuron) and late.cell is late_reset
+    assert late.cell is late_reset
     assert (late(XS) != snntorch_neuron(0.75, reset_delay=False)(XS)).any()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from spikejax import surrogate
-from spikejax.neurons import NeuronParams, lif
+from spikejax.neurons import NeuronOptions, NeuronParams, lif
 from spikejax.unroll import unroll
 
 GOLDEN = np.load(Path(__file__).parent / "golden/spikingjelly.npz")
@@ -28,14 +28,14 @@ CASES = [
 ]
 
 
-@partial(jax.jit, static_argnames=("v_reset", "decay_input", "detach_reset", "spike"))
-def spikes_membranes_gradients(leak, xs, spike_weights, membrane_weights, **options):
+@partial(jax.jit, static_argnames="options")
+def spikes_membranes_gradients(leak, xs, spike_weights, membrane_weights, options):
     def both(params, v, x):
-        v, z = lif(params, v, x, **options)
+        v, (z,) = lif(params, v, x, options)
         return v, jnp.stack([z, v], -1)
 
     def weighted_sum(leak, xs):
-        v = jnp.full_like(xs[:1], options["v_reset"] or 0.0)
+        v = jnp.full_like(xs[:1], options.v_reset or 0.0)
         _, out = unroll(both, NeuronParams(leak), v, xs[None])
         spikes, membranes = out[0, ..., 0], out[0, ..., 1]
         loss = (spikes * spike_weights).sum() + (membranes * membrane_weights).sum()
@@ -54,10 +54,7 @@ def test_equals_spikingjelly(neuron, reset, decay_input, spike, detach_reset):
         GOLDEN["xs"],
         GOLDEN["spike_weights"],
         GOLDEN["membrane_weights"],
-        v_reset=RESETS[reset],
-        decay_input=decay_input,
-        detach_reset=detach_reset,
-        spike=SURROGATES[spike],
+        NeuronOptions(RESETS[reset], decay_input, detach_reset, SURROGATES[spike]),
     )
     case = f"{neuron}-{reset}-decay={decay_input}"
     gradients = f"{case}/{spike}-detach={detach_reset}"

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spikejax.layers import LIF, keep_membranes
+from spikejax.layers import LI, LIF
 from spikejax.nir.graph import Graph
+from spikejax.nn.memory import keep_membranes
 from spikejax.nn.recurrent import Recurrent
-from spikejax.nodes import LI, Scale, Threshold
+from spikejax.nodes import Scale, Threshold
 
 XS = jax.random.uniform(jax.random.key(0), (2, 7, 3))
 
@@ -69,8 +70,8 @@ def test_a_loop_in_slices_is_the_whole(pieces):
     layer = Recurrent(LIF(v_threshold=0.4), 3, rngs=nnx.Rngs(1))
     graph = with_loop(LIF(v_threshold=0.4), layer.recurrent.kernel[...])
     expected = graph(XS)
-    for _ in range(2):  # twice, to start anew
-        keep_membranes(graph)
+    for _ in range(2):  # twice, to start from rest
+        keep_membranes(graph, XS)
         ends = np.cumsum(pieces)
         parts = [graph(XS[:, e - n : e]) for n, e in zip(pieces, ends, strict=True)]
         np.testing.assert_array_equal(jnp.concatenate(parts, 1), expected)

@@ -8,9 +8,8 @@ import nir
 import numpy as np
 import pytest
 
-from spikejax.layers import IF, LIF
+from spikejax.layers import IF, LI, LIF, Neuron
 from spikejax.nir.read import NORSE, SINABS, SNNTORCH, STANDARD, from_nir
-from spikejax.nodes import LI, NodeNeuron
 
 GOLDEN = Path(__file__).parent / "golden"
 DT = 1e-3
@@ -20,8 +19,8 @@ DT = 1e-3
     ("library", "dt", "dialect", "kinds"),
     [
         ("spikingjelly", 1e-4, STANDARD, {LIF, IF}),
-        ("snntorch", 1e-4, SNNTORCH, {NodeNeuron}),
-        ("snntorch_recurrent", 1e-4, SNNTORCH, {NodeNeuron}),
+        ("snntorch", 1e-4, SNNTORCH, {Neuron}),
+        ("snntorch_recurrent", 1e-4, SNNTORCH, {Neuron}),
         ("norse", 1e-3, NORSE, {LIF, IF, LI}),
         ("sinabs", 1.0, SINABS, {LIF, IF, LI}),
     ],
@@ -31,7 +30,7 @@ def test_graphs_of_other_libraries_answer_as_there(library, dt, dialect, kinds):
     with np.load(GOLDEN / "nir_graphs.npz") as saved:
         xs, ys = (np.moveaxis(saved[f"{library}/{k}"], 0, 1) for k in ("xs", "ys"))
     xs = jnp.asarray(np.moveaxis(xs, 2, -1), jnp.float32)
-    neurons = {type(m) for m in model.modules if type(m) in (LIF, IF, LI, NodeNeuron)}
+    neurons = {type(m) for m in model.modules if type(m) in (LIF, IF, LI, Neuron)}
     assert neurons == kinds and np.abs(ys).max() > 0.02
     np.testing.assert_allclose(jax.jit(lambda xs: model(xs))(xs), ys, atol=1e-6)
 

@@ -11,14 +11,13 @@ from flax import nnx
 
 from spikejax import neurons
 from spikejax.conversion import calibrate, convert
-from spikejax.layers import IF, LIF, MultiThreshold
+from spikejax.layers import IF, LI, LIF, MultiThreshold
 from spikejax.models.resnet import ResNet, ms, plain, sew
 from spikejax.models.vgg import POOL, VGG, avg_pool, max_pool
 from spikejax.nir.neurons import EXPONENTIAL, Dialect, node
 from spikejax.nir.read import from_nir
 from spikejax.nir.write import to_nir
 from spikejax.nn.recurrent import Recurrent
-from spikejax.nodes import LI
 
 DT = 1e-3
 XS = jax.random.uniform(jax.random.key(0), (2, 5, 8, 8, 2))

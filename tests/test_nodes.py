@@ -9,8 +9,10 @@ import pytest
 from flax import nnx
 
 from spikejax import neurons
-from spikejax.layers import LIF, keep_membranes
-from spikejax.nodes import LI, Flatten, NodeNeuron, Pool, Scale, Threshold, late_reset
+from spikejax.layers import LI, LIF, Neuron
+from spikejax.neurons import NeuronOptions, NeuronParams, late_reset
+from spikejax.nn.memory import keep_membranes
+from spikejax.nodes import Flatten, Pool, Scale, Threshold, node_neuron
 
 XS = jnp.asarray([[1.0, 3.0, -2.0, 0.5]])[..., None]  # [1, 4, 1]
 
@@ -37,9 +39,8 @@ def test_a_late_reset_takes_the_whole_threshold_after_the_leak():
         mem = beta * mem + x - z * threshold
         z = float(mem > threshold)
         expected.append(z)
-    layer = NodeNeuron(
-        late_reset, leak=1 - beta, threshold=threshold, decay_input=False
-    )
+    params = NeuronParams(1 - beta, (threshold,))
+    layer = Neuron(late_reset, params, NeuronOptions(decay_input=False))
     assert 3 < sum(expected) < 20
     np.testing.assert_array_equal(
         layer(jnp.asarray(xs)[None, :, None]).ravel(), expected
@@ -51,7 +52,7 @@ def test_a_late_reset_takes_the_whole_threshold_after_the_leak():
 def test_neurons_with_parameters_of_their_own_are_as_many_layers():
     taus, thresholds = (2.0, 4.0), (0.3, 0.6)
     xs = jax.random.uniform(jax.random.key(0), (2, 9, 2))
-    both = NodeNeuron(
+    both = node_neuron(
         neurons.lif,
         leak=1 / np.array(taus),
         threshold=np.array(thresholds),
@@ -68,9 +69,9 @@ def test_neurons_with_parameters_of_their_own_are_as_many_layers():
 
 
 def test_step_by_step_is_all_at_once():
-    layer = NodeNeuron(neurons.lif, leak=0.5, threshold=0.5, gain=2.0, v_start=0.25)
+    layer = node_neuron(neurons.lif, leak=0.5, threshold=0.5, gain=2.0, v_start=0.25)
     whole = layer(XS)
-    keep_membranes(layer)
+    keep_membranes(layer, XS)
     steps = [layer(XS[:, t : t + 1]) for t in range(4)]
     np.testing.assert_array_equal(jnp.concatenate(steps, 1), whole)
 

@@ -9,7 +9,8 @@ from flax import nnx
 
 from spikejax import neurons
 from spikejax.energy import Firing, Operations, Report
-from spikejax.layers import IF, LIF, MultiThreshold, keep_membranes
+from spikejax.layers import IF, LIF, MultiThreshold
+from spikejax.nn.memory import keep_membranes
 from spikejax.nn.quant import QuantReLU, ScaledIF
 
 pytest.importorskip("matplotlib")
@@ -137,14 +138,14 @@ def test_membrane_of_a_converted_neuron_is_in_thresholds():
 
 
 def test_membrane_leaves_the_layer_and_draws_where_it_is_told():
-    layer = keep_membranes(LIF())
+    layer = keep_membranes(LIF(), jnp.zeros((1, 1, 1)))
     layer(jnp.ones((1, 1)))
-    held = np.array(layer.membrane[...])
+    held = np.array(layer.memory.held[0][...])
     axes = plot.membrane(LIF(), [1.0, 1.5])
     assert plot.membrane(layer, [1.0, 1.5], axes=axes) is axes
     first, second = [line for line in axes.lines if line.get_label() == "membrane"]
     np.testing.assert_array_equal(first.get_xydata(), second.get_xydata())
-    np.testing.assert_array_equal(layer.membrane[...], held)
+    np.testing.assert_array_equal(layer.memory.held[0][...], held)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 3)])
@@ -186,14 +187,14 @@ def test_response_compares_by_name_on_one_range_of_inputs():
 
 
 def test_response_starts_from_rest_and_moves_no_membrane():
-    layer = keep_membranes(LIF())
+    layer = keep_membranes(LIF(), jnp.zeros((1, 1, 1)))
     layer(np.full((1, 1), 1.0, np.float32))
-    held = np.array(layer.membrane[...])
+    held = np.array(layer.memory.held[0][...])
     axes = plot.response(LIF())
     assert plot.response(layer, axes=axes) is axes
     first, second = axes.lines
     np.testing.assert_array_equal(first.get_ydata(), second.get_ydata())
-    np.testing.assert_array_equal(layer.membrane[...], held)
+    np.testing.assert_array_equal(layer.memory.held[0][...], held)
 
 
 def test_staircase_of_p_steps_is_the_quantised_relu():

@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 
 from spikejax import encode
-from spikejax.layers import IF, keep_membranes
+from spikejax.layers import IF
 from spikejax.losses import rate_cross_entropy
 from spikejax.models.vgg import VGG
+from spikejax.nn.memory import keep_membranes
 from spikejax.nn.quant import (
     QuantReLU,
     ScaledIF,
@@ -170,7 +171,7 @@ def test_what_stands_where_nothing_is_given():
         assert QuantReLU(bits).scale[...] * (2**bits - 1) == pytest.approx(1.5)
     assert QuantReLU().levels == 3 and qcfs().levels == 8
     assert QuantReLU(rngs=nnx.Rngs(0)).rngs is None  # without noise nothing is drawn
-    assert ScaledIF().v_threshold[...] == 1
+    assert ScaledIF().unit[...] == 1
 
 
 @pytest.mark.parametrize(
@@ -218,8 +219,8 @@ def test_membranes_start_at_half_the_threshold_when_kept():
     layer = ScaledIF(2.0)
     xs = jax.random.uniform(jax.random.key(0), (3, 6, 4)) * 2
     whole = layer(xs)
-    for _ in range(2):  # the second time it starts anew
-        keep_membranes(layer)
+    for _ in range(2):  # the second time it starts from rest
+        keep_membranes(layer, xs)
         pieces = [layer(xs[:, t : t + 1]) for t in range(6)]
         np.testing.assert_array_equal(jnp.concatenate(pieces, 1), whole)
 

@@ -10,9 +10,11 @@ import pytest
 import slow_general
 from flax import nnx
 
-from spikejax import LIF, MultiThreshold, independent, keep_membranes, losses
+from spikejax import LIF, PLIF, MultiThreshold, independent, keep_membranes, losses
 from spikejax.data import images
+from spikejax.models.pretrained import snntorch_neuron
 from spikejax.models.recurrent import RecurrentSNN, feedback, gated
+from spikejax.nn.quant import ScaledIF
 from spikejax.nn.recurrent import LSTM, Bidirectional, Recurrent
 
 XS = jax.random.normal(jax.random.key(0), (2, 6, 3))
@@ -60,8 +62,8 @@ def test_trains_sum_up_to_the_spikes():
 def test_step_by_step_is_the_whole_sequence(name):
     neurons = layer(name)
     spikes = neurons(XS)
-    for _ in range(2):  # keep_membranes starts anew
-        keep_membranes(neurons)
+    for _ in range(2):  # keep_membranes starts from rest
+        keep_membranes(neurons, XS)
         steps = [neurons(XS[:, t : t + 1]) for t in range(6)]
         np.testing.assert_allclose(jnp.concatenate(steps, 1), spikes, atol=1e-6)
 
@@ -97,15 +99,23 @@ def test_lstm_is_that_of_flax():
     np.testing.assert_allclose(ours(XS), hs, atol=1e-6)
 
 
-def test_input_that_does_not_fit():
-    match = r"Recurrent: expected a sequence \[B, T, 3\], got shape \(2, 6, 4\)"
-    with pytest.raises(ValueError, match=match):
-        layer()(jnp.zeros((2, 6, 4)))
-    neurons = keep_membranes(layer())
-    neurons(XS)
-    match = r"Recurrent: expected input for its membrane \(2, 3\), got \(1, 6, 3\)"
+def test_input_of_another_batch_size_does_not_fit_its_membranes():
+    neurons = keep_membranes(layer(), XS)
+    match = r"expected input for membranes \(2, 3\), got input for \(1, 3\)"
     with pytest.raises(ValueError, match=match):
         neurons(XS[:1])
+
+
+def test_it_holds_the_neuron_and_all_that_it_knows():
+    """A learned tau, a unit, a start and a cell of its own reach the loop."""
+    for neuron in (PLIF(20.0), ScaledIF(2.0), snntorch_neuron(0.9)):
+        recurrent = Recurrent(neuron, 3, rngs=nnx.Rngs(0))
+        recurrent.recurrent.kernel[...] = jnp.zeros((3, 3))
+        np.testing.assert_array_equal(recurrent(2 * XS), neuron(2 * XS))
+    found = nnx.to_pure_dict(
+        nnx.state(Recurrent(PLIF(), 3, rngs=nnx.Rngs(0)), nnx.Param)
+    )
+    assert set(found) == {"neuron", "recurrent"}
 
 
 # The network

@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 
 from spikejax.conversion.surgery import Spy, check_answer, check_model, places
-from spikejax.layers import Membrane, keep_membranes
+from spikejax.layers import Membrane
+from spikejax.nn.memory import keep_membranes
 from spikejax.nn.quant import QuantReLU, ScaledIF
 
 
@@ -52,7 +53,7 @@ def _step(graphdef, watched, membranes, rest, x):
     The last is empty unless the layers are watched.
     """
     model = nnx.merge(graphdef, membranes, rest)
-    amplitudes = {path: n.amplitude for path, n in _spiking(model).items()}
+    amplitudes = {path: n.unit[...] for path, n in _spiking(model).items()}
     logits, seen = _spied(model, ScaledIF)(x)
     spikes = sum(
         jnp.round(z / amplitudes[path]).reshape(len(z), -1).sum(1)
@@ -86,14 +87,10 @@ def _steps(who, model, xs, time_steps, *, watched=False):
         )
     model = nnx.clone(model)
     model.eval()
-    graphdef, membranes, rest = nnx.split(keep_membranes(model), Membrane, ...)
+    graphdef, membranes, rest = nnx.split(keep_membranes(model, xs), Membrane, ...)
     step = partial(_step, graphdef, watched)
-    after, (logits, *_) = jax.eval_shape(step, membranes, rest, xs)
+    _, (logits, *_) = jax.eval_shape(step, membranes, rest, xs)
     check_answer(who, logits.shape, xs.shape)
-    # From the first step on in their full shape: one compilation for all steps.
-    membranes = jax.tree.map(
-        lambda v, a: jnp.broadcast_to(v, a.shape), membranes, after
-    )
     for _ in range(time_steps):
         membranes, (logits, spikes, seen) = step(membranes, rest, xs)
         yield logits[:, 0], spikes, seen
@@ -258,7 +255,7 @@ def agreement(
         )
     rows = []
     for path, (z, rate) in total.items():
-        top = neurons[path].v_threshold[...]
+        top = neurons[path].unit[...] * neurons[path].num_thresholds
         levels = time_steps * neurons[path].num_thresholds
         parts = _errors(
             z / time_steps, rate / time_steps, activations[path][1], top, levels

@@ -16,7 +16,7 @@ from flax import nnx
 from spikejax import neurons, surrogate
 from spikejax.layers import IF, LIF, Neuron
 from spikejax.models.resnet import ResNet, ms
-from spikejax.nodes import NodeNeuron, late_reset
+from spikejax.neurons import NeuronOptions, NeuronParams, late_reset
 from spikejax.surrogate import Spike
 
 SIGMOID = surrogate.sigmoid(4.0)
@@ -59,7 +59,7 @@ def snntorch_neuron(
 
     "zero" is our hard reset to 0. "subtract" is our soft reset where reset_delay=False,
     as long as membranes stay below two thresholds; by default it comes a step later,
-    after the leak: ``nodes.late_reset``.
+    after the leak: ``neurons.late_reset``.
 
     Args:
         beta: part of the membrane that is kept, 0 < beta <= 1 (0 too, but for the late
@@ -74,7 +74,7 @@ def snntorch_neuron(
     if reset_mechanism not in ("subtract", "zero"):
         raise ValueError(
             "snntorch_neuron: expected reset_mechanism 'subtract' or 'zero', got "
-            f"{reset_mechanism!r}. For a readout that never resets, take nodes.LI."
+            f"{reset_mechanism!r}. For a readout that never resets, take layers.LI."
         )
     late = reset_mechanism == "subtract" and reset_delay
     if late and not beta.all():
@@ -89,9 +89,8 @@ def snntorch_neuron(
         return LIF(tau, threshold.item(), v_reset=v_reset, decay_input=False)
     cell = late_reset if late else neurons.lif
     leak, threshold = (n.item() if n.size == 1 else n for n in (1 - beta, threshold))
-    return NodeNeuron(
-        cell, leak=leak, threshold=threshold, v_reset=v_reset, decay_input=False
-    )
+    params = NeuronParams(leak, (threshold,))
+    return Neuron(cell, params, NeuronOptions(v_reset, decay_input=False))
 
 
 def load_resnet(model: ResNet, state: Mapping[str, Any]) -> ResNet:
@@ -202,7 +201,7 @@ def _neuron(state, name, neuron):
         return snntorch_neuron(
             given["beta"],
             given.get("threshold", 1.0),
-            reset_mechanism="subtract" if neuron.v_reset is None else "zero",
+            reset_mechanism="subtract" if neuron.options.v_reset is None else "zero",
             reset_delay=neuron.cell is late_reset,
         )
     return neuron

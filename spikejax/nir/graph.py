@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax._compat import List
-from spikejax.layers import Membrane, Neuron
+from spikejax.layers import Memory, Neuron
+from spikejax.unroll import unroll
 
 Edge = tuple[str, str]
 
@@ -77,8 +78,6 @@ class Loop(nnx.Module):
         edges: (from, to); those from and to other nodes say where currents come in.
     """
 
-    held: Any = None  # late values, kept from call to call as membranes are
-
     def __init__(self, nodes: dict[str, nnx.Module], edges: Sequence[Edge]):
         inner = [edge for edge in edges if set(edge) <= set(nodes)]
         entries = [b for a, b in edges if b in nodes and a not in nodes]
@@ -87,6 +86,7 @@ class Loop(nnx.Module):
         before = {name: [a for a, b in self.early if b == name] for name in nodes}
         self.names = tuple(TopologicalSorter(before).static_order())
         self.modules = List(nodes[name] for name in self.names)
+        self.memory = Memory()
 
     def _run(self, arriving, late, run):
         """Values of all nodes at one step; run(name, module, x) gives that of one."""
@@ -107,25 +107,18 @@ class Loop(nnx.Module):
 
         def run(name, module, x):
             if isinstance(module, Neuron):
-                membranes[name] = module._start(x[:, None])
+                membranes[name] = module.start(x.shape)
                 return jnp.zeros_like(x)
             return module(x[:, None])[:, 0]
 
         zeros = {name: jnp.zeros_like(xs[:, 0]) for name, xs in arriving.items()}
         values = self._run(zeros, {}, run)
-        late = {a: values[a] for a, _ in self.late}
-        if self.held is not None and self._kept(lambda v: v.ndim > 0):
-            late = {name: value[...] for name, value in self.held.items()}
-        return membranes, late
-
-    def _kept(self, which):
-        neurons = [m for m in self.modules if isinstance(m, Neuron)]
-        return any(m.membrane is not None and which(m.membrane[...]) for m in neurons)
+        return membranes, {a: values[a] for a, _ in self.late}
 
     def __call__(self, arriving: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Values [B, T, ...] of all nodes, for the currents from outside."""
 
-        def step(state, x):
+        def step(_, state, x):
             membranes, late = state
             membranes = dict(membranes)
 
@@ -138,15 +131,10 @@ class Loop(nnx.Module):
             values = self._run(x, late, run)
             return (membranes, {a: values[a] for a, _ in self.late}), values
 
-        # Several sequences in, several out: unroll has one of each.
-        turned = jax.tree.map(lambda xs: jnp.moveaxis(xs, 1, 0), arriving)
-        (membranes, late), values = jax.lax.scan(step, self._start(arriving), turned)
-        if self._kept(lambda v: True):
-            for name, module in zip(self.names, self.modules, strict=True):
-                if name in membranes:
-                    module.membrane = Membrane(membranes[name])
-            self.held = nnx.data({name: Membrane(x) for name, x in late.items()})
-        return jax.tree.map(lambda zs: jnp.moveaxis(zs, 0, 1), values)
+        state = self.memory.load(self._start(arriving))
+        state, values = unroll(step, None, state, arriving)
+        self.memory.save(state)
+        return values
 
 
 def _groups(names, edges) -> tuple[Any, ...]:

@@ -27,10 +27,10 @@ import nir
 import numpy as np
 
 from spikejax import neurons
-from spikejax.layers import IF, LIF, Neuron
+from spikejax.layers import IF, LI, LIF, Neuron
+from spikejax.neurons import integrate
 from spikejax.nir.layers import broadcastable
-from spikejax.nn.quant import ScaledIF
-from spikejax.nodes import LI, NodeNeuron, integrate
+from spikejax.nodes import NodeParams, node_neuron
 
 
 class Integration(NamedTuple):
@@ -101,7 +101,7 @@ def specs(
     """
     params = layer.params
     leak, thresholds = float(params.leak), [float(t) for t in params.thresholds]
-    unit = float(layer.amplitude) if isinstance(layer, ScaledIF) else 1.0
+    unit = 1.0 if layer.unit is None else float(layer.unit[...])
     thresholds = [t * unit for t in thresholds]
     amounts, chained = thresholds, layer.cell is neurons.cascade
     if layer.cell is neurons.parallel:
@@ -109,14 +109,14 @@ def specs(
     if layer.cell is integrate:
         thresholds = amounts = []
     several = len(thresholds) > 1 and layer.cell is not neurons.independent
-    if several and layer.v_reset is not None:
+    if several and layer.options.v_reset is not None:
         raise ValueError(
             f"to_nir: expected soft reset for the {len(thresholds)} thresholds of "
-            f"{path!r}, got v_reset={layer.v_reset}. NIR can subtract from a membrane "
-            "what several thresholds say, and set it only in a node of one threshold."
+            f"{path!r}, got v_reset={layer.options.v_reset}. NIR can subtract from a "
+            "membrane what several thresholds say, and set it only in a node of one."
         )
     known = neurons.lif, neurons.parallel, neurons.cascade, neurons.independent
-    if layer.cell not in (*known, integrate) or type(layer) is NodeNeuron:
+    if layer.cell not in (*known, integrate) or layer.kind is NodeParams:
         raise ValueError(
             f"to_nir: expected neurons of spikejax at {path!r}, got "
             f"{type(layer).__name__} with the cell {layer.cell.__name__}."
@@ -124,14 +124,14 @@ def specs(
     spec = Spec(
         shape=shape,
         leak=leak,
-        gain=factor * (leak if layer.decay_input else 1.0),
-        v_leak=layer.v_reset or 0.0,
+        gain=factor * (leak if layer.options.decay_input else 1.0),
+        v_leak=layer.options.v_reset or 0.0,
         thresholds=tuple(thresholds),
         amounts=tuple(amounts),
         weights=tuple(a / amounts[0] * unit for a in amounts),
         chained=chained,
-        v_reset=layer.v_reset,
-        v_start=layer.v_start * unit,
+        v_reset=layer.options.v_reset,
+        v_start=float(layer.v_start) * unit,
     )
     if layer.cell is not neurons.independent:
         return [spec]
@@ -257,8 +257,8 @@ class Dialect(NamedTuple):
 def read_neurons(name: str, node: Any, dt: float, dialect: Dialect) -> Neuron | None:
     """The neurons that I, LI, IF or LIF stands for; None for other nodes.
 
-    IF, LIF or LI where these have the same equations, else NodeNeuron, which counts
-    its membrane from where it is set (hard reset) or rests (soft reset, LI).
+    IF, LIF or LI where these have the same equations, else a cell of its own, whose
+    membrane is counted from its reset (hard reset) or rest (soft reset, LI).
     """
     if not isinstance(node, nir.I | nir.LI | nir.IF | nir.LIF):
         return None
@@ -289,7 +289,7 @@ def read_neurons(name: str, node: Any, dt: float, dialect: Dialect) -> Neuron | 
             f"from_nir: expected thresholds above the reset and rest of {name!r}, got "
             f"one that is {np.min(numbers['threshold'])} above."
         )
-    return NodeNeuron(
+    return node_neuron(
         cell,
         **numbers,
         v_reset=None if soft else 0.0,

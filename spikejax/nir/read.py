@@ -12,10 +12,10 @@ from pathlib import Path
 import nir
 
 from spikejax import neurons
+from spikejax.neurons import late_reset
 from spikejax.nir.graph import Edge, Graph
 from spikejax.nir.layers import read_layer
 from spikejax.nir.neurons import EXPONENTIAL, Dialect, read_neurons
-from spikejax.nodes import late_reset
 
 # As NIR's text has it, and to_nir and SpikingJelly write it.
 STANDARD = Dialect()
@@ -34,7 +34,7 @@ def from_nir(
     """A network [B, T, H, W, C] -> [B, T, K] that answers as the graph does.
 
     Images are channels-last here, also where the graph's input is [C, H, W]. Neurons
-    become IF, LIF or LI, or ``NodeNeuron`` where parameters differ from neuron to
+    become IF, LIF or LI, or neurons of NIR's own where parameters differ from neuron to
     neuron; they start from their reset value or from rest, and where edges close a loop
     the values in it take one time step. A graph inside of a graph becomes part of it.
 

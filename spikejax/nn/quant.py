@@ -15,6 +15,7 @@ from flax import nnx
 
 from spikejax import neurons
 from spikejax.layers import Neuron
+from spikejax.neurons import NeuronOptions, NeuronParams
 
 Law = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # (rng, shape) -> noise
 Rounding = Callable[[jax.Array], jax.Array]
@@ -201,7 +202,8 @@ class ScaledIF(Neuron):
     multiples of v_threshold, make N such steps in one: the input counts N times, and
     each of the up to N spikes is v_threshold / N.
 
-    The membrane is held in units of v_threshold, so its thresholds are 1 to N.
+    The membrane is held in units of one spike, v_threshold / N, so its thresholds are 1
+    to N.
 
     Args:
         v_threshold: > 0.
@@ -209,28 +211,11 @@ class ScaledIF(Neuron):
     """
 
     def __init__(self, v_threshold: float = 1.0, num_thresholds: int = 1):
+        neurons.check_thresholds("ScaledIF", [v_threshold], rising=False)
         super().__init__(
             neurons.parallel,
-            neurons.equal_thresholds(num_thresholds),
-            tau=math.inf,
-            decay_input=False,
+            NeuronParams(0.0, neurons.equal_thresholds(num_thresholds)),
+            NeuronOptions(decay_input=False),
+            v_start=0.5,  # half a threshold: the rate rounds where it would floor
+            unit=nnx.Param(jnp.asarray(v_threshold / num_thresholds, jnp.float32)),
         )
-        neurons.check_thresholds("ScaledIF", [v_threshold], rising=False)
-        self.v_threshold = nnx.Param(jnp.asarray(v_threshold, jnp.float32))
-
-    @property
-    def v_start(self) -> float:
-        """Half a threshold: what makes the rate round instead of cut."""
-        return 0.5
-
-    @property
-    def amplitude(self) -> jax.Array:
-        """What one spike adds to the output: v_threshold / N."""
-        return self.v_threshold[...] / self.num_thresholds
-
-    def __call__(self, xs: jax.Array, *, trains: bool = False) -> jax.Array:
-        """Output of the currents xs [B, T, ...]; with ``trains`` N binary trains."""
-        spikes = super().__call__((xs / self.amplitude).astype(xs.dtype), trains=trains)
-        if trains:
-            return spikes
-        return (spikes * self.amplitude).astype(xs.dtype)

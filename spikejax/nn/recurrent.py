@@ -1,45 +1,53 @@
-"""Layers that feed their own outputs back: spiking neurons, and the LSTM.
-
-A layer here holds the weights from its outputs to its next step as ``recurrent``, a
-linear layer that its own loop applies; ``spikejax.energy`` counts it by that name.
-"""
+"""Layers that feed their own outputs back: spiking neurons, and the LSTM."""
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spikejax.layers import Membrane, Neuron
-from spikejax.unroll import unroll
+from spikejax.layers import Memory, Neuron, Step, check_sequence
+from spikejax.unroll import unroll_compiled
 
 
-class Recurrent(Neuron):
-    """Neurons whose spikes come back as currents one time step later.
+class Feedback(NamedTuple):
+    """One time step of neurons that see their own last spikes.
 
-    v[t], z[t] = cell(v[t-1], x[t] + z[t-1] U),  z[0] = 0
+    Hashable, as ``layers.Step``; params is the pair of the neuron's and the weights.
+    """
+
+    step: Step
+
+    def __call__(
+        self, params: tuple[Any, jax.Array], state: tuple[Any, jax.Array], x: jax.Array
+    ) -> tuple[tuple[Any, jax.Array], jax.Array]:
+        """Return the state and last spikes after the currents x, and the output."""
+        neuron, weights = params
+        state, z = state
+        current = x + z @ weights
+        # Spikes come back weighed; XLA computes the step once for both answers.
+        after, z = self.step._replace(trains=False)(neuron, state, current)
+        out = self.step(neuron, state, current)[1] if self.step.trains else z
+        return (after, z), out
+
+
+class Recurrent(nnx.Module):
+    """Layer of neurons whose spikes come back as currents one time step later.
+
+    state[t], z[t] = cell(state[t-1], x[t] + z[t-1] U),  z[0] = 0
 
     Args:
-        neuron: the neurons, such as LIF() or MultiThreshold(); a layer made like it is
-            this one.
+        neuron: layer of neurons, such as LIF() or MultiThreshold().
         features: their number, the last axis of the input.
-        rngs: source of the weights U, orthogonal at the start.
+        rngs: source of the weights U, orthogonal initially.
 
     Reference: Bellec et al. 2018, arXiv:1803.09574.
     """
 
     def __init__(self, neuron: Neuron, features: int, *, rngs: nnx.Rngs):
-        super().__init__(
-            neuron.cell,
-            neuron.thresholds,
-            tau=neuron.tau,
-            v_reset=neuron.v_reset,
-            decay_input=neuron.decay_input,
-            detach_reset=neuron.detach_reset,
-            surrogate=neuron.surrogate,
-            learn_tau=neuron.leak_logit is not None,
-            learn_thresholds=neuron.log_steps is not None,
-        )
+        self.neuron = neuron
+        self.memory = Memory()
         self.recurrent = nnx.Linear(
             features,
             features,
@@ -49,44 +57,35 @@ class Recurrent(Neuron):
         )
 
     def __call__(self, xs: jax.Array, *, trains: bool = False) -> jax.Array:
-        """Spikes of the currents xs [B, T, features]; see ``Neuron``."""
-        features = self.recurrent.in_features
-        if xs.ndim != 3 or xs.shape[1] == 0 or xs.shape[-1] != features:
-            raise ValueError(
-                f"Recurrent: expected a sequence [B, T, {features}], got shape "
-                f"{xs.shape}. Recurrent(neuron, features) takes their number."
-            )
+        """Return the spikes of the currents xs [B, T, features]; see ``Neuron``.
+
+        Raises:
+            ValueError: xs has no time axis, or holds no floating point numbers.
+        """
+        check_sequence("Recurrent", xs)
+        step, params = self.neuron.bind(trains=trains)
         weights = self.recurrent.kernel[...].astype(xs.dtype)
-
-        def cell(params, state, x):
-            v, z = state
-            x = x + z @ weights
-            after, z = self._step(params, v, x)
-            given = self._step(params, v, x, trains=True)[1] if trains else z
-            return (after, z), given
-
-        (v, z), spikes = unroll(cell, self.params, self._start(xs), xs)
-        if self.membrane is not None:
-            self.membrane = Membrane(self._joined(v, z))
+        first = xs[:, 0]
+        start = self.neuron.start(first.shape), jnp.zeros_like(first)
+        state, spikes = unroll_compiled(
+            Feedback(step), (params, weights), self.memory.load(start), xs
+        )
+        self.memory.save(state)
         return spikes
 
-    # The membrane that is kept from call to call has the last spikes behind it.
 
-    def _joined(self, v, z):
-        return jnp.concatenate([v.reshape(-1, *z.shape), z[None].astype(v.dtype)])
-
-    def _start(self, xs):
-        z = jnp.zeros_like(xs[:, 0])
-        rest = self.rest(z.shape)
-        if self.membrane is None or self.membrane[...].ndim == 0:
-            return rest, z
-        held, shape = self.membrane[...], self._joined(rest, z).shape
-        if held.shape != shape:
-            raise ValueError(
-                f"Recurrent: expected input for its membrane {held.shape[1:]}, got "
-                f"{xs.shape}. Call keep_membranes(model) to start anew."
-            )
-        return held[:-1].reshape(rest.shape), held[-1].astype(xs.dtype)
+def _gates(
+    weights: tuple[jax.Array, jax.Array],
+    state: tuple[jax.Array, jax.Array],
+    x: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Compute one step of an LSTM from the gates x of its input."""
+    kernel, bias = weights
+    c, h = state
+    i, f, g, o = jnp.split(x + h @ kernel + bias, 4, -1)
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    h = jax.nn.sigmoid(o) * jnp.tanh(c)
+    return (c, h), h
 
 
 class LSTM(nnx.Module):
@@ -96,6 +95,7 @@ class LSTM(nnx.Module):
     h' = sigmoid(o) tanh(c')
 
     Weights and both biases start uniformly in +-1 / sqrt(features), as in PyTorch.
+    Flax's own cells have one bias, and other initial weights.
 
     Args:
         inputs: size of the last axis of the input.
@@ -108,7 +108,9 @@ class LSTM(nnx.Module):
     def __init__(self, inputs: int, features: int, *, rngs: nnx.Rngs):
         bound = features**-0.5
 
-        def init(key, shape, dtype=jnp.float32, **_):
+        def init(
+            key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32, **_: Any
+        ) -> jax.Array:
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
         linear = partial(nnx.Linear, kernel_init=init, bias_init=init, rngs=rngs)
@@ -117,21 +119,13 @@ class LSTM(nnx.Module):
         self.bias = nnx.Param(init(rngs.params(), (4 * features,)))
 
     def __call__(self, xs: jax.Array) -> jax.Array:
-        """h [..., L, features] for a sequence xs [..., L, inputs]."""
-        gates = self.inputs(xs)
+        """Return h [..., L, features] for a sequence xs [..., L, inputs]."""
+        gates = self.inputs(xs)  # one matrix product for all steps
         gates = gates.reshape(-1, *gates.shape[-2:])
-        weights = self.recurrent.kernel[...].astype(gates.dtype)
-        bias = self.bias[...].astype(gates.dtype)
-
-        def cell(weights, state, x):
-            c, h = state
-            i, f, g, o = jnp.split(x + h @ weights + bias, 4, -1)
-            c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-            h = jax.nn.sigmoid(o) * jnp.tanh(c)
-            return (c, h), h
-
-        zero = jnp.zeros((gates.shape[0], weights.shape[0]), gates.dtype)
-        _, hs = unroll(cell, weights, (zero, zero), gates)
+        kernel = self.recurrent.kernel[...].astype(gates.dtype)
+        weights = kernel, self.bias[...].astype(gates.dtype)
+        zero = jnp.zeros((gates.shape[0], kernel.shape[0]), gates.dtype)
+        _, hs = unroll_compiled(_gates, weights, (zero, zero), gates)
         return hs.reshape(*xs.shape[:-1], -1)
 
 
@@ -143,6 +137,6 @@ class Bidirectional(nnx.Module):
         self.backwards = LSTM(inputs, features, rngs=rngs)
 
     def __call__(self, xs: jax.Array) -> jax.Array:
-        """[..., L, 2 features] for a sequence xs [..., L, inputs]."""
+        """Return [..., L, 2 features] for a sequence xs [..., L, inputs]."""
         backwards = jnp.flip(self.backwards(jnp.flip(xs, -2)), -2)
         return jnp.concatenate([self.forwards(xs), backwards], -1)

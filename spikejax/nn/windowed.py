@@ -198,7 +198,7 @@ def _windows(xs):
 
 
 def _rest(neuron, x):
-    return neuron.rest(x.shape) if isinstance(neuron, Neuron) else jnp.zeros_like(x)
+    return neuron.start(x.shape) if isinstance(neuron, Neuron) else jnp.zeros_like(x)
 
 
 def _fire(neuron, v, x, carry_reset):

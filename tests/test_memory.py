@@ -1,4 +1,4 @@
-"""Membranes of layers: kept from call to call, a sequence may come in slices."""
+"""State between calls: kept, dropped, stepped, in every kind of layer."""
 
 import math
 from functools import partial
@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from spikejax import surrogate
-from spikejax.layers import IF, LIF, PLIF, Membrane, MultiThreshold, keep_membranes
+from spikejax.layers import IF, LIF, PLIF, Membrane, MultiThreshold
 from spikejax.neurons import cascade, independent
+from spikejax.nn.memory import drop_membranes, has_held, keep_membranes, stepper
 
 # name -> a layer, so that every option is on somewhere
 LAYERS = {
@@ -46,11 +47,16 @@ def two_layers(neuron):
     return nnx.Sequential(first, neuron(), second, neuron())
 
 
+def held(layer):
+    """The state that a layer of neurons keeps."""
+    return layer.memory.held[0][...]
+
+
 @every_layer
 def test_whole_equals_step_by_step(name):
     xs = currents(4)
     whole = LAYERS[name]()(xs)
-    layer = keep_membranes(LAYERS[name]())
+    layer = keep_membranes(LAYERS[name](), xs)
     steps = [layer(xs[:, t : t + 1]) for t in range(4)]
     assert 0 < (whole > 0).mean() < 1
     np.testing.assert_array_equal(whole, jnp.concatenate(steps, 1))
@@ -59,70 +65,108 @@ def test_whole_equals_step_by_step(name):
 @pytest.mark.parametrize("name", ["plif", "independent hard"])
 def test_a_long_sequence_equals_its_slices_whatever_their_lengths(name):
     xs = currents(80)
-    whole = keep_membranes(LAYERS[name]())
-    sliced = keep_membranes(LAYERS[name]())
+    whole = keep_membranes(LAYERS[name](), xs)
+    sliced = keep_membranes(LAYERS[name](), xs)
     spikes = whole(xs)
     slices = [sliced(piece) for piece in np.split(np.asarray(xs), [1, 4, 10, 75], 1)]
     np.testing.assert_array_equal(spikes, jnp.concatenate(slices, 1))
-    np.testing.assert_allclose(whole.membrane[...], sliced.membrane[...], 0, 1e-5)
+    np.testing.assert_allclose(held(whole), held(sliced), 0, 1e-5)
 
 
 def test_without_keep_membranes_every_call_starts_from_rest():
     layer, xs = LIF(), currents(3)
     np.testing.assert_array_equal(layer(xs), layer(xs))
-    assert layer.membrane is None
+    assert not has_held(layer)
     assert not jax.tree.leaves(nnx.state(layer))
 
 
-def test_keep_membranes_again_starts_anew():
-    layer, xs = keep_membranes(LIF(4.0, v_reset=-0.5)), currents(3)
+def test_keep_membranes_again_starts_from_rest():
+    xs = currents(3)
+    layer = keep_membranes(LIF(4.0, v_reset=-0.5), xs)
     first, second = layer(xs), layer(xs)
     assert (first != second).any()
-    np.testing.assert_array_equal(keep_membranes(layer)(xs), first)
-    other = keep_membranes(layer)(currents(3, shape=(5,)))  # and for another shape
-    assert other.shape == (2, 3, 5)
+    np.testing.assert_array_equal(keep_membranes(layer, xs)(xs), first)
+    other = currents(3, shape=(5,))
+    assert keep_membranes(layer, other)(other).shape == (2, 3, 5)
 
 
-def test_rest_is_the_reset_value():
-    layer = keep_membranes(LIF(v_reset=-0.5, decay_input=False))
+def test_drop_membranes_is_the_way_back():
+    xs = currents(3)
+    layer = keep_membranes(LIF(4.0), xs)
+    first, second = layer(xs), layer(xs)
+    assert has_held(layer) and (first != second).any()
+    assert not has_held(drop_membranes(layer))
+    np.testing.assert_array_equal(layer(xs), first)
+    np.testing.assert_array_equal(layer(xs), first)
+    assert not jax.tree.leaves(nnx.state(layer))
+
+
+def test_states_have_their_shape_and_start_from_the_first():
+    layer = keep_membranes(LIF(v_reset=-0.5, decay_input=False), jnp.zeros((2, 1, 3)))
+    np.testing.assert_array_equal(held(layer), jnp.full((2, 3), -0.5))
     layer(jnp.zeros((2, 1, 3)))
-    assert jnp.all(layer.membrane[...] == -0.5)
+    np.testing.assert_array_equal(held(layer), jnp.full((2, 3), -0.5))
+    started = keep_membranes(LIF(v_start=0.25), jnp.zeros((2, 1, 3)))
+    np.testing.assert_array_equal(held(started), jnp.full((2, 3), 0.25))
+
+
+def test_a_membrane_of_tau_one_forgets():
+    xs = jnp.full((1, 3, 1), 0.75)
+    layer = keep_membranes(LIF(1.0), xs)
+    layer(xs)
+    assert held(layer).tolist() == [[0.75]]
 
 
 def test_membranes_are_no_parameters():
-    network = keep_membranes(two_layers(PLIF))
-    network(currents(2))
+    network = keep_membranes(two_layers(PLIF), currents(2))
     params, membranes, rest = nnx.state(network, nnx.Param, Membrane, ...)
     assert len(jax.tree.leaves(membranes)) == 2 and not jax.tree.leaves(rest)
     assert len(jax.tree.leaves(params)) == 6
 
 
-def test_membranes_stream_through_plain_jit():
-    xs = currents(5)
-    network = keep_membranes(two_layers(MultiThreshold))
-    network(xs[:, :1])  # now the membranes have their shapes
-    graphdef, state = nnx.split(network)
+def test_a_stepper_is_a_pure_function_of_one_slice():
+    xs, network = currents(5), two_layers(MultiThreshold)
+    whole = network(xs)
+    state, step = stepper(network, xs)
+    assert not has_held(network)  # not modified
+
+    # In a scan: one step of every sequence of a batch after the other.
+    def body(state, x):
+        return step(state, x[:, None])
+
+    _, slices = jax.lax.scan(body, state, jnp.moveaxis(xs, 1, 0))
+    np.testing.assert_allclose(jnp.moveaxis(slices[:, :, 0], 0, 1), whole, 0, 1e-6)
+
+    # Compiled once for slices of one length.
     traced = []
 
     @jax.jit
-    def step(state, x):
+    def compiled(state, x):
         traced.append(x)
-        network = nnx.merge(graphdef, state)
-        spikes = network(x[:, None])
-        return nnx.to_pure_dict(nnx.state(network)), spikes
+        return step(state, x)
 
-    state, slices = nnx.to_pure_dict(state), []
-    for t in range(1, 5):
-        state, spikes = step(state, xs[:, t])
-        slices.append(spikes)
-    whole = two_layers(MultiThreshold)(xs)
-    np.testing.assert_allclose(whole[:, 1:], jnp.concatenate(slices, 1), 0, 1e-6)
+    later, outputs = state, []
+    for t in range(5):
+        later, spikes = compiled(later, xs[:, t : t + 1])
+        outputs.append(spikes)
+    np.testing.assert_allclose(jnp.concatenate(outputs, 1), whole, 0, 1e-6)
     assert len(traced) == 1
+    _, again = step(state, xs)  # from rest, of any length
+    np.testing.assert_allclose(again, whole, 0, 1e-6)
+
+
+def test_a_stepper_runs_in_evaluation_mode():
+    rngs = nnx.Rngs(0)
+    network = nnx.Sequential(nnx.Dropout(0.9, rngs=rngs), LIF())
+    xs = currents(2)
+    state, step = stepper(network, xs)
+    np.testing.assert_array_equal(step(state, xs)[1], LIF()(xs))
+    assert not network.layers[0].deterministic
 
 
 def test_membranes_stream_through_nnx_jit():
     xs = currents(4)
-    layer = keep_membranes(MultiThreshold())
+    layer = keep_membranes(MultiThreshold(), xs)
     step = nnx.jit(lambda layer, x: layer(x[:, None]))
     steps = [step(layer, xs[:, t]) for t in range(4)]
     np.testing.assert_array_equal(MultiThreshold()(xs), jnp.concatenate(steps, 1))
@@ -133,13 +177,13 @@ def test_membranes_stream_through_nnx_jit():
 )
 def test_bfloat16_in_gives_bfloat16_out_and_a_float32_membrane(name):
     xs = currents(4).astype(jnp.bfloat16)
-    layer = keep_membranes(LAYERS[name]())
+    layer = keep_membranes(LAYERS[name](), xs)
     spikes, backward = jax.vjp(LAYERS[name](), xs)
     (gradient,) = backward(jnp.ones_like(spikes))
     assert spikes.dtype == gradient.dtype == jnp.bfloat16
     assert gradient.shape == xs.shape
     layer(xs)
-    assert layer.membrane[...].dtype == jnp.float32
+    assert held(layer).dtype == jnp.float32
     exact = LAYERS[name]()(xs.astype(jnp.float32))
     np.testing.assert_array_equal(spikes, exact.astype(jnp.bfloat16))
 
@@ -153,16 +197,16 @@ def test_small_bfloat16_currents_add_up_to_a_spike():
 
 @pytest.mark.parametrize("neuron", [LIF, partial(MultiThreshold, 2, independent)])
 def test_a_held_membrane_refuses_input_of_another_batch_size(neuron):
-    layer = keep_membranes(neuron())
-    layer(jnp.zeros((2, 4, 3)))
+    layer = keep_membranes(neuron(), jnp.zeros((2, 4, 3)))
     with pytest.raises(
         ValueError,
-        match=r"expected input for its membrane \(.*2, 3\), got \(5, 4, 3\). "
-        r"Call keep_membranes\(model\) to start anew",
+        match=r"expected input for membranes \(.*2, 3\), got input for \(.*5, 3\). "
+        r"Call keep_membranes\(model, xs\) for the new shape",
     ):
         layer(jnp.zeros((5, 4, 3)))
 
 
-def test_keep_membranes_needs_a_model_with_neurons():
+@pytest.mark.parametrize("function", [keep_membranes, stepper])
+def test_keep_membranes_needs_a_model_with_neurons(function):
     with pytest.raises(ValueError, match="with spiking neurons, found none in Linear."):
-        keep_membranes(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+        function(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), jnp.zeros((1, 1, 2)))

@@ -1,0 +1,104 @@
+"""State between calls: a network over slices of a sequence, step by step."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+
+from spikejax._compat import List, iter_modules
+from spikejax.layers import Membrane, Memory, neuron_layers
+
+Stepper = Callable[[Any, jax.Array], tuple[Any, jax.Array]]
+
+
+def _memories(model: nnx.Module) -> dict[tuple, Memory]:
+    found = iter_modules(model)
+    return {path: module for path, module in found if isinstance(module, Memory)}
+
+
+def keep_membranes(model: nnx.Module, xs: jax.Array) -> nnx.Module:
+    """Keep the state of every neuron between calls from now on, starting from rest.
+
+    Then a sequence may be fed in slices, ``model(xs[:, t : t + 1])``, with the result
+    of feeding it whole. States have their full shape from the start. Call it again to
+    start from rest. Changes and returns the model; ``drop_membranes`` is the way back.
+
+    Args:
+        model: with spiking neurons.
+        xs: an example of the input [B, T, ...]; its batch size and shape count.
+
+    Raises:
+        ValueError: the model has no spiking neurons.
+    """
+    drop_membranes(model)
+    if not neuron_layers(model):
+        raise ValueError(
+            "keep_membranes: expected a model with spiking neurons, found none in "
+            f"{type(model).__name__}."
+        )
+    graphdef, state = nnx.split(model)
+
+    # Compiled, all but the states at rest is dead code: the network does not run.
+    @jax.jit
+    def starts(state: nnx.State, xs: jax.Array) -> dict[tuple, list[jax.Array]]:
+        found: dict[tuple, list[jax.Array]] = {}
+        model = nnx.merge(graphdef, state)
+        for path, memory in _memories(model).items():
+            memory.watch = lambda start, path=path: found.setdefault(
+                path, jax.tree.leaves(start)
+            )
+        model(xs)
+        return found
+
+    found = starts(state, xs)
+    for path, memory in _memories(model).items():
+        if path in found:  # the neuron inside of a Recurrent keeps no state of its own
+            memory.held = List([Membrane(leaf) for leaf in found[path]])
+    return model
+
+
+def drop_membranes(model: nnx.Module) -> nnx.Module:
+    """Let every layer start from rest at each call again; changes the model."""
+    for memory in _memories(model).values():
+        if memory.held is not None:
+            del memory.held
+    return model
+
+
+def has_held(model: nnx.Module) -> bool:
+    """Return whether a layer keeps its state between calls."""
+    return any(memory.held is not None for memory in _memories(model).values())
+
+
+@partial(jax.jit, static_argnums=0)
+def _advance(
+    graphdef: nnx.GraphDef, rest: nnx.State, state: nnx.State, xs: jax.Array
+) -> tuple[nnx.State, jax.Array]:
+    model = nnx.merge(graphdef, state, rest)
+    ys = model(xs)
+    return nnx.state(model, Membrane), ys
+
+
+def stepper(model: nnx.Module, xs: jax.Array) -> tuple[nnx.State, Stepper]:
+    """Return a model as a pure function of one slice of time, and its first state.
+
+        state, step = stepper(model, xs)
+        for t in range(xs.shape[1]):
+            state, ys = step(state, xs[:, t : t + 1])
+
+    The answers together are those of the whole sequence. The function is compiled once
+    per length of a slice, and works inside ``jax.jit`` and ``jax.lax.scan``.
+
+    Args:
+        model: with spiking neurons; it runs in evaluation mode, and is not modified.
+        xs: an example of the input [B, T, ...] with any T.
+
+    Raises:
+        ValueError: the model has no spiking neurons.
+    """
+    model = nnx.clone(model)
+    model.eval()
+    graphdef, state, rest = nnx.split(keep_membranes(model, xs), Membrane, ...)
+    return state, partial(_advance, graphdef, rest)
