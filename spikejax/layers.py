@@ -78,7 +78,7 @@ class Step(NamedTuple):
     """One time step of a neuron, (params, state, x) -> (state, output).
 
     It is hashable and closes over no arrays, so it compiles once. params is the pair of
-    the cell's parameters and the size of a spike, or None for 1.
+    the cell's parameters and the size of a spike (None for 1).
     """
 
     cell: Cell
@@ -106,21 +106,17 @@ class Step(NamedTuple):
             y = sum((z * w for z, w in pairs), trains[0])
         if unit is not None:
             y = y * unit
-        # Where y is the count, both operands are one array, not two to write.
-        y, count = (
-            (y.astype(x.dtype),) * 2 if y is count else (y.astype(x.dtype), count)
-        )
+        is_count = y is count  # then both operands are one array, not two to write
+        y = y.astype(x.dtype)
         with jax.named_scope(self.name or "neuron"):
-            return state, spiking_output(y, count)
+            return state, spiking_output(y, y if is_count else count)
 
 
 class Neuron(nnx.Module):
     """Layer of spiking neurons: a cell, its parameters, and its options.
 
     IF, LIF, PLIF, MultiThreshold and LI construct it; nothing overrides it. A neuron of
-    your own is a function (params, state, x, options) -> (state, trains):
-
-        Neuron(cell, MyParams(...), start=my_rest)
+    your own is a function (params, state, x, options) -> (state, trains).
 
     Args:
         cell: one of ``spikejax.neurons``, or your own.
@@ -128,11 +124,9 @@ class Neuron(nnx.Module):
             those. Arrays broadcast against the features; an nnx.Param is learned as it
             is.
         options: see ``NeuronOptions``.
-        start: (params, shape of the currents, v_start) -> state at rest; by default the
-            membranes.
+        start: (params, shape of the currents, v_start) -> state at rest.
         v_start: membrane before the first step; v_reset, or 0, where it is None.
-        unit: size of one spike: currents are divided by it and outputs multiplied. A
-            number, array or nnx.Param; None for 1.
+        unit: size of one spike: currents are divided by it and outputs multiplied.
         learn_tau: learn the leak as sigmoid(leak_logit), in the shape of tau.
         learn_thresholds: learn the thresholds as exp(log_steps), summed up where they
             must rise, so they stay positive and in order.
@@ -154,7 +148,7 @@ class Neuron(nnx.Module):
         learn_thresholds: bool = False,
     ):
         if isinstance(params, NeuronParams):
-            _check(type(self).__name__, cell, params, options, learn_tau)
+            _check(type(self).__name__, cell, params, options)
         self.cell = cell
         self.options = options
         self.name = ""  # of its place in the model, where somebody asks for it
@@ -166,17 +160,16 @@ class Neuron(nnx.Module):
         self.kind = type(params)
         for field, value in zip(params._fields, params, strict=True):
             setattr(self, field, _hold(value))
+        # Thresholds that stay in order are learned as the steps between them.
+        self.rises = cell is neurons.parallel and getattr(params, "amounts", 0) is None
         # sigmoid(leak_logit) = 1 / tau
         logit = -np.log(1 / np.asarray(params.leak) - 1) if learn_tau else None
         self.leak_logit = None if logit is None else _param(logit)
         self.log_steps = _param(self._log_steps()) if learn_thresholds else None
 
-    def _rises(self) -> bool:
-        return self.cell is neurons.parallel and self.amounts is None
-
     def _log_steps(self) -> jax.Array:
         steps = jnp.asarray(_read(self.thresholds), jnp.float32)
-        return jnp.log(jnp.diff(steps, axis=0, prepend=0) if self._rises() else steps)
+        return jnp.log(jnp.diff(steps, axis=0, prepend=0) if self.rises else steps)
 
     @property
     def params(self) -> Any:
@@ -186,7 +179,7 @@ class Neuron(nnx.Module):
             values["leak"] = jax.nn.sigmoid(self.leak_logit[...])
         if self.log_steps is not None:
             steps = jnp.exp(self.log_steps[...])
-            values["thresholds"] = jnp.cumsum(steps, 0) if self._rises() else steps
+            values["thresholds"] = jnp.cumsum(steps, 0) if self.rises else steps
         return self.kind(**values)
 
     @property
@@ -199,10 +192,7 @@ class Neuron(nnx.Module):
         return self.rest(self.params, shape, _read(self.v_start))
 
     def bind(self, *, trains: bool = False) -> tuple[Step, tuple[Any, Any]]:
-        """Return one time step as a pure function, and its parameters.
-
-        With them ``step(params, state, x)`` is what ``self.step(state, x)`` computes.
-        """
+        """Return ``self.step`` as a function (params, state, x), and the params."""
         step = Step(self.cell, self.options, self.name, trains)
         return step, (self.params, _read(self.unit))
 
@@ -294,14 +284,8 @@ def _read(value: Any) -> Any:
     return value[...] if isinstance(value, nnx.Variable) else value
 
 
-def _check(
-    who: str, cell: Cell, params: NeuronParams, options: NeuronOptions, learn_tau: bool
-) -> None:
-    """Check the parameters of our own cells, where they are numbers already.
-
-    Raises:
-        ValueError: one is out of its range.
-    """
+def _check(who: str, cell: Cell, params: NeuronParams, options: NeuronOptions) -> None:
+    """Check the parameters of our own cells."""
     if not isinstance(options.surrogate, Surrogate):
         raise ValueError(
             f"{who}: expected a surrogate such as surrogate.ATAN or "
@@ -326,11 +310,7 @@ def _check(
 
 
 def _leak(who: str, tau: Number, options: NeuronOptions, learn_tau: bool) -> Number:
-    """Return 1 / tau.
-
-    Raises:
-        ValueError: tau is out of its range.
-    """
+    """Return 1 / tau, or raise where tau is out of its range."""
     with np.errstate(all="ignore"):
         leak = 1 / np.asarray(tau, np.float64)
     low = (leak <= 0) & (learn_tau | options.decay_input)
@@ -419,12 +399,7 @@ class PLIF(LIF):
 class LI(Neuron):
     """Layer of leaky integrators, such as a readout: v' = v + (x - v) / tau, output v'.
 
-    Args:
-        tau: as in LIF; math.inf with decay_input=False adds up the input.
-        decay_input: whether tau scales the input too.
-
-    Raises:
-        ValueError: tau is out of its range.
+    tau=math.inf with decay_input=False adds up the input.
     """
 
     def __init__(self, tau: Number = 2.0, *, decay_input: bool = True):
@@ -447,8 +422,7 @@ class MultiThreshold(Neuron):
         cell: neurons.parallel, neurons.cascade, or neurons.independent (one membrane
             per threshold).
         v_threshold: the spacing, where thresholds is a number.
-        tau: membrane time constant in time steps, >= 1; math.inf with decay_input=False
-            makes integrate-and-fire neurons.
+        tau: as in LIF; math.inf with decay_input=False integrates without a leak.
         Other arguments are those of LIF. After a batch norm, v_threshold=0.5 and
         decay_input=False put four thresholds where the inputs are.
 

@@ -52,18 +52,18 @@ def test_sew_resnet_18_answers_as_there(library, state):
 
 def test_neurons_of_spikingjelly():
     layer = spikingjelly_neuron()
-    assert (layer.tau, layer.v_reset, layer.decay_input) == (2.0, 0.0, True)
+    assert (layer.leak, *layer.options[:2]) == (0.5, 0.0, True)
     layer = spikingjelly_neuron(tau=None, v_reset=None)
-    assert layer.tau == np.inf and layer.v_reset is None
+    assert layer.leak == 0 and layer.options.v_reset is None
     np.testing.assert_array_equal(layer(XS), IF()(XS))
 
 
 def test_neurons_of_snntorch():
     layer = snntorch_neuron(0.75, reset_mechanism="zero")
-    assert isinstance(layer, LIF) and layer.tau == 4 and layer.v_reset == 0
-    assert not layer.decay_input
+    assert isinstance(layer, LIF) and layer.leak == 0.25
+    assert layer.options[:2] == (0.0, False)
     layer = snntorch_neuron(0.75, 0.5, reset_delay=False)
-    assert layer.v_reset is None and layer.thresholds == (0.5,)
+    assert layer.options.v_reset is None and layer.thresholds == (0.5,)
     late = snntorch_neuron(0.75)
     assert late.cell is late_reset
     assert (late(XS) != snntorch_neuron(0.75, reset_delay=False)(XS)).any()

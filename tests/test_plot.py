@@ -138,7 +138,7 @@ def test_membrane_of_a_converted_neuron_is_in_thresholds():
 
 
 def test_membrane_leaves_the_layer_and_draws_where_it_is_told():
-    layer = keep_membranes(LIF(), jnp.zeros((1, 1, 1)))
+    layer = keep_membranes(LIF(), jnp.zeros((1, 1)))
     layer(jnp.ones((1, 1)))
     held = np.array(layer.memory.held[0][...])
     axes = plot.membrane(LIF(), [1.0, 1.5])
@@ -187,7 +187,7 @@ def test_response_compares_by_name_on_one_range_of_inputs():
 
 
 def test_response_starts_from_rest_and_moves_no_membrane():
-    layer = keep_membranes(LIF(), jnp.zeros((1, 1, 1)))
+    layer = keep_membranes(LIF(), jnp.zeros((1, 1)))
     layer(np.full((1, 1), 1.0, np.float32))
     held = np.array(layer.memory.held[0][...])
     axes = plot.response(LIF())
