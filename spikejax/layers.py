@@ -14,12 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 
 from spikejax import neurons, surrogate
 from spikejax._compat import iter_modules
-from spikejax.neurons import Cell, NeuronOptions, NeuronParams, Number, State
+from spikejax.neurons import Cell, NeuronOptions, NeuronParams, Number, Params, State
 from spikejax.surrogate import Spike, Surrogate
 from spikejax.unroll import unroll_compiled
+
+# A number, an array, a sequence of those, or a variable.
+Parameter = Any
 
 
 class Membrane(nnx.Variable):
@@ -33,15 +37,12 @@ class Fixed(nnx.Variable):
 class Memory(nnx.Module):
     """State of a layer between calls, held only after ``keep_membranes``."""
 
-    # On the class, as Flax fixes what an attribute is when an instance first gets it.
+    # On the class: Flax fixes the kind of an attribute when an instance first gets it.
     held: Any = None  # leaves of the state
     watch: Callable[[State], Any] | None = None
 
     def load(self, start: State) -> State:
-        """Return the state to begin with: ``start``, or what is held.
-
-        Args:
-            start: state at rest, in the shapes of this call.
+        """Return the state to begin with: ``start``, at rest, or what is held.
 
         Raises:
             ValueError: the held state is of another shape.
@@ -75,7 +76,7 @@ def spiking_output(y: jax.Array, count: jax.Array) -> jax.Array:
 
 
 class Step(NamedTuple):
-    """One time step of a neuron, (params, state, x) -> (state, output).
+    """Time step of a neuron, (params, state, x) -> (state, output).
 
     It is hashable and closes over no arrays, so it compiles once. params is the pair of
     the cell's parameters and the size of a spike (None for 1).
@@ -87,19 +88,19 @@ class Step(NamedTuple):
     trains: bool = False
 
     def __call__(
-        self, params: tuple[Any, Any], state: State, x: jax.Array
+        self, params: tuple[Params, Any], state: State, x: jax.Array
     ) -> tuple[State, jax.Array]:
         """Return the state after the currents x, and spikes in the type of x."""
-        params, unit = params
+        values, unit = params
         current = x.astype(jnp.float32)
         if unit is not None:
             current = current / unit
-        state, trains = self.cell(params, state, current, self.options)
+        state, trains = self.cell(values, state, current, self.options)
         if not trains:  # an integrator: its membrane is its output
             return state, state.astype(x.dtype)
         if self.trains:
             return state, jnp.stack(trains, -1).astype(x.dtype)
-        weights = neurons.spike_weights(self.cell, params)
+        weights = neurons.spike_weights(self.cell, values)
         y = count = sum(trains[1:], trains[0])
         if not all(isinstance(w, float) and np.float32(w) == 1 for w in weights[1:]):
             pairs = zip(trains[1:], weights[1:], strict=True)
@@ -125,7 +126,7 @@ class Neuron(nnx.Module):
             is.
         options: see ``NeuronOptions``.
         start: (params, shape of the currents, v_start) -> state at rest.
-        v_start: membrane before the first step; v_reset, or 0, where it is None.
+        v_start: membrane before the first step, by default v_reset, or 0.
         unit: size of one spike: currents are divided by it and outputs multiplied.
         learn_tau: learn the leak as sigmoid(leak_logit), in the shape of tau.
         learn_thresholds: learn the thresholds as exp(log_steps), summed up where they
@@ -138,10 +139,10 @@ class Neuron(nnx.Module):
     def __init__(
         self,
         cell: Cell,
-        params: Any,
+        params: Params,
         options: NeuronOptions = neurons.DEFAULT,
         *,
-        start: Callable[[Any, tuple[int, ...], Number], State] | None = None,
+        start: Callable[[Params, tuple[int, ...], Number], State] | None = None,
         v_start: Number | None = None,
         unit: Number | nnx.Param | None = None,
         learn_tau: bool = False,
@@ -165,11 +166,10 @@ class Neuron(nnx.Module):
         # sigmoid(leak_logit) = 1 / tau
         logit = -np.log(1 / np.asarray(params.leak) - 1) if learn_tau else None
         self.leak_logit = None if logit is None else _param(logit)
-        self.log_steps = _param(self._log_steps()) if learn_thresholds else None
-
-    def _log_steps(self) -> jax.Array:
-        steps = jnp.asarray(_read(self.thresholds), jnp.float32)
-        return jnp.log(jnp.diff(steps, axis=0, prepend=0) if self.rises else steps)
+        steps = np.asarray(_stack(params.thresholds)) if learn_thresholds else None
+        if steps is not None and self.rises:
+            steps = np.diff(steps, axis=0, prepend=0)
+        self.log_steps = None if steps is None else _param(np.log(steps))
 
     @property
     def params(self) -> Any:
@@ -256,7 +256,7 @@ def check_sequence(who: str, xs: jax.Array) -> None:
     )
 
 
-def _hold(value: Any) -> Any:
+def _hold(value: Parameter) -> Any:
     """Return a value as a module stores it: numbers static, arrays in a variable."""
     if isinstance(value, nnx.Variable) or np.ndim(value) == 0 and _is_plain(value):
         return value
@@ -265,22 +265,22 @@ def _hold(value: Any) -> Any:
     return Fixed(jnp.asarray(_stack(value), jnp.float32))
 
 
-def _param(value: Any) -> nnx.Param:
+def _param(value: ArrayLike) -> nnx.Param:
     return nnx.Param(jnp.asarray(value, jnp.float32))
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Parameter) -> bool:
     return value is None or isinstance(value, int | float | np.number | str)
 
 
-def _stack(value: Any) -> Any:
+def _stack(value: Parameter) -> Any:
     """Return a sequence of numbers and arrays as one array, [N, ...]."""
     if isinstance(value, Sequence):
-        return jnp.stack(jnp.broadcast_arrays(*map(jnp.asarray, value)))
+        return np.stack(np.broadcast_arrays(*map(np.asarray, value)))
     return value
 
 
-def _read(value: Any) -> Any:
+def _read(value: Parameter) -> Any:
     return value[...] if isinstance(value, nnx.Variable) else value
 
 
@@ -309,7 +309,7 @@ def _check(who: str, cell: Cell, params: NeuronParams, options: NeuronOptions) -
         )
 
 
-def _leak(who: str, tau: Number, options: NeuronOptions, learn_tau: bool) -> Number:
+def _leak(who: str, tau: Number, options: NeuronOptions, learn_tau: bool) -> Any:
     """Return 1 / tau, or raise where tau is out of its range."""
     with np.errstate(all="ignore"):
         leak = 1 / np.asarray(tau, np.float64)

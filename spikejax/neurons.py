@@ -20,6 +20,7 @@ from spikejax.surrogate import Spike
 
 Number = float | jax.Array  # arrays broadcast against the membrane
 State = Any  # a pytree of arrays
+Params = Any  # a NamedTuple, such as NeuronParams
 Trains = tuple[jax.Array, ...]
 Cell = Callable[..., tuple[State, Trains]]
 
@@ -70,9 +71,7 @@ def charge(leak: Number, v: Number, x: jax.Array, options: NeuronOptions) -> jax
     return v - above_rest * leak + x
 
 
-def reset(
-    u: jax.Array, z: jax.Array, amount: jax.Array, options: NeuronOptions
-) -> jax.Array:
+def reset(u: jax.Array, z: Number, amount: Number, options: NeuronOptions) -> jax.Array:
     """Return the membrane after firing: u - amount (soft), or v_reset where z = 1.
 
     Args:
@@ -89,10 +88,7 @@ def reset(
 
 
 def lif(
-    params: NeuronParams,
-    v: jax.Array,
-    x: jax.Array,
-    options: NeuronOptions = DEFAULT,
+    params: NeuronParams, v: jax.Array, x: jax.Array, options: NeuronOptions = DEFAULT
 ) -> tuple[jax.Array, Trains]:
     """Compute one step of a leaky integrate-and-fire neuron.
 
@@ -116,10 +112,7 @@ def lif(
 
 
 def parallel(
-    params: NeuronParams,
-    v: jax.Array,
-    x: jax.Array,
-    options: NeuronOptions = DEFAULT,
+    params: NeuronParams, v: jax.Array, x: jax.Array, options: NeuronOptions = DEFAULT
 ) -> tuple[jax.Array, Trains]:
     """Compute one step of a multi-threshold neuron, all N thresholds compared together.
 
@@ -132,8 +125,8 @@ def parallel(
 
     With ``amounts`` a_k of one's own the thresholds may have any value, and a spike of
     negative amount fires below its threshold: z_k = H(theta_k - u). So thresholds
-    theta (k - 1/2) with amounts theta make an I-LIF neuron, which rounds where this one
-    floors.
+    theta (k - 1/2) with amounts theta make an I-LIF neuron, whose levels
+    are rounded and not cut.
 
     Args:
         params: leak and N thresholds; rising, and positive, unless amounts are given.
@@ -160,10 +153,7 @@ def parallel(
 
 
 def cascade(
-    params: NeuronParams,
-    v: jax.Array,
-    x: jax.Array,
-    options: NeuronOptions = DEFAULT,
+    params: NeuronParams, v: jax.Array, x: jax.Array, options: NeuronOptions = DEFAULT
 ) -> tuple[jax.Array, Trains]:
     """Compute one step of a multi-threshold neuron, one threshold after the other.
 
@@ -180,8 +170,7 @@ def cascade(
     Returns:
         v' in the shape of v, and N spike trains; the layer sums them up to o.
 
-    Reference: after Wang, Zhang, Zhang 2023, arXiv:2303.11127, which names the mode. We
-    had no access to the paper's equations; these are our own.
+    Reference: as for ``parallel``.
     """
     u = charge(params.leak, v, x, options)
     trains = []
@@ -221,10 +210,7 @@ def independent(
 
 
 def integrate(
-    params: NeuronParams,
-    v: jax.Array,
-    x: jax.Array,
-    options: NeuronOptions = DEFAULT,
+    params: NeuronParams, v: jax.Array, x: jax.Array, options: NeuronOptions = DEFAULT
 ) -> tuple[jax.Array, Trains]:
     """Compute one step of a leaky integrator: v' = charge(leak, v, x).
 
@@ -238,10 +224,7 @@ def integrate(
 
 
 def late_reset(
-    params: NeuronParams,
-    v: jax.Array,
-    x: jax.Array,
-    options: NeuronOptions = DEFAULT,
+    params: NeuronParams, v: jax.Array, x: jax.Array, options: NeuronOptions = DEFAULT
 ) -> tuple[jax.Array, Trains]:
     """Compute one step of a neuron whose soft reset comes one step later.
 
@@ -283,7 +266,7 @@ def spike_weights(cell: Cell, params: NeuronParams) -> list[Number]:
     return [1.0] * len(params.thresholds)
 
 
-def rest(params: Any, shape: tuple[int, ...], v_start: Number) -> jax.Array:
+def rest(params: Params, shape: tuple[int, ...], v_start: Number) -> jax.Array:
     """Return membranes before the first step, for currents of that shape."""
     # float32 whatever the type of the currents: sums over time need the digits.
     return jnp.broadcast_to(jnp.asarray(v_start, jnp.float32), shape)
@@ -296,30 +279,18 @@ def rest_each(
     return rest(params, (len(params.thresholds), *shape), v_start)
 
 
-def equal_thresholds(num_thresholds: int, v_threshold: float = 1.0) -> tuple:
-    """Return equally spaced thresholds for ``parallel``: v_threshold (1, 2, ..., N).
-
-    Raises:
-        ValueError: the number is below 1.
-    """
+def equal_thresholds(num_thresholds: int, v_threshold: Number = 1.0) -> tuple:
+    """Return equally spaced thresholds for ``parallel``: v_threshold (1, 2, ..., N)."""
     return tuple(v_threshold * k for k in range(1, _check_number(num_thresholds) + 1))
 
 
-def repeated_thresholds(num_thresholds: int, v_threshold: float = 1.0) -> tuple:
-    """Return one threshold N times, the equally spaced levels of ``cascade``.
-
-    Raises:
-        ValueError: the number is below 1.
-    """
+def repeated_thresholds(num_thresholds: int, v_threshold: Number = 1.0) -> tuple:
+    """Return one threshold N times, the equally spaced levels of ``cascade``."""
     return (v_threshold,) * _check_number(num_thresholds)
 
 
-def dyadic_thresholds(num_thresholds: int, v_threshold: float = 1.0) -> tuple:
-    """Return halving thresholds for ``cascade``: v_threshold 2^(1-k), 2^N levels.
-
-    Raises:
-        ValueError: the number is below 1.
-    """
+def dyadic_thresholds(num_thresholds: int, v_threshold: Number = 1.0) -> tuple:
+    """Return halving thresholds for ``cascade``: v_threshold 2^(1-k), 2^N levels."""
     return tuple(v_threshold * 2.0**-k for k in range(_check_number(num_thresholds)))
 
 
@@ -332,8 +303,10 @@ def _check_number(num_thresholds: int) -> int:
     return int(num_thresholds)
 
 
-def check_thresholds(who: str, thresholds: Sequence[Number], *, rising: bool) -> None:
-    """Check that there is a threshold and that all are positive (and rising).
+def check_thresholds(
+    who: str, thresholds: Sequence[Number] | jax.Array, *, rising: bool
+) -> None:
+    """Check that there are thresholds, all positive (and rising).
 
     Raises:
         ValueError: they are not.

@@ -82,12 +82,15 @@ def heaviside(derivative: Callable[[jax.Array], jax.Array]) -> Surrogate:
     return Surrogate(derivative)
 
 
+# H'(x) at inverse width a: functions of the module, so that they pickle by name.
+
+
 def _atan(x: jax.Array, a: float) -> jax.Array:
     return a / 2 / (1 + (jnp.pi / 2 * a * x) ** 2)
 
 
 def _sigmoid(x: jax.Array, a: float) -> jax.Array:
-    # s(ax) s(-ax), not s (1 - s): the difference is exact where s rounds to 1.
+    # s(ax) s(-ax), not s (1 - s), which is 0 as soon as s rounds to 1.
     return a * expit(a * x) * expit(-a * x)
 
 
@@ -112,15 +115,12 @@ def _erf(x: jax.Array, a: float) -> jax.Array:
 
 
 def atan(alpha: float = 2.0) -> Surrogate:
-    """Return H'(x) = alpha/2 / (1 + (pi/2 alpha x)^2).
-
-    Reference: Fang et al. 2021, arXiv:2007.05785.
-    """
+    """Return alpha/2 / (1 + (pi/2 alpha x)^2). Fang et al. 2021, arXiv:2007.05785."""
     return Surrogate(_atan, float(alpha))  # float: 2 and 2.0 are one surrogate
 
 
 def sigmoid(alpha: float = 4.0) -> Surrogate:
-    """Return H'(x) = alpha s(alpha x) (1 - s(alpha x)), s the logistic function.
+    """Return alpha s(alpha x) (1 - s(alpha x)), s the logistic function.
 
     Reference: Zenke and Vogels 2021, doi:10.1162/neco_a_01367.
     """
@@ -128,44 +128,30 @@ def sigmoid(alpha: float = 4.0) -> Surrogate:
 
 
 def triangle(alpha: float = 1.0) -> Surrogate:
-    """Return H'(x) = alpha max(0, 1 - alpha |x|).
-
-    Reference: Bellec et al. 2018, arXiv:1803.09574.
-    """
+    """Return alpha max(0, 1 - alpha |x|). Bellec et al. 2018, arXiv:1803.09574."""
     return Surrogate(_triangle, float(alpha))
 
 
 def rectangle(alpha: float = 1.0) -> Surrogate:
-    """Return H'(x) = alpha where |x| < 1 / (2 alpha), else 0.
-
-    Reference: Wu et al. 2018, arXiv:1706.02609.
-    """
+    """Return alpha where |x| < 1 / (2 alpha). Wu et al. 2018, arXiv:1706.02609."""
     return Surrogate(_rectangle, float(alpha))
 
 
 def fast_sigmoid(alpha: float = 10.0) -> Surrogate:
-    """Return H'(x) = 1 / (1 + alpha |x|)^2, as in SuperSpike.
+    """Return 1 / (1 + alpha |x|)^2. Zenke and Ganguli 2018, arXiv:1705.11146.
 
     Its integral is 2 / alpha where that of the others is 1: its height at zero stays 1.
-
-    Reference: Zenke and Ganguli 2018, arXiv:1705.11146.
     """
     return Surrogate(_fast_sigmoid, float(alpha))
 
 
 def piecewise_exponential(alpha: float = 1.0) -> Surrogate:
-    """Return H'(x) = alpha/2 exp(-alpha |x|).
-
-    Reference: Shrestha and Orchard 2018, arXiv:1810.08646.
-    """
+    """Return alpha/2 exp(-alpha |x|). Shrestha and Orchard 2018, arXiv:1810.08646."""
     return Surrogate(_piecewise_exponential, float(alpha))
 
 
 def erf(alpha: float = 2.0) -> Surrogate:
-    """Return H'(x) = alpha / sqrt(pi) exp(-(alpha x)^2).
-
-    Reference: Yin et al. 2020, arXiv:2005.11633.
-    """
+    """Return alpha / sqrt(pi) exp(-(alpha x)^2). Yin et al. 2020, arXiv:2005.11633."""
     return Surrogate(_erf, float(alpha))
 
 

@@ -9,11 +9,16 @@ from spikejax._compat import List
 from spikejax.layers import Neuron
 from spikejax.nn.recurrent import LSTM, Recurrent
 
+# (inputs, width, neuron, rngs) -> (currents of a sequence, neurons)
+Kind = Callable[
+    [int, int, Callable[[], Neuron], nnx.Rngs], tuple[Callable, Neuron | Recurrent]
+]
+
 
 def feedback(
     inputs: int, width: int, neuron: Callable[[], Neuron], rngs: nnx.Rngs
-) -> tuple[Callable, Neuron]:
-    """Linear weights, then neurons whose spikes come back to them."""
+) -> tuple[Callable, Recurrent]:
+    """Return linear weights, and neurons whose spikes come back to them."""
     linear = nnx.Linear(inputs, width, rngs=rngs)
     return linear, Recurrent(neuron(), width, rngs=rngs)
 
@@ -21,7 +26,7 @@ def feedback(
 def gated(
     inputs: int, width: int, neuron: Callable[[], Neuron], rngs: nnx.Rngs
 ) -> tuple[Callable, Neuron]:
-    """An LSTM, whose outputs are the currents of plain neurons."""
+    """Return an LSTM, and plain neurons whose currents are its outputs."""
     return LSTM(inputs, width, rngs=rngs), neuron()
 
 
@@ -33,8 +38,7 @@ class RecurrentSNN(nnx.Module):
         widths: neurons of each layer.
         num_classes: logits.
         neuron: factory of the neurons, such as LIF or MultiThreshold.
-        kind: feedback or gated, or any (inputs, width, neuron, rngs) -> (currents of
-            a sequence, neurons).
+        kind: feedback or gated.
         rngs: source of the weights.
 
     Returns:
@@ -48,13 +52,12 @@ class RecurrentSNN(nnx.Module):
         num_classes: int,
         *,
         neuron: Callable[[], Neuron],
-        kind: Callable = feedback,
+        kind: Kind = feedback,
         rngs: nnx.Rngs,
     ):
         sizes = [inputs, *widths]
-        made = [
-            kind(a, b, neuron, rngs) for a, b in zip(sizes[:-1], sizes[1:], strict=True)
-        ]
+        pairs = zip(sizes[:-1], widths, strict=True)
+        made = [kind(a, b, neuron, rngs) for a, b in pairs]
         self.layers = List(layer for layer, _ in made)
         self.neurons = List(neurons for _, neurons in made)
         self.head = nnx.Linear(sizes[-1], num_classes, rngs=rngs)
