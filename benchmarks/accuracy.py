@@ -30,7 +30,6 @@ from benchmarks.trainer import Recipe
 from benchmarks.versus import GET
 from benchmarks.workloads import WORKLOADS, Run
 from spikejax.data import images
-from spikejax.data.split import EncodedImages
 from spikejax.experiment.cli import parse, reported
 from spikejax.plot import BLUE, GREY, ORANGE, PINK, SKY, Picture, frame
 from spikejax.train.progress import table
@@ -96,7 +95,7 @@ def write_images(path: Path, data_dir: Path | None) -> int:
     found = images.load(DATA, data_dir)
     arrays: dict[str, Any] = {"mean": found.mean, "std": found.std}
     for name, source in (("train", found.train), ("test", found.test)):
-        split: Any = source.in_memory if isinstance(source, EncodedImages) else source
+        split: Any = source.cached()
         arrays |= {name: split.images, f"{name}_labels": split.labels}
     np.savez(path, **arrays)
     return len(arrays["train"])

@@ -1,24 +1,27 @@
-"""What the input pipeline makes: images a second of one core, set by set.
+"""Throughput of the input pipeline: images per second of one core, set by set.
 
     python -m benchmarks.pipeline --workdir runs/pipeline --cifar10 TFDS_FOLDER \\
         --tiny-imagenet FOLDER_OF_THE_ZIP --photographs ZIP_OF_JPEGS
 
-Batches of 64 as training draws them, 8 bits a channel. Counted is the processor time of
-all threads of one process, so other work on the machine matters little. Sets that are
-not given are left out. Prints a table and writes pipeline.json.
+Batches of 64 as training draws them, 8 bits per channel. The processor time of all
+threads of one process is counted, so other work on the machine matters little. Sets
+that are not given are skipped. Prints a table and writes pipeline.json.
 """
 
 import dataclasses
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import PIL
 from PIL import Image
 
-from spikejax.data import augment, crop, images
-from spikejax.data.files import FileRecords, open_zip, tiny_imagenet
-from spikejax.data.split import EncodedImages
+from spikejax.data import augment, images
+from spikejax.data.files import FileRecords
+from spikejax.data.split import EncodedImages, Source
 from spikejax.experiment.cli import parse, reported
 from spikejax.train import workdir as folder
 from spikejax.train.progress import table
@@ -29,7 +32,7 @@ BATCH_SIZE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """What to measure."""
+    """Sets to measure."""
 
     workdir: Path = Path("runs/pipeline")
     """Folder for pipeline.json."""
@@ -40,31 +43,31 @@ class Pipeline:
     photographs: Path | None = None
     """Zip of JPEG files of any size, such as some of ImageNet's."""
     seconds: float = 5.0
-    """Processor time that each row takes."""
+    """Processor time per row."""
 
 
-def whole(made: crop.Crop) -> crop.Crop:
-    """The crop of an image that is decoded at full size first."""
+def decoded_whole(crop: augment.Crop) -> augment.Crop:
+    """Return the crop of an image that is decoded at full size first."""
 
-    def cropped(image: Image.Image, rng) -> Image.Image:
+    def cropped(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         image.load()
-        return made(image, rng)
+        return crop(image, rng)
 
     return cropped
 
 
-def of_zip(path: Path) -> EncodedImages:
-    """The JPEG files of a zip, without labels."""
-    with open_zip(path) as archive:
+def zipped_photographs(path: Path) -> EncodedImages:
+    """Return the JPEG files of a zip, all with label 0."""
+    with zipfile.ZipFile(path) as archive:
         names = [n for n in archive.namelist() if n.lower().endswith((".jpeg", ".jpg"))]
     records = FileRecords(path, names, [0] * len(names))
     return EncodedImages(path.name, records, (None, None, 3), 1)
 
 
 def pipelines(given: Pipeline) -> Iterator[tuple[str, images.TrainBatches]]:
-    """What each row is called, and its batches."""
+    """Yield the name of each row and its batches."""
 
-    def batches(source, **options):
+    def batches(source: Source, **options: Any) -> images.TrainBatches:
         size = min(BATCH_SIZE, len(source))
         return images.train_batches(source, size, seed=0, **options)
 
@@ -77,38 +80,35 @@ def pipelines(given: Pipeline) -> Iterator[tuple[str, images.TrainBatches]]:
         )
         yield "CIFAR-10 in memory, AutoAugment", batches(train, augment=policy)
     if given.tiny_imagenet:
-        train = tiny_imagenet(given.tiny_imagenet).train
-        inception = {"crop": crop.inception_crop(64), "augment": flip}
+        train: Any = images.load("tiny_imagenet", given.tiny_imagenet).train
+        inception = {"crop": augment.inception_crop(64), "augment": flip}
         yield "Tiny-ImageNet in memory, inception 64", batches(train, **inception)
-        train = EncodedImages(
-            train.name, train.records, (None, None, 3), train.num_classes
-        )
+        train = dataclasses.replace(train, shape=(None, None, 3))
         yield "Tiny-ImageNet from its zip, inception 64", batches(train, **inception)
     if given.photographs:
-        photographs = of_zip(given.photographs)
-        for name, made in (
-            ("inception 224", crop.inception_crop(224)),
-            ("inception 224, decoded whole", whole(crop.inception_crop(224))),
-            ("inception 64", crop.inception_crop(64)),
-            ("inception 64, decoded whole", whole(crop.inception_crop(64))),
-            ("center 224", crop.center_crop(224)),
-        ):
-            yield f"photographs, {name}", batches(photographs, crop=made, augment=flip)
+        photographs = zipped_photographs(given.photographs)
+        crops = {"center 224": augment.center_crop(224)}
+        for size in (224, 64):
+            crop = augment.inception_crop(size)
+            crops[f"inception {size}"] = crop
+            crops[f"inception {size}, decoded whole"] = decoded_whole(crop)
+        for name, crop in crops.items():
+            yield f"photographs, {name}", batches(photographs, crop=crop, augment=flip)
 
 
-def measure(given: Pipeline) -> list[dict]:
-    """One row a pipeline: images a second of processor time."""
+def measure(given: Pipeline) -> list[dict[str, Any]]:
+    """Return one row per pipeline: images per second of processor time."""
     rows = []
     for name, batches in pipelines(given):
         next(batches)  # opens files, starts the thread
-        began, wall, count = time.process_time(), time.perf_counter(), 0
-        while time.process_time() - began < given.seconds:
+        start, wall, count = time.process_time(), time.perf_counter(), 0
+        while time.process_time() - start < given.seconds:
             count += len(next(batches)["label"])
         rows.append(
             {
                 "workload": name,
                 "library": "spikejax",
-                "images_per_core_second": count / (time.process_time() - began),
+                "images_per_core_second": count / (time.process_time() - start),
                 "images_per_second": count / (time.perf_counter() - wall),
                 "images": count,
                 "pillow": PIL.__version__,

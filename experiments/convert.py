@@ -113,7 +113,7 @@ class Conversions:
         self.encode = make_encode(self.start, self.image_set)
         _, self.middle = make_crops(self.start)
         first = range(min(SAMPLE, len(self.image_set.train)))
-        raw = images.take(self.image_set.train, first, self.middle)
+        raw = self.image_set.train.take(first, self.middle)
         self.sample = self.encode(jnp.asarray(raw["image"]), jax.random.key(0))
         self.labels = jnp.asarray(raw["label"])
 

@@ -34,7 +34,7 @@ STOREYS = {
 
 # Packages that only extras install -> the rooms that may need them to be imported.
 OPTIONAL = {
-    "PIL": {"data.augment", "data.crop", "data.split"},
+    "PIL": {"data.augment", "data.split"},
     "array_record": {"data.tfds"},
     "grain": {"data.images"},
     "sklearn": {"data.tfds", "data.images"},

@@ -157,8 +157,11 @@ def test_settings_out_of_range_are_refused(flags, match):
     [
         ({"model": "vgg"}, r"^model: expected one of convnet, .*got 'vgg'\.$"),
         ({"data": "mnist"}, r"^mnist: .*Run: python -m experiments.prepare mnist --da"),
-        ({"train": TrainConfig(seed=-1)}, "^train_batches: expected seed .* got -1"),
-        ({"train": TrainConfig(batch_size=1600)}, "larger than the set, got .* 1600"),
+        ({"train": TrainConfig(seed=-1)}, "expected non-negative integer"),
+        (
+            {"train": TrainConfig(batch_size=1600)},
+            "at least 1600 ex.*, got .* 1600",
+        ),
         ({"train": TrainConfig(batch_size=9)}, r"multiple of the 8 device.*Take 8\.$"),
     ],
 )

@@ -1,15 +1,16 @@
-"""The embedded sets, and batches: their order, how they go on, what is refused."""
+"""The embedded sets, and batches: their order, resuming, what is refused."""
 
 import itertools
 import json
 
 import numpy as np
 import pytest
+from absl import flags
 from orbax.checkpoint import v1 as ocp
 from sklearn.datasets import load_digits
 
 from spikejax.data import augment
-from spikejax.data.crop import center_crop, inception_crop
+from spikejax.data.augment import center_crop, inception_crop
 from spikejax.data.images import eval_batches, load, train_batches
 from spikejax.data.split import ArrayImages, EncodedImages
 
@@ -39,20 +40,16 @@ def test_digits_are_scikit_learns():
     expected = load_digits()
     order = np.random.default_rng(0).permutation(1797)
     for source, index, row in ((digits.train, 7, 7), (digits.test, 296, 1796)):
-        example = source[index]
-        assert example["image"].dtype == np.uint8 and example["image"].shape == (
-            8,
-            8,
-            1,
-        )
+        batch = source.take([index])
+        assert batch["image"].dtype == np.uint8
         scaled = expected.images[order[row]] / 16 * 255
-        assert np.abs(example["image"][..., 0] - scaled).max() <= 0.5
-        assert example["label"] == expected.target[order[row]]
+        assert np.abs(batch["image"][0, ..., 0] - scaled).max() <= 0.5
+        assert batch["label"] == expected.target[order[row]]
 
 
 def test_fake_is_the_same_every_time():
     first, second = load("fake"), load("fake")
-    assert first.shape == (32, 32, 3) and first.train[0]["image"].dtype == np.uint8
+    assert first.shape == (32, 32, 3) and first.train.images.dtype == np.uint8
     assert np.array_equal(first.train.images, second.train.images)
     assert np.array_equal(first.test.labels, second.test.labels)
     assert int(first.train.images[:100].sum(dtype=np.int64)) == 39737710
@@ -166,17 +163,30 @@ def test_augmentation_does_not_reach_the_source():
     assert np.array_equal(source.images, numbered(10).images)
 
 
-def test_a_list_of_examples_is_a_source():
-    source = numbered(20)
-    examples = [source[i] for i in range(20)]
-    expected = next(train_batches(source, 5, seed=2))
-    batch = next(train_batches(examples, 5, seed=2))
-    assert batch["label"].dtype == np.int32
-    assert np.array_equal(batch["label"], expected["label"])
-    assert np.array_equal(batch["image"], expected["image"])
+class Halves:
+    """A source of our own: every second example of another one."""
+
+    def __init__(self, source):
+        self.source, self.shape = source, source.shape
+
+    def __len__(self):
+        return len(self.source) // 2
+
+    def cached(self):
+        return self
+
+    def take(self, indices, crop=None, rngs=None):
+        return self.source.take(2 * np.asarray(indices), crop, rngs)
 
 
-# Going on
+def test_anything_with_the_methods_of_a_source_is_one():
+    batches = list(eval_batches(Halves(numbered(20)), 5))
+    assert np.array_equal(labels(batches), np.arange(0, 20, 2))
+    drawn = labels(train_batches(Halves(numbered(20)), 5, seed=0), 2)
+    assert np.array_equal(np.sort(drawn), np.arange(0, 20, 2))
+
+
+# Resuming
 
 
 def test_the_iterator_goes_on_from_its_state():
@@ -220,6 +230,8 @@ def test_an_asynchronous_save_keeps_the_state_of_its_moment(tmp_path):
 
 
 def test_the_stream_is_the_same_whatever_the_workers():
+    flags.FLAGS.unparse_flags()
+
     def stream(workers):
         return train_batches(
             numbered(40), 6, seed=5, augment=augment.random_crop(1), workers=workers
@@ -235,6 +247,7 @@ def test_the_stream_is_the_same_whatever_the_workers():
         there.close()
     for key in ("image", "label"):
         assert np.array_equal([b[key] for b in got], [b[key] for b in expected])
+    assert not flags.FLAGS.is_parsed()  # a program's flags are its own
 
 
 # Evaluation batches
@@ -284,51 +297,26 @@ def test_evaluation_crops():
 # What is refused
 
 
-@pytest.mark.parametrize("batches", [train_batches, eval_batches])
-def test_batch_sizes_and_shards_out_of_range_are_refused(batches):
+def refused(match, batches, *args, **options):
     more = {"seed": 0} if batches is train_batches else {}
-    who = batches.__name__
-    with pytest.raises(ValueError, match=rf"{who}: expected batch_size >= 1, got 0\. "):
-        batches(numbered(9), 0, **more)
+    with pytest.raises(ValueError, match=rf"^{batches.__name__}: {match}"):
+        batches(*args, **more | options)
+
+
+@pytest.mark.parametrize("batches", [train_batches, eval_batches])
+def test_batch_sizes_shards_and_missing_crops_are_refused(batches):
+    refused("expected batch_size >= 1, .* got batch_size 0,", batches, numbered(9), 0)
     for shard in ((1, 1), (-1, 2), (0, 0)):
-        with pytest.raises(ValueError, match=r"0 <= index < count, got \("):
-            batches(numbered(9), 1, shard=shard, **more)
-
-
-def test_a_batch_larger_than_the_set_is_refused():
-    assert len(next(train_batches(numbered(9), 9, seed=0))["label"]) == 9
-    with pytest.raises(ValueError, match=r"batch_size 10 x 1 processes and 9 examples"):
-        train_batches(numbered(9), 10, seed=0)
-    with pytest.raises(ValueError, match=r"batch_size 5 x 2 processes and 9 examples"):
-        train_batches(numbered(9), 5, seed=0, shard=(1, 2))
-
-
-def test_more_processes_than_examples_are_refused():
-    assert len(list(eval_batches(numbered(4), 2, shard=(3, 4)))) == 1
-    with pytest.raises(
-        ValueError, match=r"each of the 5 processes, got 4\. Take fewer"
-    ):
-        eval_batches(numbered(4), 2, shard=(0, 5))
-
-
-@pytest.mark.parametrize("batches", [train_batches, eval_batches])
-def test_images_of_any_size_need_a_crop(batches):
-    more = {"seed": 0} if batches is train_batches else {}
+        refused(rf".*shard \({shard[0]}, ", batches, numbered(9), 1, shard=shard)
     source = EncodedImages("photographs", [0] * 9, (None, None, 3), 2)
-    with pytest.raises(ValueError, match=r"expected a crop for photographs.* got none"):
-        batches(source, 2, **more)
+    refused("expected a crop, .* got none", batches, source, 2)
 
 
-def test_negative_seeds_and_workers_are_refused():
-    with pytest.raises(ValueError, match=r"seed and workers >= 0, got -1 and 0"):
-        train_batches(numbered(9), 1, seed=-1)
-    with pytest.raises(ValueError, match=r"seed and workers >= 0, got 0 and -2"):
-        train_batches(numbered(9), 1, seed=0, workers=-2)
-
-
-def test_a_list_of_images_of_different_shapes_is_refused():
-    examples = [numbered(1)[0], numbered(1, (3, 2, 1))[0]]
-    with pytest.raises(
-        ValueError, match=r"one shape, got \[\(2, 2, 1\), \(3, 2, 1\)\]"
-    ):
-        list(eval_batches(examples, 2))
+def test_more_than_the_examples_of_a_set_are_refused():
+    assert len(next(train_batches(numbered(9), 9, seed=0))["label"]) == 9
+    refused(".*at least 10 examples, .* and 9 ex", train_batches, numbered(9), 10)
+    refused(".*at least 10", train_batches, numbered(9), 5, shard=(1, 2))
+    assert len(list(eval_batches(numbered(4), 2, shard=(3, 4)))) == 1
+    refused(".*at least 5 .* and 4 ex", eval_batches, numbered(4), 2, shard=(0, 5))
+    with pytest.raises(ValueError, match="expected non-negative integer"):
+        train_batches(numbered(9), 1, seed=-1)  # numpy's words

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from spikejax.data import split
-from spikejax.data.crop import center_crop, inception_crop
-from spikejax.data.split import ArrayImages, EncodedImages, Record, take
+from spikejax.data.augment import center_crop, inception_crop
+from spikejax.data.split import ArrayImages, EncodedImages, Record
 
 
 class Listed:
@@ -55,27 +55,28 @@ CYAN, WHITE = (0, 255, 255), (255, 255, 255)
 )
 @pytest.mark.parametrize("crop", [center_crop(16), inception_crop(16)])
 def test_every_kind_of_image_becomes_colour(encoded, colour, crop):
-    batch = take(of_any_size(encoded), [0], crop)
+    batch = of_any_size(encoded).take([0], crop)
     assert batch["image"].shape == (1, 16, 16, 3) and batch["image"].dtype == np.uint8
     assert np.abs(batch["image"].astype(int) - colour).max() <= 3
 
 
 def test_colour_becomes_grey_where_the_set_is_grey():
     source = of_any_size(image_file(Image.new("RGB", (9, 9), (0, 255, 0))), channels=1)
-    assert np.abs(take(source, [0], center_crop(4))["image"] - 150.0).max() <= 2
+    assert np.abs(source.take([0], center_crop(4))["image"] - 150.0).max() <= 2
 
 
 def test_a_grey_palette_image_is_smoothed_like_any_other():
     stripes = np.zeros((64, 64), np.uint8)
     stripes[:, ::2] = 255
     source = of_any_size(image_file(Image.fromarray(stripes).convert("P"), "PNG"))
-    pixels = take(source, [0], center_crop(8))["image"]
+    pixels = source.take([0], center_crop(8))["image"]
     assert pixels.min() > 100 and pixels.max() < 155
 
 
 def test_an_image_without_a_crop_keeps_its_size():
     source = of_any_size(image_file(Image.new("RGB", (7, 5))))
-    assert source[0]["image"].shape == (5, 7, 3) and source[0]["label"] == 0
+    batch = source.take([0])
+    assert batch["image"].shape == (1, 5, 7, 3) and batch["label"].tolist() == [0]
 
 
 JPEG = image_file(
@@ -93,8 +94,8 @@ PNG = image_file(Image.open(io.BytesIO(JPEG)), "PNG")
         (JPEG[:10], "Truncated File Read"),
         (PNG[:200], "truncated"),
         (PNG[:1000] + b"\0\0\0" + PNG[1003:], ""),
-        (b"", "no image that Pillow knows"),
-        (b"<html>not found</html>", "no image that Pillow knows"),
+        (b"", "cannot identify image file"),
+        (b"<html>not found</html>", "cannot identify image file"),
     ],
 )
 def test_a_damaged_image_is_named_in_one_line(encoded, reason, crop):
@@ -102,32 +103,48 @@ def test_a_damaged_image_is_named_in_one_line(encoded, reason, crop):
     with pytest.raises(
         ValueError, match=rf"^some: .* image at file 2, got: .*{reason}.*\. Copy"
     ) as caught:
-        take(source, [0, 2], crop)
+        source.take([0, 2], crop)
     assert "\n" not in str(caught.value)
 
 
 def test_labels_out_of_range_are_refused():
     source = EncodedImages("some", Listed(JPEG, JPEG), (40, 40, 3), 1)
-    with pytest.raises(ValueError, match=r"labels from 0 to 0, got 1 at file 1\. "):
-        take(source, [1])
+    with pytest.raises(ValueError, match=r"labels 0 to 0, got .* and 1 at file 1\. "):
+        source.take([1])
 
 
 def test_examples_stay_in_order_whatever_the_threads(monkeypatch):
     files = [image_file(Image.new("L", (6, 6), i * 9)) for i in range(23)]
     for threads in (1, 2, 5, 40):
         monkeypatch.setattr(split, "THREADS", threads)
-        batch = take(EncodedImages("some", Listed(*files), (6, 6, 1), 2), range(23))
+        batch = EncodedImages("some", Listed(*files), (6, 6, 1), 2).take(range(23))
         assert np.array_equal(batch["image"][:, 3, 3, 0], np.arange(23) * 9)
         assert np.array_equal(batch["label"], np.arange(23) % 2)
 
 
 def test_only_splits_of_one_shape_stay_in_memory(monkeypatch):
-    source = EncodedImages("some", Listed(JPEG, JPEG), (40, 40, 3), 2)
-    assert source.fits and not of_any_size(JPEG).fits
-    assert np.array_equal(source.in_memory.images[1], source[1]["image"])
-    assert np.array_equal(source.in_memory.labels, [0, 1])
+    source, any_size = (
+        EncodedImages("some", Listed(JPEG, JPEG), shape, 2)
+        for shape in ((40, 40, 3), (None, None, 3))
+    )
+    assert any_size.cached() is any_size
+    cached, expected = source.cached(), source.take([0, 1])
+    assert isinstance(cached, ArrayImages) and source.cached() is cached
+    assert np.array_equal(cached.images, expected["image"])
+    assert cached.cached() is cached and np.array_equal(cached.labels, [0, 1])
     monkeypatch.setattr(split, "IN_MEMORY_BYTES", 2 * 40 * 40 * 3 - 1)
-    assert not source.fits
+    assert source.cached() is source
+
+
+def test_labels_of_arrays_are_checked_once():
+    images = np.zeros((3, 2, 2, 1), np.uint8)
+    for labels, text in (
+        ([0, -1, 2], "the smallest -1"),
+        ([0, 1], r"expected 3 .* got int64 \(2,\)"),
+        ([0.0, 1.0, 2.0], "got float64"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            ArrayImages(images, np.array(labels))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -138,24 +155,22 @@ def test_arrays_are_cropped_as_files_are(channels):
         image_file(Image.fromarray(p.squeeze(-1) if channels == 1 else p), "PNG")
         for p in pixels
     ]
-    examples = [{"image": p, "label": i} for i, p in enumerate(pixels)]
     encoded = EncodedImages("some", Listed(*files), (30, 40, channels), 2)
     for crop in (center_crop(9), inception_crop(9)):
-        expected = take(ArrayImages(pixels, labels), [1, 0], crop)
-        for source in (encoded, examples):
-            batch = take(source, [1, 0], crop)
-            assert np.array_equal(batch["image"], expected["image"])
-            assert np.array_equal(batch["label"], [1, 0])
+        expected = ArrayImages(pixels, labels).take([1, 0], crop)
+        batch = encoded.take([1, 0], crop)
+        assert np.array_equal(batch["image"], expected["image"])
+        assert np.array_equal(batch["label"], [1, 0])
 
 
 def test_a_crop_draws_by_the_index_unless_it_is_given_numbers():
     pixels = np.random.default_rng(1).integers(0, 256, (1, 30, 40, 3), np.uint8)
     source = ArrayImages(pixels.repeat(4, 0), np.zeros(4, np.int32))
     crop = inception_crop(9)
-    all_four = take(source, range(4), crop)["image"]
+    all_four = source.take(range(4), crop)["image"]
     assert len({image.tobytes() for image in all_four}) == 4
-    assert np.array_equal(take(source, [2], crop)["image"][0], all_four[2])
-    given = take(source, [0], crop, [np.random.default_rng(2)])["image"]
+    assert np.array_equal(source.take([2], crop)["image"][0], all_four[2])
+    given = source.take([0], crop, [np.random.default_rng(2)])["image"]
     assert np.array_equal(given[0], all_four[2])
 
 
@@ -168,7 +183,7 @@ def test_photographs_of_every_size_and_colour(data_dir):
         pytest.skip(f"no photographs: {path} is not there")
     with zipfile.ZipFile(path) as archive:
         files = [archive.read(name) for name in sorted(archive.namelist())]
-    batch = take(of_any_size(*files), range(len(files)), center_crop(64))
+    batch = of_any_size(*files).take(range(len(files)), center_crop(64))
     assert batch["image"].shape == (28, 64, 64, 3)
     grey = np.all(batch["image"] == batch["image"][..., :1], (1, 2, 3))
     assert grey.sum() == 4

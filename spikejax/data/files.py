@@ -2,36 +2,37 @@
 
 import os
 import zipfile
-import zlib
 from collections.abc import Sequence
+from glob import glob
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from spikejax.data.split import EncodedImages, Record
+from spikejax.data.split import (
+    DAMAGE,
+    EncodedImages,
+    Folder,
+    Record,
+    Shape,
+    Splits,
+)
 
 TINY = "tiny-imagenet-200.zip"
 TINY_ADDRESS = f"http://cs231n.stanford.edu/{TINY}"
 SUFFIXES = (".jpeg", ".jpg", ".png")
-HELD_OUT = ("val", "validation", "test")  # the first that is there
+TEXTS = ("wnids.txt", "words.txt", "val/val_annotations.txt")
+HELD_OUT = ("val", "validation", "test")  # names of the test split; the first one found
 
-
-class FileSet(NamedTuple):
-    """Two splits and the names of the classes."""
-
-    train: EncodedImages
-    test: EncodedImages
-    class_names: tuple[str, ...]
+Files = list[tuple[str, str]]  # (name from the root of the set, class)
 
 
 class FileRecords:
-    """Labelled image files in a folder, or in a zip, which stays one.
+    """Labelled image files in a folder, or in a zip, which is not unpacked.
 
     Args:
         root: the folder or the zip.
-        names: of the files, from root.
-        labels: of the files.
+        names: names of the files, from root.
+        labels: labels of the files.
     """
 
     def __init__(self, root: Path, names: Sequence[str], labels: Sequence[int]):
@@ -44,167 +45,115 @@ class FileRecords:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_zip": None}  # each process opens its own
+    def __getstate__(self) -> dict[str, object]:
+        # Each process opens the zip itself: a shared file position would be a race.
+        return {**self.__dict__, "_zip": None}
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """The records at these indices."""
-        return [self._record(index) for index in indices]
-
-    def _record(self, index: int) -> Record:
-        name = os.fsdecode(self.names[index])
-        place = f"{name} in {self.root}"
-        try:
-            if self.root.is_dir():
-                encoded = (self.root / name).read_bytes()
-            else:
-                self._zip = self._zip or open_zip(self.root)
-                encoded = self._zip.read(name)
-        except (OSError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(
-                f"data: expected a readable file {place}, got: {error}. Copy it again."
-            ) from error
-        return Record(encoded, int(self.labels[index]), place)
+        """Return the records at these indices."""
+        names = [os.fsdecode(self.names[index]) for index in indices]
+        if not self.root.is_dir():
+            self._zip = self._zip or zipfile.ZipFile(self.root)
+        return [
+            Record(
+                self._zip.read(name) if self._zip else (self.root / name).read_bytes(),
+                int(self.labels[index]),
+                name,
+            )
+            for index, name in zip(indices, names, strict=True)
+        ]
 
 
-def open_zip(path: Path) -> zipfile.ZipFile:
-    """The zip; ValueError where it is none, or not whole."""
-    try:
-        return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"data: expected a whole zip in {path}, got: {error}. Copy it again."
-        ) from error
-
-
-def tiny_imagenet(data_dir: str | os.PathLike[str] | None) -> FileSet:
-    """Tiny-ImageNet (200 classes, 64x64) from its own zip, which stays one.
+def tiny_imagenet(data_dir: Folder) -> Splits:
+    """Return Tiny-ImageNet (200 classes, 64x64), read from its zip.
 
     Args:
-        data_dir: folder of tiny-imagenet-200.zip; without it, any one zip there of
-            this layout is taken, and its classes are the set's.
+        data_dir: folder of tiny-imagenet-200.zip; without it, the only zip there is
+            read if it has this layout, and its classes are those of the set.
+
+    Raises:
+        ValueError: no such zip, or one that is damaged or of another layout.
     """
-    path = _tiny_zip(data_dir)
-    with open_zip(path) as archive:
-        members = archive.namelist()
-        root = next((m[:-9] for m in members if m.endswith("wnids.txt")), None)
-        wanted = ("wnids.txt", "words.txt", "val/val_annotations.txt")
-        if root is None or not {root + name for name in wanted} <= set(members):
-            raise ValueError(
-                f"tiny_imagenet: expected {', '.join(wanted)} in {path}, got a zip of "
-                f"another layout. Download {TINY_ADDRESS}"
+    folder = Path(data_dir or ".").expanduser()
+    zips = sorted(folder.glob("*.zip"))
+    path = zips[0] if len(zips) == 1 else folder / TINY
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+            root = next((m[:-9] for m in members if m.endswith("wnids.txt")), "")
+            wnids, words, annotations = (
+                [line.split("\t") for line in text.decode().splitlines() if line]
+                for text in (archive.read(root + name) for name in TEXTS)
             )
-        wnids, words, annotations = (_lines(archive, root + name) for name in wanted)
-    classes = sorted(line[0] for line in wnids)
-    label_of = {wnid: label for label, wnid in enumerate(classes)}
-    # train/<wnid>/images/*.JPEG, and val/images/*.JPEG
-    images = [m for m in members if m.startswith(root) and m.endswith(".JPEG")]
-    train = [m for m in images if m.startswith(f"{root}train/")]
-    held_out = {f"{root}val/images/{line[0]}": line[1] for line in annotations}
-    test = [m for m in images if m in held_out]
-    depth = root.count("/") + 1
-    wnids_of = {m: m.split("/")[depth] for m in train} | held_out
-    for member in (*train, *held_out):
-        if wnids_of[member] not in label_of:
-            raise ValueError(
-                f"tiny_imagenet: expected one of the classes of wnids.txt, got "
-                f"{wnids_of[member]} for {member} in {path}. Copy the zip again."
-            )
-    if not train or len(test) != len(held_out):
+            test = [(f"{root}val/images/{line[0]}", line[1]) for line in annotations]
+            for name, _ in test:
+                archive.getinfo(name)  # a KeyError if the image is not in the zip
+    except (*DAMAGE, KeyError, IndexError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"tiny_imagenet: expected images to train on and {len(held_out)} to test "
-            f"on in {path}, got {len(train)} and {len(test)}. Copy the zip again."
-        )
-    names = dict((line[0], line[-1]) for line in words)
-    splits = {
-        split: EncodedImages(
-            f"tiny_imagenet, {split}",
-            FileRecords(path, members, [label_of[wnids_of[m]] for m in members]),
-            (64, 64, 3),
-            len(classes),
-        )
-        for split, members in (("train", train), ("test", test))
-    }
-    class_names = tuple(names.get(w, w).split(",")[0] for w in classes)
-    return FileSet(class_names=class_names, **splits)
+            f"tiny_imagenet: expected {TINY} or one zip of its layout in {folder}, "
+            f"got: {error}. Give --data-dir, or download {TINY_ADDRESS}"
+        ) from error
+    # train/<wnid>/images/*.JPEG
+    start, depth = f"{root}train/", root.count("/") + 1
+    images = [m for m in members if m.startswith(start) and m.endswith(".JPEG")]
+    train = [(name, name.split("/")[depth]) for name in images]
+    classes = sorted(line[0] for line in wnids)
+    splits = {"train": train, "test": test}
+    train, test = _splits("tiny_imagenet", path, splits, classes, (64, 64, 3))
+    # The first of several names: "goldfish, Carassius auratus".
+    names = {line[0]: line[-1].split(",")[0] for line in words}
+    return Splits(train, test, tuple(names.get(wnid, wnid) for wnid in classes))
 
 
-def image_folder(data_dir: str | os.PathLike[str] | None) -> FileSet:
-    """Photographs of any size in folders: train/<class>/*.JPEG, val/<class>/*.JPEG.
+def image_folder(data_dir: Folder) -> Splits:
+    """Return photographs of any size in folders: train/CLASS/*.JPEG, val/CLASS/*.JPEG.
 
-    The layout of ImageNet once unpacked, and of TFDS's ImageFolder, which needs
-    TensorFlow. Files that end in .jpeg, .jpg or .png count; instead of val the folder
-    may be named validation or test.
+    This is the layout of ImageNet once unpacked, and of TFDS's ImageFolder, which needs
+    TensorFlow. Files that end in .jpeg, .jpg or .png count. The folder val may also be
+    named validation or test.
 
     Args:
         data_dir: the folder of train and val.
+
+    Raises:
+        ValueError: no images for a split, or a class that is in val only.
     """
-    if data_dir is None:
-        raise ValueError(
-            "folder: expected --data-dir, the folder of train/CLASS/*.JPEG and "
-            "val/CLASS/*.JPEG, got none."
-        )
-    root = Path(data_dir).expanduser()
+    root = Path(data_dir or ".").expanduser()
     held_out = next((name for name in HELD_OUT if (root / name).is_dir()), HELD_OUT[0])
-    found = {split: _classes(root, split) for split in ("train", held_out)}
-    classes = tuple(sorted(found["train"]))
-    splits = {}
-    for split, by_class in found.items():
-        unknown = sorted(set(by_class) - set(classes))
-        if unknown:
+    splits = {split: _scan(root, split) for split in ("train", held_out)}
+    classes = sorted({name for _, name in splits["train"]})
+    train, test = _splits("folder", root, splits, classes, (None, None, 3))
+    return Splits(train, test, tuple(classes))
+
+
+def _splits(
+    name: str, root: Path, splits: dict[str, Files], classes: list[str], shape: Shape
+) -> list[EncodedImages]:
+    label_of = {known: label for label, known in enumerate(classes)}
+    made = []
+    for split, files in splits.items():
+        unknown = sorted({found for _, found in files} - set(classes))
+        if unknown or not files:
             raise ValueError(
-                f"folder: expected the classes of {root / 'train'}, got also "
-                f"{unknown[0]} in {root / split}. Move it away."
+                f"{name}: expected images ({', '.join(SUFFIXES)}) of the classes of "
+                f"train in {root / split}/CLASS, got "
+                f"{f'the class {unknown[0]} too' if unknown else 'none'}. Give "
+                "--data-dir, or move away what is not of the set."
             )
-        pairs = [(n, k) for k, c in enumerate(classes) for n in by_class.get(c, ())]
-        if not pairs:
-            raise ValueError(
-                f"folder: expected images in {root / split}/CLASS, got none. They end "
-                f"in {', '.join(SUFFIXES)}."
-            )
-        records = FileRecords(root, *zip(*pairs, strict=True))
-        splits[split] = EncodedImages(
-            f"folder, {split}", records, (None, None, 3), len(classes)
+        labels = [label_of[found] for _, found in files]
+        records = FileRecords(root, [file for file, _ in files], labels)
+        made.append(
+            EncodedImages(f"{name}, {split} in {root}", records, shape, len(classes))
         )
-    return FileSet(splits["train"], splits[held_out], classes)
+    return made
 
 
-def _tiny_zip(data_dir: str | os.PathLike[str] | None) -> Path:
-    if data_dir is None:
-        raise ValueError(
-            f"tiny_imagenet: expected --data-dir, the folder of {TINY}, got none. "
-            f"Download {TINY_ADDRESS}"
-        )
-    folder = Path(data_dir).expanduser()
-    zips = sorted(folder.glob("*.zip"))
-    if folder / TINY in zips:
-        return folder / TINY
-    if len(zips) != 1:
-        raise ValueError(
-            f"tiny_imagenet: expected {TINY} in {folder}, got "
-            f"{', '.join(path.name for path in zips) or 'no zip'}. "
-            f"Download {TINY_ADDRESS}"
-        )
-    return zips[0]
-
-
-def _lines(archive: zipfile.ZipFile, name: str) -> list[list[str]]:
-    """The columns of each line."""
-    text = archive.read(name).decode()
-    return [line.split("\t") for line in text.splitlines() if line]
-
-
-def _classes(root: Path, split: str) -> dict[str, list[str]]:
-    """The names of the image files of each class, from root."""
-    if not (root / split).is_dir():
-        raise ValueError(
-            f"folder: expected the folder {root / split}, got none. Images are looked "
-            "for in train/CLASS and val/CLASS."
-        )
-    found = {}
-    with os.scandir(root / split) as classes:
-        for entry in classes:
-            if entry.is_dir():
-                names = [n for n in os.listdir(entry) if n.lower().endswith(SUFFIXES)]
-                found[entry.name] = [f"{split}/{entry.name}/{n}" for n in sorted(names)]
-    return found
+def _scan(root: Path, split: str) -> Files:
+    """Return the image files of a split, sorted by class and name."""
+    # glob skips names with a leading dot, which macOS and Jupyter leave in folders.
+    found = (name.split(os.sep) for name in glob("*/*", root_dir=root / split))
+    return [
+        (f"{split}/{folder}/{name}", folder)
+        for folder, name in sorted(found)
+        if name.lower().endswith(SUFFIXES)
+    ]

@@ -1,4 +1,4 @@
-"""One split of an image set, by index: decoded in memory, or as its files hold it."""
+"""Splits of image sets by index: in memory, or decoded when they are read."""
 
 import dataclasses
 import functools
@@ -6,38 +6,112 @@ import io
 import math
 import os
 import struct
+import zipfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
-from spikejax.data.crop import Crop
+from spikejax.data.augment import Crop, to_image, to_pixels
 
-IN_MEMORY_BYTES = 400 * 2**20  # a split up to this size is decoded once, into RAM
-THREADS = min(16, os.cpu_count() or 1)  # Pillow decodes without the interpreter's lock
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-
+Batch = dict[str, np.ndarray]  # "image" uint8 [B, H, W, C] and "label" int32 [B]
+Indices = Sequence[int] | np.ndarray
 Rngs = Sequence[np.random.Generator]
+Folder = str | os.PathLike[str] | None
+Shape = tuple[int | None, ...]  # None: images have different heights and widths
+
+# A split up to this size is decoded once: CIFAR-10 takes 150 MB, Tiny-ImageNet's
+# 1.2 GB would be a copy per worker.
+IN_MEMORY_BYTES = 400 * 2**20
+# Pillow decodes without holding the interpreter's lock.
+THREADS = min(16, os.cpu_count() or 1)
+# From damaged files: RuntimeError is array_record's for a checksum that is wrong.
+DAMAGE = (OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names by the number of channels
+
+
+class Source(Protocol):
+    """A split that train_batches and eval_batches can read."""
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of one image, [H, W, C], or of the frames of one recording."""
+        ...
+
+    def cached(self) -> "Source":
+        """Return the split in memory if it is small enough, else the split itself."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def take(
+        self, indices: Indices, crop: Crop | None = None, rngs: Rngs | None = None
+    ) -> Batch:
+        """Return the examples at these indices as one batch.
+
+        Args:
+            indices: at least one index.
+            crop: applied to each image; needed if their sizes differ.
+            rngs: random generators of the crop, one per index; by default seeded with
+                the index.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayImages:
-    """Labelled images in memory: images uint8 [N, H, W, C], labels int32 [N]."""
+    """A labelled split in memory or in a memory-mapped file.
+
+    Args:
+        images: [N, H, W, C], or frames of recordings [N, T, H, W, C].
+        labels: integers [N], >= 0.
+
+    Raises:
+        ValueError: the labels are not of this kind, or not one per image.
+    """
 
     images: np.ndarray
     labels: np.ndarray
 
+    def __post_init__(self):
+        # Checked here, once: training does not look at the labels of each step.
+        kind, count = self.labels.dtype.kind, len(self.images)
+        if kind not in "iu" or self.labels.shape != (count,) or (self.labels < 0).any():
+            raise ValueError(
+                f"ArrayImages: expected {count} integer labels >= 0, got "
+                f"{self.labels.dtype} {self.labels.shape}, the smallest "
+                f"{self.labels.min(initial=0)}. Leave out examples without a label."
+            )
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of one image or of the frames of one recording."""
+        return self.images.shape[1:]
+
+    def cached(self) -> "ArrayImages":
+        """Return the split itself."""
+        return self
+
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.images[index], "label": int(self.labels[index])}
+    def take(
+        self, indices: Indices, crop: Crop | None = None, rngs: Rngs | None = None
+    ) -> Batch:
+        """Return the examples at these indices as one batch; see Source."""
+        images, labels = self.images[indices], self.labels[indices]
+        if crop:
+            rngs = rngs or _seeded(indices)
+            crops = map(crop, map(to_image, images), rngs)
+            images = np.stack([to_pixels(image) for image in crops])
+        return {"image": images, "label": labels.astype(np.int32)}
 
 
 class Record(NamedTuple):
-    """One image as its file holds it, its label, and where it is, for an error."""
+    """An encoded image, its label, and the place of it that errors name."""
 
     encoded: bytes
     label: int
@@ -45,176 +119,113 @@ class Record(NamedTuple):
 
 
 class Records(Protocol):
-    """A split as its files hold it, by index; can be pickled for Grain's workers."""
+    """Encoded images and their labels by index; pickled for Grain's workers."""
 
-    def __len__(self) -> int:
-        """Number of the records."""
-        ...
+    def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """The records at these indices."""
+        """Return the records at these indices."""
         ...
 
 
+@dataclasses.dataclass(frozen=True)
 class EncodedImages:
-    """One split of an image set, decoded when it is read.
+    """A labelled split whose images are decoded when they are read.
 
     Args:
-        name: of set and split, for errors.
+        name: name of set and split, for errors.
         records: the encoded images and their labels.
-        shape: [H, W, C]; H and W are None where images have sizes of their own.
-        num_classes: labels are from 0 to num_classes - 1.
+        shape: [H, W, C]; H and W are None if the sizes of the images differ.
+        num_classes: labels are in 0 to num_classes - 1.
     """
 
-    def __init__(
-        self,
-        name: str,
-        records: Records,
-        shape: tuple[int | None, int | None, int],
-        num_classes: int,
-    ):
-        self.name, self.records = name, records
-        self.shape, self.num_classes = shape, num_classes
+    name: str
+    records: Records
+    shape: Shape
+    num_classes: int
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.examples([index])[0]
-
-    @property
-    def varies(self) -> bool:
-        """Whether images have sizes of their own, so that a batch needs a crop."""
-        return None in self.shape
-
-    @property
-    def fits(self) -> bool:
-        """Whether the decoded split is small enough to stay in memory."""
-        size = math.prod(side or 0 for side in self.shape)
-        return not self.varies and len(self) * size <= IN_MEMORY_BYTES
+    def cached(self) -> Source:
+        """Return the split decoded, or the split itself if that is too large."""
+        size = len(self) * math.prod(side or 2**31 for side in self.shape)
+        return self._decoded if size <= IN_MEMORY_BYTES else self
 
     @functools.cached_property
-    def in_memory(self) -> ArrayImages:
-        """The whole split, decoded."""
-        height, width, channels = (side or 0 for side in self.shape)
-        images = np.empty((len(self), height, width, channels), np.uint8)
+    def _decoded(self) -> ArrayImages:
+        images = np.empty((len(self), *(side or 0 for side in self.shape)), np.uint8)
         labels = np.empty(len(self), np.int32)
-        for start in range(0, len(self), 1000):
-            rows = range(start, min(start + 1000, len(self)))
-            for row, example in zip(rows, self.examples(rows), strict=True):
-                images[row], labels[row] = example["image"], example["label"]
+        for start in range(0, len(self), 1000):  # not a second copy of the whole split
+            part = slice(start, start + 1000)
+            batch = self.take(range(len(self))[part])
+            images[part], labels[part] = batch["image"], batch["label"]
         return ArrayImages(images, labels)
 
-    def examples(
-        self,
-        indices: Sequence[int] | np.ndarray,
-        crop: Crop | None = None,
-        rngs: Rngs = (),
-    ) -> list[dict[str, Any]]:
-        """The examples at these indices, each checked.
+    def take(
+        self, indices: Indices, crop: Crop | None = None, rngs: Rngs | None = None
+    ) -> Batch:
+        """Return the examples at these indices as one batch; see Source.
 
-        Args:
-            indices: of the examples.
-            crop: applied to each image; needed where sizes vary.
-            rngs: one for each index, if there is a crop.
+        Raises:
+            ValueError: a file, an image or a label is damaged or not of this set.
         """
-        records = self.records.read([int(i) for i in indices])
+        records = self.read(indices)
+        rngs = rngs or (_seeded(indices) if crop else ())
 
-        def decode(rows: range) -> list[dict[str, Any]]:
-            return [
-                {
-                    "image": self._image(records[i], crop, rngs[i] if crop else None),
-                    "label": self._label(records[i]),
-                }
-                for i in rows
-            ]
+        def decode(rows: range) -> list[np.ndarray]:
+            return [self._decode(records[i], crop, rngs[i : i + 1]) for i in rows]
 
-        each = -(-len(records) // THREADS)
-        parts = [
-            range(len(records))[i : i + each] for i in range(0, len(records), each)
-        ]
+        # One task per thread: a future per image is overhead for small images.
+        rows, size = range(len(records)), -(-len(records) // THREADS)
+        parts = [rows[i : i + size] for i in rows[::size]]
         with ThreadPoolExecutor(THREADS) as pool:
-            return [example for part in pool.map(decode, parts) for example in part]
+            images = [image for part in pool.map(decode, parts) for image in part]
+        labels = np.array([record.label for record in records], np.int32)
+        return {"image": np.stack(images), "label": labels}
 
-    def _image(self, record: Record, crop: Crop | None, rng: Any) -> np.ndarray:
-        mode = MODES[self.shape[-1]]
+    def read(self, indices: Indices) -> list[Record]:
+        """Return the records at these indices; ValueError if a file is damaged."""
+        try:
+            return self.records.read([int(i) for i in indices])
+        except DAMAGE as error:
+            raise ValueError(
+                f"{self.name}: expected readable files, got a damaged one: {error}. "
+                "Copy it again, or prepare the set again."
+            ) from error
+
+    def _decode(self, record: Record, crop: Crop | None, rng: Rngs) -> np.ndarray:
+        mode = MODES[self.shape[-1] or 3]
         try:
             image = Image.open(io.BytesIO(record.encoded))
             if crop:
-                # A JPEG is left to the crop, which may decode it smaller.
+                # A JPEG is left encoded for the crop, which may decode it smaller.
                 image = image if image.format == "JPEG" else image.convert(mode)
-                image = crop(image, rng)
-            pixels = np.asarray(image.convert(mode))
-        except Image.UnidentifiedImageError as error:
-            raise self._unreadable(record, "no image that Pillow knows") from error
-        except (OSError, SyntaxError, ValueError, struct.error) as error:  # Pillow's
-            raise self._unreadable(record, str(error)) from error
-        pixels = pixels.reshape(*pixels.shape[:2], -1)
-        if crop is None and not self.varies and pixels.shape != self.shape:
+                image = crop(image, *rng)
+            pixels = to_pixels(image.convert(mode))
+        # Pillow raises all of these on damaged files, UnidentifiedImageError as well.
+        except (OSError, SyntaxError, ValueError, struct.error) as error:
             raise ValueError(
-                f"{self.name}: expected images of one shape {self.shape}, got "
-                f"{pixels.shape} at {record.place}. Such a set needs a crop."
+                f"{self.name}: expected a readable image at {record.place}, got: "
+                f"{str(error).split(' <')[0]}. Copy it again, or leave it out."
+            ) from error
+        size = pixels.shape[:2] if None in self.shape or crop else self.shape[:2]
+        if pixels.shape[:2] != size or not 0 <= record.label < self.num_classes:
+            raise ValueError(
+                f"{self.name}: expected images {size} and labels 0 to "
+                f"{self.num_classes - 1}, got {pixels.shape[:2]} and {record.label} at "
+                f"{record.place}. Give a crop, or leave out what has no label."
             )
         return pixels
 
-    def _unreadable(self, record: Record, reason: str) -> ValueError:
-        return ValueError(
-            f"{self.name}: expected a readable image at {record.place}, got: {reason}. "
-            "Copy it there again, or take it out of the set."
-        )
 
-    def _label(self, record: Record) -> int:
-        if not 0 <= record.label < self.num_classes:
-            raise ValueError(
-                f"{self.name}: expected labels from 0 to {self.num_classes - 1}, got "
-                f"{record.label} at {record.place}. Leave out examples without a label."
-            )
-        return int(record.label)
+class Splits(NamedTuple):
+    """The two splits of an image set and the names of its classes."""
+
+    train: Source
+    test: Source
+    class_names: tuple[str, ...]
 
 
-Source = ArrayImages | EncodedImages | Sequence[dict[str, Any]]
-
-
-def take(
-    source: Source,
-    indices: Sequence[int] | np.ndarray,
-    crop: Crop | None = None,
-    rngs: Rngs = (),
-) -> dict[str, np.ndarray]:
-    """The examples at these indices as one batch.
-
-    Args:
-        source: the examples, by index.
-        indices: of the examples, in any number but 0.
-        crop: applied to each image; needed where sizes vary.
-        rngs: of the crop, one for each index; by default seeded with the index.
-    """
-    if crop and not rngs:
-        rngs = [np.random.default_rng(int(i)) for i in indices]
-    if isinstance(source, EncodedImages):
-        examples = source.examples(indices, crop, rngs)
-    elif isinstance(source, ArrayImages) and crop is None:
-        return {"image": source.images[indices], "label": source.labels[indices]}
-    else:
-        examples = [source[int(i)] for i in indices]
-        if crop:
-            examples = [
-                {**example, "image": _cropped(example["image"], crop, rng)}
-                for example, rng in zip(examples, rngs, strict=True)
-            ]
-    shapes = {example["image"].shape for example in examples}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"take: expected images of one shape, got {sorted(shapes)}. "
-            "Give a crop, such as center_crop(224)."
-        )
-    return {
-        "image": np.stack([example["image"] for example in examples]),
-        "label": np.array([example["label"] for example in examples], np.int32),
-    }
-
-
-def _cropped(image: np.ndarray, crop: Crop, rng: np.random.Generator) -> np.ndarray:
-    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    part = np.asarray(crop(picture, rng))
-    return part.reshape(*part.shape[:2], -1)
+def _seeded(indices: Indices) -> list[np.random.Generator]:
+    return [np.random.default_rng(int(i)) for i in indices]

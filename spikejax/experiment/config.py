@@ -19,7 +19,7 @@ from flax import nnx
 import spikejax
 from spikejax import cache, encode, energy, losses
 from spikejax.data import augment, images
-from spikejax.data.crop import center_crop, inception_crop
+from spikejax.data.augment import center_crop, inception_crop
 from spikejax.experiment.build import NeuronName, build_model
 from spikejax.train import processes, sharding
 from spikejax.train import workdir as folder
@@ -255,9 +255,9 @@ def report(
     """Measure spikes and energy of what ``train`` returned; write result.json."""
     image_set = source.load(experiment)
     _, middle = source.crops(experiment)
-    most = ENERGY_VALUES // images.take(image_set.test, [0], middle)["image"].size
+    most = ENERGY_VALUES // image_set.test.take([0], middle)["image"].size
     count = min(ENERGY_IMAGES, len(image_set.test), most)
-    sample = images.take(image_set.test, range(count), middle)["image"]
+    sample = image_set.test.take(range(count), middle)["image"]
     xs = source.encode(experiment, image_set)(jnp.asarray(sample), jax.random.key(0))
     spent = energy.measure(fitted.model, xs)
     result = fitted.metrics | {
