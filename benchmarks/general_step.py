@@ -19,9 +19,16 @@ from flax import nnx
 from benchmarks.turns import in_turns, ratio
 from spikejax import LIF
 from spikejax.experiment.cli import parse, reported
-from spikejax.models.general import Through
-from spikejax.nn.windowed import Mixer, conv_network, lstm_network, straight_through
-from spikejax.nn.windows import overlap, tile, whole
+from spikejax.nn import cpu
+from spikejax.nn.windowed import (
+    Mixer,
+    conv_network,
+    lstm_network,
+    overlap,
+    straight_through,
+    tile,
+    whole,
+)
 from spikejax.train import workdir as folder
 from spikejax.train.progress import table
 
@@ -42,11 +49,14 @@ class Benchmark:
     """Channels of a map."""
 
 
+IS_CPU = jax.default_backend() == "cpu"
+convs = partial(conv_network, conv=cpu.Conv if IS_CPU else nnx.Conv)
+plain = partial(convs, projection=None)
 LAYERS = {
-    "two convolutions with ReLU": (partial(Through, neuron=lambda: nnx.relu), whole),
-    "two convolutions with LIF": (partial(Through, neuron=LIF), whole),
-    "windows tiled, conv": (conv_network, tile),
-    "windows overlapping, conv": (conv_network, overlap),
+    "two convolutions with ReLU": (partial(plain, neuron=lambda: nnx.relu), whole),
+    "two convolutions with LIF": (partial(plain, neuron=LIF), whole),
+    "windows tiled, conv": (convs, tile),
+    "windows overlapping, conv": (convs, overlap),
     "windows tiled, LSTM": (lstm_network, tile),
     "windows overlapping, LSTM": (lstm_network, overlap),
 }

@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks.sides.ours import NEURONS
 from benchmarks.turns import in_turns, ratio
 from spikejax.experiment.cli import parse, reported
-from spikejax.nn.compiler import compiler_options
+from spikejax.nn.cpu import compiler_options
 from spikejax.train import workdir as folder
 from spikejax.train.progress import table
 

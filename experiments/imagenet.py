@@ -112,7 +112,7 @@ def made_plan(flags: Planned, **changes: Any) -> Plan:
     )
     return plan_training(
         flags.train,
-        partial(build_model, flags, image_set),
+        partial(build_model, flags, image_set, platform="tpu"),
         make_loss(flags),
         make_encode(flags, image_set),
         find_slice(flags.topology),

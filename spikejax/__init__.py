@@ -4,10 +4,9 @@ from spikejax import encode, losses, neurons, surrogate
 from spikejax.conversion.spiking import calibrate, convert, fold_norms
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold, neuron_layers
 from spikejax.neurons import NeuronParams, cascade, independent, lif, parallel
-from spikejax.nn.convolution import convolve
+from spikejax.nn.cpu import convolve, max_pool
 from spikejax.nn.memory import keep_membranes
 from spikejax.nn.norm import td_batch_norm
-from spikejax.nn.pooling import max_pool
 from spikejax.nn.quant import QuantReLU
 from spikejax.unroll import unroll
 

@@ -13,7 +13,7 @@ from flax import nnx
 from spikejax import energy, neurons
 from spikejax._compat import List
 from spikejax.layers import IF, LIF, MultiThreshold
-from spikejax.models import general, resnet, vgg
+from spikejax.models import general, resnet
 from spikejax.nn.memory import keep_membranes
 from spikejax.nn.recurrent import LSTM, Recurrent
 
@@ -130,14 +130,20 @@ def test_unequal_thresholds_count_spikes_and_not_the_value(
 
 
 def test_counts_pass_max_pooling():
-    model = Chain(counter((1.0, 0.5), neurons.cascade), vgg.max_pool, conv(1, 3, 1))
+    model = Chain(
+        counter((1.0, 0.5), neurons.cascade),
+        partial(nnx.max_pool, window_shape=(2, 2), strides=(2, 2)),
+        conv(1, 3, 1),
+    )
     xs = image(((0, 0, 0), 1.5), ((0, 1, 0), 0.5), ((3, 3, 0), 0.5), shape=(4, 4, 1))
     report = energy.measure(model, xs)
     assert (report.spikes_per_image, report.acs) == (2 + 1 + 1, (2 + 1) * 3)
 
 
 def test_averages_of_spikes_cost_macs():
-    model = Chain(IF(), vgg.avg_pool, conv(1, 3, 1))
+    model = Chain(
+        IF(), partial(nnx.avg_pool, window_shape=(2, 2), strides=(2, 2)), conv(1, 3, 1)
+    )
     xs = image(((0, 0, 0), 1), ((0, 1, 0), 1), ((3, 3, 0), 1), shape=(4, 4, 1))
     report = energy.measure(model, xs)
     assert (report.acs, report.macs) == (0, 2 * 3)
@@ -330,7 +336,7 @@ def test_recurrent_weights_of_an_lstm_see_real_values():
 
 
 def test_general_snn_costs_acs_where_it_spikes_and_macs_elsewhere():
-    model = general.cnn_10(10, depths=(2, 1), width=1 / 12, rngs=nnx.Rngs(0))
+    model = general.cnn(10, depths=(2, 1), width=1 / 12, rngs=nnx.Rngs(0))
     report = energy.measure(model, XS[:, :1])
     rows = {row.path: (row.acs, row.macs) for row in report.connections}
     for path, (acs, macs) in rows.items():

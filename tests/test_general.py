@@ -12,18 +12,23 @@ from flax import nnx
 
 from spikejax import LIF, MultiThreshold, losses
 from spikejax.models import MODELS, general
-from spikejax.nn.windowed import mean, sine, straight_through, threshold, unchanged
-from spikejax.nn.windows import overlap, tile, whole
-from spikejax.train import TrainConfig, make_optimizer
+from spikejax.nn.windowed import mean, overlap, sine, straight_through, tile, whole
+from spikejax.train import TrainConfig
 from spikejax.train.checksum import by_path
+from spikejax.train.recipe import make_optimizer
 from spikejax.train.step import initial_state, make_train_step
 
 SMALL = {"depths": (2, 1), "width": 1 / 12}  # channels 4 and 8, for 8x8 images
 
 
-def small(make=general.cnn_10, **options):
+def half(x, rng):
+    """A binarisation without chance."""
+    return (x >= 0.5).astype(x.dtype)
+
+
+def small(make=general.cnn, classes=10, **options):
     """A small network, whose head is not zero."""
-    model = make(10, rngs=nnx.Rngs(0), **SMALL | options)
+    model = make(classes, rngs=nnx.Rngs(0), **SMALL | options)
     kernel = model.head.kernel
     kernel[...] = jax.random.normal(jax.random.key(1), kernel.shape)
     return model
@@ -45,33 +50,29 @@ def images(*shape):
 
 
 @pytest.mark.parametrize(
-    ("name", "num_classes", "expected"),
+    ("make", "num_classes", "expected"),
     [
-        ("cnn_10", 10, 13_885_402),
-        ("cnn_100", 100, 13_920_052),
-        ("lstm_10", 10, 14_925_466),
-        ("lstm_100", 100, 14_960_116),
+        (general.cnn, 10, 13_885_402),
+        (general.cnn, 100, 13_920_052),
+        (general.lstm, 10, 14_925_466),
+        (general.lstm, 100, 14_960_116),
     ],
 )
-def test_parameters_are_those_of_the_paper(name, num_classes, expected):
-    make = getattr(general, name)
+def test_parameters_are_those_of_the_paper(make, num_classes, expected):
     model = nnx.eval_shape(lambda: make(num_classes, rngs=nnx.Rngs(0)))
     leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
     assert sum(leaf.size for leaf in leaves) == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "side"), [("cnn_10", 32), ("cnn_100", 64), ("lstm_10", 64)]
-)
-def test_logits_for_both_sizes(name, side):
-    make = partial(getattr(general, name), width=0.25)
+@pytest.mark.parametrize(("make", "side"), [(general.cnn, 32), (general.lstm, 64)])
+def test_logits_for_both_sizes(make, side):
     xs = jnp.zeros((2, 3, side, side, 3))
-    logits = jax.eval_shape(lambda: make(7, rngs=nnx.Rngs(0))(xs))
+    logits = jax.eval_shape(lambda: make(7, width=0.25, rngs=nnx.Rngs(0))(xs))
     assert logits.shape == (2, 3, 7)
 
 
 def test_blocks_take_both_windows_in_turn():
-    model = nnx.eval_shape(lambda: general.cnn_100(100, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: general.cnn(100, rngs=nnx.Rngs(0)))
     mixers = [[block.mixer for block in blocks] for blocks in model.stages]
     windows = [[mixer.window for mixer in stage] for stage in mixers]
     assert windows == [[tile, overlap] * n for n in (1, 1, 3)] + [[tile, tile]]
@@ -93,16 +94,16 @@ def test_the_variant_follows_the_number_of_classes():
 
 
 @pytest.mark.parametrize(
-    ("make", "project", "region"),
+    ("make", "classes", "project", "region"),
     [
-        (general.cnn_100, slow_general.mean, 0.2),
-        (general.lstm_10, slow_general.sine, None),
+        (general.cnn, 11, slow_general.mean, 0.2),
+        (general.lstm, 10, slow_general.sine, None),
     ],
-    ids=["cnn_100", "lstm_10"],
+    ids=["cnn", "lstm"],
 )
-def test_equal_to_plain_numpy(make, project, region):
+def test_equal_to_plain_numpy(make, classes, project, region):
     lively = partial(LIF, tau=1 / 0.6, v_threshold=0.5, decay_input=False)
-    params, rest, call = parts(small(make, binarise=threshold, neuron=lively))
+    params, rest, call = parts(small(make, classes, binarise=half, neuron=lively))
     xs = images(2, 1, 8, 8, 3)
     logits = call(params, rest, xs)
 
@@ -120,7 +121,7 @@ def test_equal_to_plain_numpy(make, project, region):
         np.testing.assert_allclose(logits[b, 0], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("make", [general.cnn_10, general.lstm_10])
+@pytest.mark.parametrize("make", [general.cnn, general.lstm])
 def test_all_parameters_learn_and_the_step_compiles_once(make):
     several = partial(MultiThreshold, 2, v_threshold=0.1, learn_tau=True)
     model = small(make, binarise=straight_through, neuron=several, depths=(1, 1))
@@ -147,24 +148,24 @@ def test_all_parameters_learn_and_the_step_compiles_once(make):
     # A window of the last stage is one pixel, a sequence without a second step.
     idle = {path for path in norms if re.match("stages/1/.*/recurrent/kernel", path)}
     assert {path for path, norm in norms.items() if norm == 0} == idle
-    assert len(idle) == (2 if make is general.lstm_10 else 0)
+    assert len(idle) == (2 if make is general.lstm else 0)
     counts = [jax.tree.leaves(r)[0].tolist() for r in rest]
     assert len(set(map(str, counts))) == 3  # each step draws anew
 
 
 def test_time_steps_see_each_other_in_the_plain_network_only():
     xs = images(1, 3, 8, 8, 3)
-    for make, apart in ((general.cnn_10, True), (general.plain, False)):
-        params, rest, call = parts(small(make, binarise=threshold))
+    for make, apart in ((general.cnn, True), (general.plain, False)):
+        params, rest, call = parts(small(make, binarise=half))
         whole_sequence, last = call(params, rest, xs), call(params, rest, xs[:, 2:])
         same = np.allclose(whole_sequence[:, 2:], last, atol=1e-4)
         assert same == apart
 
 
 def test_with_relu_nothing_is_random_and_nothing_is_carried():
-    model = small(general.lstm_10, neuron=lambda: nnx.relu)
+    model = small(general.lstm, neuron=lambda: nnx.relu)
     mixer = model.stages[0][1].mixer
-    assert mixer.binarise is unchanged and not mixer.network.carries
+    assert mixer.binarise is None and not mixer.network.carries
     assert len(model.carried_merges) == 0
     params, rest, call = parts(model)
     xs = images(2, 1, 8, 8, 3)
@@ -174,7 +175,7 @@ def test_with_relu_nothing_is_random_and_nothing_is_carried():
 
 
 def test_images_of_another_size_are_refused():
-    model = nnx.eval_shape(lambda: general.cnn_10(10, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: general.cnn(10, rngs=nnx.Rngs(0)))
     match = (
         r"General: expected images .* multiples of 32, got shape \(1, 1, 48, 64, 3\)"
     )
@@ -185,4 +186,4 @@ def test_images_of_another_size_are_refused():
 @pytest.mark.parametrize("width", [0.0, -1.0, float("nan")])
 def test_no_channels_are_refused(width):
     with pytest.raises(ValueError, match="General: expected a width that leaves chann"):
-        general.cnn_10(10, width=width, rngs=nnx.Rngs(0))
+        general.cnn(10, width=width, rngs=nnx.Rngs(0))

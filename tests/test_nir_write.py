@@ -13,7 +13,7 @@ from spikejax import neurons
 from spikejax.conversion import calibrate, convert
 from spikejax.layers import IF, LI, LIF, MultiThreshold
 from spikejax.models.resnet import ResNet, ms, plain, sew
-from spikejax.models.vgg import POOL, VGG, avg_pool, max_pool
+from spikejax.models.vgg import POOL, VGG
 from spikejax.nir.neurons import EXPONENTIAL, Dialect, node
 from spikejax.nir.read import from_nir
 from spikejax.nir.write import to_nir
@@ -96,7 +96,7 @@ def lively(model, seed=0):
     return model
 
 
-def vgg(neuron, pool=avg_pool, **options):
+def vgg(neuron, pool=nnx.avg_pool, **options):
     model = VGG((3, POOL, 4), 3, neuron=neuron, rngs=nnx.Rngs(0), hidden=(4,),
                 in_channels=2, pool=pool, **options)  # fmt: skip
     return lively(model)
@@ -138,7 +138,7 @@ def converted(num_thresholds):
 
 MODELS = {
     "vgg": lambda: vgg(HARD),
-    "vgg-or-pool": lambda: vgg(partial(IF, v_reset=0.0), max_pool),
+    "vgg-or-pool": lambda: vgg(partial(IF, v_reset=0.0), nnx.max_pool),
     "vgg-below": lambda: vgg(partial(LIF, 3.0, v_reset=-0.25, decay_input=False)),
     "vgg-soft": lambda: vgg(SOFT),
     "vgg-node": lambda: vgg(SOFT),
@@ -213,7 +213,7 @@ def test_what_joins_layers_becomes_nodes():
         *head, "AvgPool2d", "Flatten", "Output"]  # fmt: skip
     assert kinds_of(lambda self, xs: xs.sum((2, 3))) == [
         *head, "SumPool2d", "Flatten", "Output"]  # fmt: skip
-    assert kinds_of(lambda self, xs: max_pool(xs)) == [
+    assert kinds_of(lambda self, xs: nnx.max_pool(xs, (2, 2), (2, 2))) == [
         *head, "SumPool2d", "Threshold", "Output"]  # fmt: skip
     assert kinds_of(lambda self, xs: xs + xs) == [*head, "Scale", "Output"]
     assert kinds_of(lambda self, xs: 2 * xs - xs) == [*head, "Scale", "Scale", "Output"]
@@ -240,7 +240,7 @@ def test_a_sum_that_is_used_twice_stays_a_sum():
         (lambda self, xs: xs * 0, "a factor of 0"),
         (lambda self, xs: xs * jnp.arange(5.0)[:, None, None, None], "step to step"),
         (
-            lambda self, xs: max_pool(xs + self.conv(xs)),
+            lambda self, xs: nnx.max_pool(xs + self.conv(xs), (2, 2), (2, 2)),
             "a maximum of what is no spike",
         ),
         (

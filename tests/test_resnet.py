@@ -122,9 +122,8 @@ def make_block(residual, neuron=IF, **options):
     block = resnet.Block(
         residual=residual,
         neuron=neuron,
-        norm=wide_norm,
-        dtype=jnp.float32,
-        rngs=nnx.Rngs(0),
+        conv=partial(nnx.Conv, rngs=nnx.Rngs(0)),
+        norm=partial(wide_norm, rngs=nnx.Rngs(0)),
         **options,
     )
     block.eval()

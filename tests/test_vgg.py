@@ -11,7 +11,7 @@ from flax import nnx
 
 from spikejax.encode import direct
 from spikejax.layers import LIF, PLIF, MultiThreshold, keep_membranes, neuron_layers
-from spikejax.models import general, resnet, vgg
+from spikejax.models import vgg
 from spikejax.nn.norm import td_batch_norm
 
 # One image at both steps: what differs between them is the membranes' doing.
@@ -83,22 +83,15 @@ def test_logits_stay_what_they_were(results):
     assert total == pytest.approx(8.261919, rel=1e-4)
 
 
-def test_max_pool_is_the_or_of_spikes():
-    xs = jnp.zeros((1, 2, 4, 4, 1)).at[0, 1, 3, 2].set(1.0)
-    expected = jnp.zeros((1, 2, 2, 2, 1)).at[0, 1, 1, 1].set(1.0)
-    np.testing.assert_array_equal(vgg.max_pool(xs), expected)
-    np.testing.assert_array_equal(vgg.avg_pool(xs), expected / 4)
-
-
 def test_pool_is_the_function_given():
     seen = []
 
-    def pool(xs):
-        seen.append(xs.shape)
-        return vgg.avg_pool(xs)
+    def pool(xs, *options):
+        seen.append((xs.shape, *options))
+        return nnx.avg_pool(xs, *options)
 
     jax.eval_shape(tiny(pool=pool), XS)
-    assert seen == [(2, 2, 8, 8, 4)]
+    assert seen == [((2, 2, 8, 8, 4), (2, 2), (2, 2))]
 
 
 def test_bfloat16_computes_on_float32_parameters():
@@ -155,26 +148,3 @@ def test_logits_have_time_and_classes():
     model = abstract(vgg.vgg11, num_classes=7, in_channels=2)
     xs = jnp.zeros((2, 1, 32, 32, 2))
     assert nnx.eval_shape(lambda model: model(xs), model).shape == (2, 1, 7)
-
-
-@pytest.mark.parametrize(
-    "neuron, got",
-    [
-        (LIF(), "LIF: missing a required argument: 'xs'"),
-        (nnx.relu, "custom_jvp: missing a required argument: 'x'"),
-        ("lif", "str: 'lif' is not a callable object"),
-    ],
-)
-@pytest.mark.parametrize(
-    "network",
-    [
-        partial(vgg.VGG, (4,), 3),
-        partial(resnet.ResNet, (1,), (4,), 3),
-        partial(general.General, 3),
-    ],
-)
-def test_a_neuron_that_is_no_factory_is_an_error(network, neuron, got):
-    message = r"as with neuron=LIF, partial\(LIF, tau=4.0\) or lambda: nnx.relu, got "
-    who = f"{network.func.__name__}: expected neuron\\(\\) to make an activation, "
-    with pytest.raises(ValueError, match=who + message + got):
-        network(neuron=neuron, rngs=nnx.Rngs(0))

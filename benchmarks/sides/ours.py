@@ -17,22 +17,14 @@ import spikejax
 from benchmarks.sides import xla
 from benchmarks.trainer import Recipe
 from benchmarks.workloads import CLASSES, STRIDES, Prepared, Sizes, batch
-from spikejax import (
-    LIF,
-    MultiThreshold,
-    convolve,
-    encode,
-    losses,
-    max_pool,
-    neurons,
-    surrogate,
-    td_batch_norm,
-)
+from spikejax import LIF, MultiThreshold, encode, losses, neurons, surrogate
 from spikejax._compat import List
 from spikejax.models import resnet
-from spikejax.nn.compiler import compiler_options
-from spikejax.train import TrainConfig, make_optimizer
+from spikejax.nn import cpu
+from spikejax.nn.norm import td_batch_norm
+from spikejax.train import TrainConfig
 from spikejax.train.loop import graphs
+from spikejax.train.recipe import make_optimizer
 from spikejax.train.step import initial_state, make_predict, make_train_step
 
 OPTIONS = {"decay_input": False, "detach_reset": True}
@@ -42,6 +34,11 @@ NEURONS = {
     "cascade": partial(MultiThreshold, 4, neurons.cascade, **OPTIONS),
     "ReLU": lambda: nnx.relu,
 }
+# What an experiment passes too: the kernels for a CPU, else those of Flax.
+IS_CPU = jax.default_backend() == "cpu"
+Conv = cpu.Conv if IS_CPU else nnx.Conv
+batch_norm = cpu.td_batch_norm if IS_CPU else td_batch_norm
+max_pool = cpu.max_pool if IS_CPU else nnx.max_pool
 # Those of SpikingJelly's own benchmark.
 OF_THEIRS = partial(LIF, v_reset=0.0, surrogate=surrogate.sigmoid(4.0))
 VERSIONS = {
@@ -54,11 +51,10 @@ VERSIONS = {
 class Convolutions(nnx.Module):
     """Three convolutions, two of them with stride 2."""
 
-    def __init__(self, sizes, neuron, rngs, norm=td_batch_norm):
+    def __init__(self, sizes, neuron, rngs, norm=batch_norm):
         widths = sizes.channels
-        conv = partial(nnx.Conv, conv_general_dilated=convolve)
         self.convs = List(
-            conv(a, b, (3, 3), (s, s), padding=1, use_bias=False, rngs=rngs)
+            Conv(a, b, (3, 3), (s, s), padding=1, use_bias=False, rngs=rngs)
             for a, b, s in zip((3, *widths), widths, STRIDES, strict=False)
         )
         self.norms = List(norm(width, rngs=rngs) for width in widths)
@@ -80,11 +76,10 @@ class Pooled(nnx.Module):
     def __init__(self, sizes, neuron, rngs):
         first, second, hidden = sizes.channels
         place = sizes.side // 4
-        conv = partial(nnx.Conv, conv_general_dilated=convolve)
         self.convs = List(
-            conv(a, b, (3, 3), rngs=rngs) for a, b in ((3, first), (first, second))
+            Conv(a, b, (3, 3), rngs=rngs) for a, b in ((3, first), (first, second))
         )
-        self.norms = List(td_batch_norm(n, rngs=rngs) for n in (first, second))
+        self.norms = List(batch_norm(n, rngs=rngs) for n in (first, second))
         self.neurons = List(neuron() for _ in range(3))
         self.hidden = nnx.Linear(second * place**2, hidden, rngs=rngs)
         self.head = nnx.Linear(hidden, CLASSES, rngs=rngs)
@@ -124,6 +119,8 @@ def resnet18(sizes, neuron, rngs, remat=False):
         CLASSES,
         neuron=neuron,
         residual=resnet.sew,
+        conv=Conv,
+        norm=batch_norm,
         remat=remat,
         rngs=rngs,
     )
@@ -172,7 +169,7 @@ def prepare(sizes: Sizes, mode: str) -> Prepared:
         step = _training(graphdef, encoded, optimizer)
     else:
         step = _evaluation(graphdef, encoded)
-    options = compiler_options(jax.default_backend())
+    options = cpu.compiler_options(jax.default_backend())
     return xla.prepared(step, state, given, state["params"], VERSIONS, options)
 
 
@@ -214,7 +211,7 @@ def train(sizes: Sizes, mode: str, recipe: Recipe) -> tuple[Callable, Callable]:
     """(images, labels) -> loss, a step of the recipe, and images -> logits [B, K]."""
     # Several thresholds are half a standard deviation apart, as in the experiments.
     several = mode == "multi-threshold"
-    norm = partial(td_batch_norm, v_threshold=2.0) if several else td_batch_norm
+    norm = partial(batch_norm, v_threshold=2.0) if several else batch_norm
     network = Convolutions(sizes, NEURONS[mode], nnx.Rngs(0), norm)
     config = TrainConfig(
         steps=recipe.steps,
@@ -233,7 +230,7 @@ def train(sizes: Sizes, mode: str, recipe: Recipe) -> tuple[Callable, Callable]:
     compiled = jax.jit(
         make_train_step(training, losses.rate_cross_entropy, encoded, optimizer),
         donate_argnums=0,
-        compiler_options=compiler_options(jax.default_backend()),
+        compiler_options=cpu.compiler_options(jax.default_backend()),
     )
     predict = jax.jit(make_predict(evaluation, encoded))
 

@@ -10,7 +10,8 @@ from flax import nnx
 
 from spikejax import neurons
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold
-from spikejax.models import MODELS, resnet, vgg
+from spikejax.models import MODELS, resnet
+from spikejax.nn import cpu
 from spikejax.nn import windowed as mixer
 from spikejax.nn.norm import td_batch_norm
 
@@ -46,29 +47,35 @@ def neuron_factory(experiment: Any) -> Callable[[], Callable]:
     }[experiment.neuron]
 
 
-def build_model(experiment: Any, image_set: Any) -> nnx.Module:
+def build_model(
+    experiment: Any, image_set: Any, platform: str | None = None
+) -> nnx.Module:
     """The network that the flags name, with initial weights from the seed.
 
     Args:
         experiment: an ``Experiment``; its model, neuron, dtype and so on.
         image_set: with num_classes and shape.
+        platform: whose kernels the network takes; the default backend's by default.
     """
     if experiment.model not in MODELS:
         raise ValueError(
             f"model: expected one of {', '.join(MODELS)}, got {experiment.model!r}."
         )
     network, dtype = MODELS[experiment.model], jnp.dtype(experiment.dtype)
-    norm = partial(td_batch_norm, v_threshold=1 / spacing(experiment), dtype=dtype)
+    fast = (platform or jax.default_backend()) == "cpu"
+    norm = cpu.td_batch_norm if fast else td_batch_norm
+    norm = partial(norm, v_threshold=1 / spacing(experiment), dtype=dtype)
+    max_pool = cpu.max_pool if fast else nnx.max_pool
     if experiment.model.startswith("resnet"):
         residuals = {"plain": resnet.plain, "sew": resnet.sew, "ms": resnet.ms}
         options = {"norm": norm, "residual": residuals[experiment.residual]}
         options |= {"dtype": dtype, "remat": experiment.remat == "blocks"}
-        network = resnet.scaled(network, experiment.width)
+        options |= {"pool": max_pool, "width": experiment.width}
     elif experiment.model.startswith("general"):
         binarise = getattr(mixer, experiment.binarise.replace("-", "_"))
         options = {"width": experiment.width, "binarise": binarise}
     else:
-        pools = {"max": vgg.max_pool, "avg": vgg.avg_pool}
+        pools = {"max": max_pool, "avg": nnx.avg_pool}
         options = {"norm": norm, "pool": pools[experiment.pool], "dtype": dtype}
 
     def make():
@@ -77,6 +84,7 @@ def build_model(experiment: Any, image_set: Any) -> nnx.Module:
             neuron=neuron_factory(experiment),
             in_channels=image_set.shape[-1],
             rngs=nnx.Rngs(experiment.train.seed),
+            conv=cpu.Conv if fast else nnx.Conv,
             **options,
         )
 

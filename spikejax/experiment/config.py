@@ -56,7 +56,7 @@ class Experiment:
     """Pooling of convnet and vgg; the maximum of spikes is their OR."""
     width: float = 1.0
     """Factor on the channels of the resnets, general-cnn and general-lstm."""
-    binarise: Literal["bernoulli", "straight-through", "threshold"] = "bernoulli"
+    binarise: Literal["bernoulli", "straight-through"] = "bernoulli"
     """How general-cnn and general-lstm make spikes of the input of a layer."""
     neuron: NeuronName = "mt-parallel"
     """Activation; relu trains the network that does not spike."""

@@ -1,44 +1,46 @@
 """General SNN: windows of a map that see each other within one time step.
 
 Reference: Training a General SNN with Improved Efficiency and Minimum Latency, 2024,
-arXiv:2401.10843, after the authors' code; docs/general.md says what is ours.
+arXiv:2401.10843, after the authors' code; docs/general.md lists what is ours.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from spikejax._compat import List
-from spikejax.layers import Neuron, check_factory
-from spikejax.nn.convolution import convolve
+from spikejax.layers import Neuron
+from spikejax.neurons import State
 from spikejax.nn.windowed import (
     Binarise,
+    Layer,
     Mixer,
-    Projection,
+    Network,
+    Window,
     bernoulli,
     conv_network,
     general_lif,
     lstm_network,
     mean,
-    sine,
-    unchanged,
+    overlap,
+    tile,
+    whole,
 )
-from spikejax.nn.windows import Window, overlap, tile, whole
 
-Conv = partial(nnx.Conv, conv_general_dilated=convolve)
-REGION = 0.2  # what the authors take for a spike among the means of several windows
+REGION = 0.2  # the authors' threshold for the means of several windows
 
 
-def _linear(inputs, outputs, rngs, **options):
+def _linear(inputs: int, outputs: int, rngs: nnx.Rngs, **options: bool) -> nnx.Linear:
     init = nnx.initializers.xavier_uniform()
     return nnx.Linear(inputs, outputs, kernel_init=init, rngs=rngs, **options)
 
 
 class Block(nnx.Module):
-    """x <- x + mixer(x),  x <- x + MLP(x), with real values between the two.
+    """A residual block: x <- x + mixer(x),  x <- x + MLP(x), with real values.
 
     Args:
         mixer: windowed spiking layer.
@@ -51,80 +53,69 @@ class Block(nnx.Module):
         self.widen = _linear(channels, 3 * channels, rngs)
         self.narrow = _linear(3 * channels, channels, rngs)
 
-    def __call__(
-        self, xs: jax.Array, carried: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """The map and the membranes for the next block."""
+    def __call__(self, xs: jax.Array, carried: State) -> tuple[jax.Array, State]:
+        """Return the map and the membranes for the next block."""
         ys, carried = self.mixer(xs, carried)
         xs = xs + ys
+        # The authors' GELU is PyTorch's, which is exact; Flax approximates by default.
         hidden = nnx.gelu(self.widen(xs), approximate=False)
         return xs + self.narrow(hidden), carried
 
 
 class PatchMerging(nnx.Module):
-    """Half the sides and twice the channels: a linear map of 2x2 pixels, no bias."""
+    """A linear map of 2x2 pixels without bias: half the sides, twice the channels."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.linear = _linear(4 * channels, 2 * channels, rngs, use_bias=False)
 
     def __call__(self, xs: jax.Array) -> jax.Array:
-        """[..., H/2, W/2, 2 C] for a map [..., H, W, C]."""
+        """Return [..., H/2, W/2, 2 C] for a map [..., H, W, C]."""
+        # Columns first: the order of Swin Transformer, which the authors follow.
         pixels = [xs[..., i::2, j::2, :] for j in (0, 1) for i in (0, 1)]
         return self.linear(jnp.concatenate(pixels, -1))
 
 
-def _block(channels, window, *, network, neuron, binarise, region_threshold=None, rngs):
-    mixer = Mixer(
-        channels,
-        network(channels, neuron, rngs=rngs),
-        window=window,
-        binarise=binarise,
-        region_threshold=region_threshold,
-        rngs=rngs,
-    )
-    return Block(mixer, channels, rngs=rngs)
-
-
 class General(nnx.Module):
-    """Stem 2x2, stages of blocks with patch merging between them, global mean, head.
+    """A stem 2x2, stages of blocks with patch merging in between, global mean, head.
 
-    Blocks of a stage take the two windows in turn; the last stage the first only. The
-    membranes that a network carries from block to block are merged between stages too,
+    Blocks of a stage take the two windows in turn; the last stage takes the first only.
+    State that a network carries from block to block are merged between stages too,
     by weights of their own.
 
     Args:
-        num_classes: logits.
-        network: (channels, neuron, projection=, carry_reset=, rngs=) -> what runs over
-            the windows: conv_network, lstm_network, Through.
+        num_classes: number of logits.
+        network: factory of what runs over the windows, ``network(channels, neuron,
+            rngs=rngs)``: conv_network, lstm_network, or a partial of them.
         neuron: factory of the spiking cell. With one that makes no spikejax neuron, as
             ``lambda: nnx.relu``, the network does not spike: nothing is binarised, and
             no region threshold acts.
-        projection: joins two membranes: sine or mean.
+        conv: factory of the stem's convolution, with the arguments of nnx.Conv.
         windows: of the blocks in turn.
         region_threshold: in the blocks of the second window; None for no threshold.
-        binarise: bernoulli, straight_through or threshold.
-        carry_reset: carry membranes as a spike leaves them.
+        binarise: bernoulli or straight_through.
         width: factor on the channels 48, 96, 192 and 384.
-        depths: blocks of each stage.
+        depths: blocks per stage.
         in_channels: channels of the input.
         rngs: source of the weights and of the random input of the mixers.
 
     Returns:
         logits [B, T, num_classes] for input [B, T, H, W, in_channels], H and W
-        multiples of 32. Time steps do not see each other, but for ``plain``.
+        multiples of 32. Time steps do not see each other, except in ``plain``.
+
+    Raises:
+        ValueError: if the width leaves no channels, or the sides do not fit.
     """
 
     def __init__(
         self,
         num_classes: int,
         *,
-        network: Callable = conv_network,
-        neuron: Callable[[], Callable] = general_lif,
-        projection: Projection = sine,
+        network: Callable[..., Network] = conv_network,
+        neuron: Callable[[], Layer] = general_lif,
+        conv: Callable[..., Layer] = nnx.Conv,
         windows: tuple[Window, Window] = (tile, overlap),
         region_threshold: float | None = None,
         binarise: Binarise = bernoulli,
-        carry_reset: bool = False,
         width: float = 1.0,
         depths: Sequence[int] = (2, 2, 6, 2),
         in_channels: int = 3,
@@ -135,92 +126,94 @@ class General(nnx.Module):
                 f"General: expected a width that leaves channels, got {width}. 1 is "
                 "the paper's; 0.25 trains on a CPU."
             )
-        check_factory("General", neuron)
         spiking = isinstance(neuron(), Neuron)
-        make = partial(
-            _block,
-            network=partial(network, projection=projection, carry_reset=carry_reset),
-            neuron=neuron,
-            binarise=binarise if spiking else unchanged,
-            rngs=rngs,
-        )
-        second = {"region_threshold": region_threshold if spiking else None}
         channels = round(48 * width)
-        self.stem = Conv(in_channels, channels, (2, 2), (2, 2), rngs=rngs)
+        self.stem = conv(in_channels, channels, (2, 2), (2, 2), rngs=rngs)
+
+        def block(second: bool) -> Block:
+            mixer = Mixer(
+                channels,
+                network(channels, neuron, rngs=rngs),
+                window=windows[second],
+                binarise=binarise if spiking else None,
+                region_threshold=region_threshold if spiking and second else None,
+                rngs=rngs,
+            )
+            return Block(mixer, channels, rngs=rngs)
+
         stages, merges, carried_merges = [], [], []
-        for stage, depth in enumerate(depths):
-            last = stage == len(depths) - 1
-            blocks = [
-                make(channels, windows[1], **second)
-                if k % 2 and not last
-                else make(channels, windows[0])
-                for k in range(depth)
-            ]
-            stages.append(List(blocks))
-            if last:
-                break
-            merges.append(PatchMerging(channels, rngs=rngs))
-            inner = blocks[0].mixer.network
-            if inner.carries:
-                carried_merges.append(PatchMerging(inner.features, rngs=rngs))
-            channels *= 2
+        for depth in depths:
+            if stages:
+                merges.append(PatchMerging(channels, rngs=rngs))
+                inner = stages[-1][0].mixer.network
+                if inner.carries:
+                    carried_merges.append(PatchMerging(inner.features, rngs=rngs))
+                channels *= 2
+            # The last maps of a 32x32 image are 2x2: windows could not overlap there.
+            last = len(stages) == len(depths) - 1
+            stages.append(List(block(k % 2 == 1 and not last) for k in range(depth)))
         self.stages = List(stages)
         self.merges = List(merges)
         self.carried_merges = List(carried_merges)
-        zeros = nnx.initializers.zeros_init()
+        zeros = nnx.initializers.zeros_init()  # the first loss is log(num_classes)
         self.head = nnx.Linear(channels, num_classes, kernel_init=zeros, rngs=rngs)
 
     def __call__(self, xs: jax.Array) -> jax.Array:
-        last = 2 ** len(self.stages)
-        if xs.ndim != 5 or xs.shape[2] % (2 * last) or xs.shape[3] % (2 * last):
+        factor = 2 * 2 ** len(self.stages)  # stem, merging, and windows of the last map
+        if xs.ndim != 5 or xs.shape[2] % factor or xs.shape[3] % factor:
             raise ValueError(
                 f"General: expected images [B, T, H, W, C] with sides that are "
-                f"multiples of {2 * last}, got shape {xs.shape}. Take another data "
+                f"multiples of {factor}, got shape {xs.shape}. Take another data "
                 "set, or resize its images."
             )
         xs, carried = self.stem(xs), None
         for stage, blocks in enumerate(self.stages):
+            if stage:
+                xs = self.merges[stage - 1](xs)
+                if carried is not None:
+                    carried = jax.tree.map(self.carried_merges[stage - 1], carried)
             for block in blocks:
                 xs, carried = block(xs, carried)
-            if stage < len(self.merges):
-                xs = self.merges[stage](xs)
-                if carried is not None:
-                    carried = self.carried_merges[stage](carried)
         return self.head(xs.mean((2, 3)))
 
 
-class Through(nnx.Module):
-    """Two 3x3 convolutions over the whole map, the neurons' membranes through time.
+def cnn(
+    num_classes: int, *, conv: Callable[..., Layer] = nnx.Conv, **options: Any
+) -> General:
+    """Make the authors' CNN: for CIFAR-10 up to ten classes, else for CIFAR-100.
 
-    What a spiking network is without windows, to compare with: see ``plain``.
+    Args:
+        num_classes: number of logits.
+        conv: factory of all convolutions, with the arguments of nnx.Conv.
+        options: of ``General``.
     """
-
-    carries = False
-
-    def __init__(self, channels: int, neuron: Callable, *, rngs: nnx.Rngs, **_):
-        self.features = channels
-        self.convs = List(Conv(channels, channels, (3, 3), rngs=rngs) for _ in range(2))
-        self.neurons = List([neuron(), neuron()])
-
-    def __call__(self, xs: jax.Array, carried: None = None) -> tuple[jax.Array, None]:
-        """Spikes of maps [B, T, 1, H, W, C]."""
-        for conv, neuron in zip(self.convs, self.neurons, strict=True):
-            xs = neuron(conv(xs))
-        return xs, None
+    network = partial(conv_network, conv=conv)
+    variant = {}
+    if num_classes > 10:
+        network = partial(network, projection=mean)
+        variant = {"region_threshold": REGION}
+    return General(num_classes, network=network, conv=conv, **variant | options)
 
 
-cnn_10 = partial(General, network=conv_network)
-cnn_100 = partial(cnn_10, projection=mean, region_threshold=REGION)
-lstm_10 = partial(General, network=lstm_network)
-lstm_100 = partial(lstm_10, windows=(whole, whole), region_threshold=REGION)
-plain = partial(General, network=Through, windows=(whole, whole))
+def lstm(num_classes: int, **options: Any) -> General:
+    """Make the authors' LSTM: for CIFAR-10 up to ten classes, else for CIFAR-100.
+
+    Arguments are those of ``cnn``; ``conv`` makes the stem.
+    """
+    # With more classes the authors cut windows, and give the network the whole map.
+    variant = {"windows": (whole, whole), "region_threshold": REGION}
+    if num_classes <= 10:
+        variant = {}
+    return General(num_classes, network=lstm_network, **variant | options)
 
 
-def cnn(num_classes: int, **options) -> General:
-    """cnn_10 for up to ten classes, else cnn_100."""
-    return (cnn_10 if num_classes <= 10 else cnn_100)(num_classes, **options)
+def plain(
+    num_classes: int, *, conv: Callable[..., Layer] = nnx.Conv, **options: Any
+) -> General:
+    """Make the same network without windows, whose membranes last through time.
 
-
-def lstm(num_classes: int, **options) -> General:
-    """lstm_10 for up to ten classes, else lstm_100."""
-    return (lstm_10 if num_classes <= 10 else lstm_100)(num_classes, **options)
+    For comparison, as any spiking network. Arguments are those of ``cnn``.
+    """
+    network = partial(conv_network, conv=conv, projection=None)
+    windows = (whole, whole)
+    return General(num_classes, network=network, conv=conv, windows=windows, **options)

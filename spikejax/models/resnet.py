@@ -1,40 +1,38 @@
 """Residual networks over sequences [B, T, H, W, C], for CIFAR and for ImageNet.
 
-Where the neurons stand is a function, ``residual``: ``plain``, ``sew`` or ``ms``. What
-a neuron is, is the factory ``neuron``: a ReLU network is the same code.
+The function ``residual`` places the neurons: ``plain``, ``sew`` or ``ms``. The factory
+``neuron`` makes them: a ReLU network is the same code.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from spikejax._compat import List
-from spikejax.layers import check_factory
-from spikejax.nn.convolution import convolve
 from spikejax.nn.norm import td_batch_norm
-from spikejax.nn.pooling import max_pool
+
+Layer = Callable[[jax.Array], jax.Array]
+Residual = Callable[["Block", jax.Array], jax.Array]
 
 
 def plain(block: "Block", xs: jax.Array) -> jax.Array:
-    """n(f(x) + shortcut(x)), neurons between the convolutions and after the sum.
+    """Return neuron(f(x) + shortcut(x)), with neurons between f's convolutions too.
 
     Reference: He et al. 2015, arXiv:1512.03385; spiking: Zheng et al. 2021,
     arXiv:2011.05280.
     """
-    *inner, last = block.units
+    *inner, (conv, norm, neuron) = block.units
     ys = xs
-    for conv, norm, neuron in inner:
-        ys = neuron(norm(conv(ys)))
-    conv, norm, neuron = last
+    for inner_conv, inner_norm, inner_neuron in inner:
+        ys = inner_neuron(inner_norm(inner_conv(ys)))
     return neuron(norm(conv(ys)) + block.shortcut(xs))
 
 
 def sew(block: "Block", xs: jax.Array) -> jax.Array:
-    """f(x) + shortcut(x), both of them spikes: neurons after each convolution.
+    """Return f(x) + shortcut(x), a sum of spikes: neurons after each convolution.
 
     Reference: spike-element-wise residual (ADD), Fang et al. 2021, arXiv:2102.04159.
     """
@@ -45,9 +43,9 @@ def sew(block: "Block", xs: jax.Array) -> jax.Array:
 
 
 def ms(block: "Block", xs: jax.Array) -> jax.Array:
-    """f(x) + shortcut(x), a sum of membrane inputs: neurons before each convolution.
+    """Return f(x) + shortcut(x), a sum of currents: neurons before each convolution.
 
-    Nothing follows the sum, so the shortcut runs undisturbed through the network.
+    No neuron follows the sum, so the shortcut is an identity through the network.
 
     Reference: membrane shortcut, Hu et al. 2021, arXiv:2112.08954.
     """
@@ -57,70 +55,79 @@ def ms(block: "Block", xs: jax.Array) -> jax.Array:
     return ys + block.shortcut(xs)
 
 
-LAST_SCALE = {plain: 2**-0.5, sew: 1.0, ms: 0.0}  # of the norm before the sum
+# Start of the scale of the norm before the sum, in thresholds. Two summands of plain
+# have half the variance each; an ms block starts as the identity.
+LAST_SCALE: dict[Residual, float] = {plain: 2**-0.5, sew: 1.0, ms: 0.0}
 
 
-def _conv(inputs, outputs, size, stride, dtype, rngs):
+def _conv(
+    make: Callable[..., Layer], inputs: int, outputs: int, size: int, stride: int
+) -> Layer:
     pad = size // 2  # as in the reference code: symmetric, unlike SAME with a stride
-    return nnx.Conv(
+    return make(
         inputs,
         outputs,
         (size, size),
         (stride, stride),
         padding=((pad, pad), (pad, pad)),
-        use_bias=False,
-        conv_general_dilated=convolve,
+        use_bias=False,  # a norm with a bias of its own follows
         kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
-        dtype=dtype,
-        rngs=rngs,
     )
 
 
 class Block(nnx.Module):
-    """One residual block: convolutions with norms and neurons, and a shortcut.
+    """A residual block: convolutions with norms and neurons, and a shortcut.
 
     Args:
-        inputs, width, stride: channels in, channels inside, stride of the block.
+        inputs, width: channels of the input, and inside.
+        stride: of the first 3x3 convolution and of the shortcut.
         bottleneck: 1x1, 3x3, 1x1 to four times the width, else two 3x3.
         residual: plain, sew or ms.
-        neuron, norm, dtype: as in ResNet.
+        neuron: factory of the activation.
+        conv: as nnx.Conv; dtype and rngs are bound.
+        norm: ``norm(features, alpha=...)``; rngs are bound.
     """
 
     def __init__(
-        self, inputs, width, stride, *, bottleneck, residual, neuron, norm, dtype, rngs
+        self,
+        inputs: int,
+        width: int,
+        stride: int,
+        *,
+        bottleneck: bool,
+        residual: Residual,
+        neuron: Callable[[], Layer],
+        conv: Callable[..., Layer],
+        norm: Callable[..., Layer],
     ):
-        outputs = 4 * width if bottleneck else width
-        sizes, widths, strides = (3, 3), (width, width), (stride, 1)
+        # (kernel size, channels, stride); the 3x3 one strides, as in torchvision
+        layers = [(3, width, stride), (3, width, 1)]
         if bottleneck:
-            sizes, widths, strides = (1, 3, 1), (width, width, outputs), (1, stride, 1)
+            layers = [(1, width, 1), (3, width, stride), (1, 4 * width, 1)]
         self.residual = residual
-        self.convs = List(
-            _conv(a, b, size, s, dtype, rngs)
-            for a, b, size, s in zip(
-                (inputs, *widths[:-1]), widths, sizes, strides, strict=True
-            )
-        )
-        last = len(widths) - 1
-        self.norms = List(
-            norm(w, alpha=LAST_SCALE[residual] if k == last else 1.0, rngs=rngs)
-            for k, w in enumerate(widths)
-        )
-        self.neurons = List(neuron() for _ in widths)
-        self.projects = stride != 1 or inputs != outputs
+        convs, norms, channels = [], [], inputs
+        for size, outputs, step in layers:
+            convs.append(_conv(conv, channels, outputs, size, step))
+            alpha = LAST_SCALE[residual] if len(convs) == len(layers) else 1.0
+            norms.append(norm(outputs, alpha=alpha))
+            channels = outputs
+        self.convs, self.norms = List(convs), List(norms)
+        self.neurons = List(neuron() for _ in layers)
+        self.projects = stride != 1 or inputs != channels
         if self.projects:
             alpha = LAST_SCALE[residual] or 1.0
-            self.shortcut_conv = _conv(inputs, outputs, 1, stride, dtype, rngs)
-            self.shortcut_norm = norm(outputs, alpha=alpha, rngs=rngs)
-            if residual is sew:
+            self.shortcut_conv = _conv(conv, inputs, channels, 1, stride)
+            self.shortcut_norm = norm(channels, alpha=alpha)
+            if residual is sew:  # both summands are spikes
                 self.shortcut_neuron = neuron()
 
     @property
-    def units(self) -> list[tuple[nnx.Module, nnx.Module, Callable]]:
+    def units(self) -> list[tuple[Layer, Layer, Layer]]:
         """(convolution, norm, neurons) of f, in order."""
         return list(zip(self.convs, self.norms, self.neurons, strict=True))
 
     def shortcut(self, xs: jax.Array) -> jax.Array:
-        """The identity, or convolution 1x1 and norm (and neurons for sew) to fit f."""
+        """Return xs, or where f changes its shape a 1x1 convolution of it with norm."""
         if not self.projects:
             return xs
         xs = self.shortcut_norm(self.shortcut_conv(xs))
@@ -130,17 +137,13 @@ class Block(nnx.Module):
         return self.residual(self, xs)
 
 
-def _run(block, xs):
-    return block(xs)
-
-
 class ResNet(nnx.Module):
-    """Residual network: stem, stages of blocks, global mean, head.
+    """A residual network: stem, stages of blocks, global mean, head.
 
     Args:
-        depths: blocks in each stage.
-        widths: channels of each stage.
-        num_classes: logits.
+        depths: blocks per stage.
+        widths: channels per stage.
+        num_classes: number of logits.
         neuron: factory of the activation, ``neuron() -> callable``; a ReLU network is
             ``neuron=lambda: nnx.relu``.
         residual: plain, sew or ms.
@@ -148,11 +151,15 @@ class ResNet(nnx.Module):
         imagenet_stem: 7x7 convolution with stride 2 and max-pooling, else 3x3.
         stem_width: channels after the stem, the first stage's by default.
         hidden: width of a fully connected layer of neurons before the logits, or 0.
-        norm: ``norm(features, alpha=..., rngs=rngs)``.
+        width: factor on all channels but the logits, > 0.
+        conv: factory of convolutions, with the arguments of nnx.Conv.
+        norm: factory of norms, ``norm(features, alpha=..., rngs=rngs)``.
+        pool: max-pooling, with the arguments of nnx.max_pool.
         in_channels: channels of the input.
         dtype: of the computation; parameters stay float32.
-        remat: keep the input of each block alone and compute the rest of it again for
-            the gradient: less memory, a third more work.
+        remat: keep only the input of each block, and recompute the block for the
+            gradient: 0.6 of the memory, a fifth more time (docs/results.md).
+        rngs: source of the weights.
 
     Returns:
         logits [B, T, num_classes] for input [B, T, H, W, in_channels].
@@ -166,55 +173,65 @@ class ResNet(nnx.Module):
         widths: Sequence[int],
         num_classes: int,
         *,
-        neuron: Callable[[], Callable],
+        neuron: Callable[[], Layer],
         rngs: nnx.Rngs,
-        residual: Callable = ms,
+        residual: Residual = ms,
         bottleneck: bool = False,
         imagenet_stem: bool = False,
         stem_width: int | None = None,
         hidden: int = 0,
-        norm: Callable = td_batch_norm,
+        width: float = 1.0,
+        conv: Callable[..., Layer] = nnx.Conv,
+        norm: Callable[..., Layer] = td_batch_norm,
+        pool: Callable[..., jax.Array] = nnx.max_pool,
         in_channels: int = 3,
         dtype: jnp.dtype = jnp.float32,
         remat: bool = False,
     ):
-        check_factory("ResNet", neuron)
+        def scaled(channels: int) -> int:
+            return max(1, round(width * channels))
+
         self.residual = residual
         self.imagenet_stem = imagenet_stem
+        self.pool = pool
         self.remat = remat
-        stem = stem_width or widths[0]
+        options = {"dtype": dtype, "rngs": rngs}
+        conv, norm = partial(conv, **options), partial(norm, rngs=rngs)
+        channels = scaled(stem_width or widths[0])
         size, stride = (7, 2) if imagenet_stem else (3, 1)
-        self.stem_conv = _conv(in_channels, stem, size, stride, dtype, rngs)
-        self.stem_norm = norm(stem, rngs=rngs)
+        self.stem_conv = _conv(conv, in_channels, channels, size, stride)
+        self.stem_norm = norm(channels)
         self.stage_neuron = neuron()  # after the stem; for ms before the global mean
         make = partial(
             Block,
             bottleneck=bottleneck,
             residual=residual,
             neuron=neuron,
+            conv=conv,
             norm=norm,
-            dtype=dtype,
-            rngs=rngs,
         )
-        blocks, inputs = [], stem
-        for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+        blocks = []
+        for stage, (depth, inside) in enumerate(zip(depths, widths, strict=True)):
             for k in range(depth):
-                blocks.append(make(inputs, width, 2 if stage and not k else 1))
-                inputs = 4 * width if bottleneck else width
+                stride = 2 if stage and not k else 1
+                blocks.append(make(channels, scaled(inside), stride))
+                channels = scaled(inside) * (4 if bottleneck else 1)
         self.blocks = List(blocks)
-        if hidden:
-            self.hidden = nnx.Linear(inputs, hidden, dtype=dtype, rngs=rngs)
-            self.hidden_neuron = neuron()
         self.has_hidden = bool(hidden)
-        self.head = nnx.Linear(hidden or inputs, num_classes, dtype=dtype, rngs=rngs)
+        if hidden:
+            self.hidden = nnx.Linear(channels, scaled(hidden), **options)
+            self.hidden_neuron = neuron()
+            channels = scaled(hidden)
+        self.head = nnx.Linear(channels, num_classes, **options)
 
     def __call__(self, xs: jax.Array) -> jax.Array:
         xs = self.stem_norm(self.stem_conv(xs))
         if self.residual is not ms:
             xs = self.stage_neuron(xs)
         if self.imagenet_stem:
-            xs = max_pool(xs, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        run = nnx.remat(_run) if self.remat else _run
+            # Time is an axis of the window: nnx.max_pool pads one batch axis only.
+            xs = self.pool(xs, (1, 3, 3), (1, 2, 2), ((0, 0), (1, 1), (1, 1)))
+        run = nnx.remat(Block.__call__) if self.remat else Block.__call__
         for block in self.blocks:
             xs = run(block, xs)
         if self.residual is ms:
@@ -225,23 +242,13 @@ class ResNet(nnx.Module):
         return self.head(xs)
 
 
-def scaled(network: Any, width: float) -> partial:
-    """One of the networks below with ``width`` times the channels, rounded."""
-    depths, widths = network.args
-    widths = tuple(max(1, round(width * w)) for w in widths)
-    extra = {
-        name: max(1, round(width * network.keywords[name]))
-        for name in ("stem_width", "hidden")
-        if name in network.keywords
-    }
-    return partial(network.func, depths, widths, **network.keywords | extra)
-
-
 WIDTHS = (64, 128, 256, 512)
 cifar_resnet18 = partial(ResNet, (2, 2, 2, 2), WIDTHS)
+# Zheng et al. 2021, arXiv:2011.05280.
 resnet19 = partial(ResNet, (3, 3, 2), (128, 256, 512), stem_width=64, hidden=256)
 resnet20 = partial(ResNet, (3, 3, 3), (16, 32, 64))
 
+# Those of torchvision, with as many parameters.
 resnet18 = partial(ResNet, (2, 2, 2, 2), WIDTHS, imagenet_stem=True)
 resnet34 = partial(ResNet, (3, 4, 6, 3), WIDTHS, imagenet_stem=True)
 resnet50 = partial(resnet34, bottleneck=True)

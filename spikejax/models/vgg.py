@@ -8,43 +8,34 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax._compat import List
-from spikejax.layers import check_factory
-from spikejax.nn import pooling
-from spikejax.nn.convolution import convolve
 from spikejax.nn.norm import td_batch_norm
 
-POOL = 0  # stands in a plan for pooling
+Layer = Callable[[jax.Array], jax.Array]
 
-
-def max_pool(xs: jax.Array) -> jax.Array:
-    """Maximum over 2x2 fields with stride 2; of spikes it is their OR."""
-    return pooling.max_pool(xs, (2, 2), (2, 2))
-
-
-def avg_pool(xs: jax.Array) -> jax.Array:
-    """Mean over 2x2 fields with stride 2."""
-    return nnx.avg_pool(xs, (2, 2), (2, 2))
+POOL = 0  # marks pooling in a plan
 
 
 class VGG(nnx.Module):
-    """Convolutions 3x3, each with norm and neurons, with pooling between; then a head.
+    """A stack of 3x3 convolutions with norms, neurons and pooling, then a head.
 
     Args:
         plan: channels of each convolution, or ``POOL``.
-        num_classes: logits.
+        num_classes: number of logits.
         hidden: widths of the fully connected layers before the logits.
         neuron: factory of the activation, ``neuron() -> callable``; a ReLU network is
             ``neuron=lambda: nnx.relu``.
-        norm: ``norm(features, rngs=rngs)``.
-        pool: function over [B, T, H, W, C].
+        conv: factory of convolutions, with the arguments of nnx.Conv.
+        norm: factory of norms, ``norm(features, rngs=rngs)``.
+        pool: nnx.max_pool, nnx.avg_pool, or a function with their arguments.
         in_channels: channels of the input.
         dtype: of the computation; parameters stay float32.
+        rngs: source of the weights.
 
     Returns:
         logits [B, T, num_classes] for input [B, T, H, W, in_channels].
 
-    Reference: Simonyan and Zisserman 2014, arXiv:1409.1556; norms are added, and a
-    global mean before the head takes any size.
+    Reference: Simonyan and Zisserman 2014, arXiv:1409.1556. Norms and the global mean
+    before the head, which takes any size, are ours.
     """
 
     def __init__(
@@ -52,44 +43,44 @@ class VGG(nnx.Module):
         plan: Sequence[int],
         num_classes: int,
         *,
-        neuron: Callable[[], Callable],
+        neuron: Callable[[], Layer],
         rngs: nnx.Rngs,
         hidden: Sequence[int] = (),
-        norm: Callable = td_batch_norm,
-        pool: Callable = max_pool,
+        conv: Callable[..., Layer] = nnx.Conv,
+        norm: Callable[..., Layer] = td_batch_norm,
+        pool: Callable[..., jax.Array] = nnx.max_pool,
         in_channels: int = 3,
         dtype: jnp.dtype = jnp.float32,
     ):
-        check_factory("VGG", neuron)
         self.plan = tuple(plan)
         self.pool = pool
-        widths = [step for step in plan if step != POOL]
-        inputs = [in_channels, *widths[:-1]]
-        conv = partial(nnx.Conv, conv_general_dilated=convolve)
+        widths = [channels for channels in plan if channels != POOL]
         self.convs = List(
+            # no bias: the norm that follows has one
             conv(a, b, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)
-            for a, b in zip(inputs, widths, strict=True)
+            for a, b in zip([in_channels, *widths], widths, strict=False)
         )
         self.norms = List(norm(width, rngs=rngs) for width in widths)
-        inputs = [widths[-1], *hidden]
+        sizes = [widths[-1], *hidden, num_classes]
         self.dense = List(
             nnx.Linear(a, b, dtype=dtype, rngs=rngs)
-            for a, b in zip(inputs, [*hidden, num_classes], strict=True)
+            for a, b in zip(sizes, sizes[1:], strict=False)
         )
         self.neurons = List(neuron() for _ in [*widths, *hidden])
 
     def __call__(self, xs: jax.Array) -> jax.Array:
-        units = zip(self.convs, self.norms, self.neurons, strict=False)
+        neurons = iter(self.neurons)
+        units = zip(self.convs, self.norms, strict=True)
         for step in self.plan:
             if step == POOL:
-                xs = self.pool(xs)
+                xs = self.pool(xs, (2, 2), (2, 2))  # the maximum of spikes is their OR
             else:
-                conv, norm, neuron = next(units)
-                xs = neuron(norm(conv(xs)))
+                conv, norm = next(units)
+                xs = next(neurons)(norm(conv(xs)))
         xs = xs.mean((2, 3))
         *hidden, head = self.dense
-        for dense, neuron in zip(hidden, self.neurons[len(self.convs) :], strict=True):
-            xs = neuron(dense(xs))
+        for dense in hidden:
+            xs = next(neurons)(dense(xs))
         return head(xs)
 
 
@@ -102,15 +93,15 @@ vgg16 = partial(
     + (512, 512, 512, POOL),
 )
 
-# For frames of events. Both end in a global mean where the papers flatten the last
-# maps, and have no dropout: our choice, so that any size of frame will do.
+# For frames of events. Both end in a global mean, where the papers flatten the last
+# maps, and have no dropout: our choice, which takes frames of any size.
 
 # Deng et al. 2022, arXiv:2202.11946, for frames 48x48.
 vggsnn = partial(
     VGG,
     (64, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL),
-    pool=avg_pool,
+    pool=nnx.avg_pool,
 )
-# Fang et al. 2021, arXiv:2007.05785, for DVS-CIFAR10, without the vote of ten neurons a
-# class; its neurons are PLIF.
+# Fang et al. 2021, arXiv:2007.05785, for DVS-CIFAR10, without the vote of ten neurons
+# per class; its neurons are PLIF.
 plif_net = partial(VGG, (128, POOL) * 4, hidden=(512,))

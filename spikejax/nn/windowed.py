@@ -1,8 +1,8 @@
 """The windowed spiking layer: windows of a map, visited one after another.
 
-The membranes that one window leaves enter the next, so neurons see each other within
+The membranes of one window are the start of the next, so neurons see each other within
 one time step. Only this is sequential, and it is elementwise: convolutions and LSTMs
-see all the windows at once.
+see all windows in one call.
 
 Reference: Training a General SNN with Improved Efficiency and Minimum Latency, 2024,
 arXiv:2401.10843, after the authors' code.
@@ -11,19 +11,21 @@ arXiv:2401.10843, after the authors' code.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from spikejax import surrogate
 from spikejax._compat import List
 from spikejax.layers import LIF, Neuron
-from spikejax.nn.convolution import convolve
+from spikejax.neurons import State
 from spikejax.nn.recurrent import Bidirectional
-from spikejax.nn.windows import Window, split, stitch, tile
 
+Layer = Callable[[jax.Array], jax.Array]
+Window = Callable[[int], int]  # side of the map -> side of a window
 Binarise = Callable[[jax.Array, jax.Array], jax.Array]  # (x, random key) -> spikes
 Projection = Callable[[jax.Array, jax.Array], jax.Array]  # two membranes -> one
 
@@ -33,10 +35,86 @@ FIRING = {"v_threshold": 0.5, "surrogate": surrogate.rectangle()}
 general_lif = partial(LIF, tau=TAU, decay_input=False, **FIRING)
 
 
-def bernoulli(x: jax.Array, rng: jax.Array) -> jax.Array:
-    """z = [x > U(0, 1)], without a gradient, as the authors have it.
+# Windows of a map, in the order top left, top right, bottom left, bottom right
 
-    The layers before learn through what goes around this one.
+
+def tile(side: int) -> int:
+    """Return half the side, of a map with even sides: windows do not overlap."""
+    return side // 2
+
+
+def overlap(side: int) -> int:
+    """Return three quarters of the side: windows share a band of half the side."""
+    return 3 * side // 4
+
+
+def whole(side: int) -> int:
+    """Return the side: one window, the map itself."""
+    return side
+
+
+def split(xs: jax.Array, window: Window) -> jax.Array:
+    """Cut maps [..., H, W, C] into windows [..., G, h, w, C] in their corners.
+
+    Args:
+        xs: maps.
+        window: tile, overlap, whole, or any (side of a map) -> side of a window, from
+            half the side to all of it.
+
+    Returns:
+        windows; G is 4, or less where a window has a whole side.
+
+    Raises:
+        ValueError: if the windows do not cover the map, or exceed it.
+    """
+    height, width, corners = _layout(xs.shape[-3:-1], window)
+    parts = [xs[..., y : y + height, x : x + width, :] for y, x in corners]
+    return jnp.stack(parts, -4)
+
+
+def stitch(parts: jax.Array, sides: tuple[int, int], window: Window) -> jax.Array:
+    """Put windows together to maps [..., H, W, C]: where several overlap, their mean.
+
+    Args:
+        parts: windows [..., G, h, w, C], as ``split`` returns them.
+        sides: H and W.
+        window: as in ``split``.
+    """
+    height, width, corners = _layout(sides, window)
+    covered = np.zeros((*sides, 1), np.float32)
+    total: Any = 0.0
+    for g, (y, x) in enumerate(corners):
+        covered[y : y + height, x : x + width] += 1
+        edges = ((y, sides[0] - height - y), (x, sides[1] - width - x), (0, 0))
+        # Padding adds up in one fusion, where .at[].add copies the map per window.
+        free = ((0, 0),) * (parts.ndim - 4)
+        total = total + jnp.pad(parts[..., g, :, :, :], free + edges)
+    return total * jnp.asarray(1 / covered, parts.dtype)  # 1, 1/2 and 1/4 are exact
+
+
+def _layout(
+    sides: tuple[int, ...], window: Window
+) -> tuple[int, int, list[tuple[int, int]]]:
+    """Return height and width of a window, and the top left pixel of each."""
+    height, width = (window(side) for side in sides)
+    for side, length in zip(sides, (height, width), strict=True):
+        if not (side + 1) // 2 <= length <= side:
+            raise ValueError(
+                f"windows: expected windows from half the map to all of it, got "
+                f"{length} for a map of side {side}. Take images whose sides stay even "
+                "in every stage, such as 32 or 64, and tile, overlap or whole."
+            )
+    corners = [(y, x) for y in (0, sides[0] - height) for x in (0, sides[1] - width)]
+    return height, width, list(dict.fromkeys(corners))
+
+
+# Real values to spikes
+
+
+def bernoulli(x: jax.Array, rng: jax.Array) -> jax.Array:
+    """Draw z = [x > U(0, 1)], without a gradient, as the authors do.
+
+    Earlier layers are trained through the residual connection only.
     """
     x = jax.lax.stop_gradient(x)
     # The same numbers as for x.shape; six axes take eight times as long to compile.
@@ -45,198 +123,161 @@ def bernoulli(x: jax.Array, rng: jax.Array) -> jax.Array:
 
 
 def straight_through(x: jax.Array, rng: jax.Array) -> jax.Array:
-    """``bernoulli`` with the gradient of its mean, clip(x, 0, 1). Our choice."""
+    """Draw as ``bernoulli``, with the gradient of the mean, clip(x, 0, 1): ours."""
     mean = jnp.clip(x, 0, 1)
     return bernoulli(x, rng) + (mean - jax.lax.stop_gradient(mean))
 
 
-def threshold(x: jax.Array, rng: jax.Array) -> jax.Array:
-    """z = [x >= 1/2], with the gradient of clip(x, 0, 1) and no noise. Our choice."""
-    return _HALF(x - 0.5)
-
-
-def unchanged(x: jax.Array, rng: jax.Array) -> jax.Array:
-    """x itself, for a network that does not spike."""
-    return x
-
-
-_HALF = surrogate.rectangle()
+# From the membranes of two neighbours to those of the next window
 
 
 def sine(a: jax.Array, b: jax.Array) -> jax.Array:
-    """F(a, b) = 2 sin(pi/4 a cos(pi/4 b)), in [-2, 2]; near zero it is pi/2 a."""
+    """Return F(a, b) = 2 sin(pi/4 a cos(pi/4 b)), in [-2, 2]; near zero it is pi/2 a.
+
+    F(0, b) is 0: a neighbour at rest passes nothing on.
+    """
     return 2 * jnp.sin(math.pi / 4 * a * jnp.cos(math.pi / 4 * b))
 
 
 def mean(a: jax.Array, b: jax.Array) -> jax.Array:
-    """F(a, b) = (a + b) / 2."""
+    """Return F(a, b) = (a + b) / 2."""
     return (a + b) / 2
 
 
-class Network(Protocol):
-    """What a mixer runs over its windows.
-
-    features: channels that come out. carries: whether membranes go on to the next
-    block, which costs weights between stages.
-    """
-
-    features: int
-    carries: bool
-
-    def __call__(
-        self, xs: jax.Array, carried: Any = None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """(spikes, membranes to carry on) of windows [B, T, G, h, w, C]."""
-        ...
-
-
 class Stacked(nnx.Module):
-    """Layers, each with neurons that start at rest in the first window of a block.
+    """Layers with neurons, which start from rest in the first window of each block.
 
     u_k[g] = charge(start_k[g], layer_k(z_(k-1)[g])),  z_k[g] = fire(u_k[g])
     start_1[g] = u_1[g-1],  start_k[g] = F(u_(k-1)[g-1], u_k[g-1])
 
     Args:
         layers: callables from [B, T, G, h, w, C] to currents, such as nnx.Conv.
-        neurons: as many spikejax neurons; any other function, as a ReLU, is without
-            membrane.
+        neurons: one per layer; any function that is no spikejax neuron, such as ReLU,
+            has no membrane.
         features: channels of the last layer.
-        projection: F, sine or mean or any function of two membranes.
-        carry_reset: carry the membrane as it is after the reset of a spike. The
-            authors do not reset it: what is carried is u.
+        projection: F: sine, mean, or any elementwise function of two membranes. With
+            None windows do not see each other, and membranes last through time.
     """
 
-    carries = False
+    carries = False  # no membranes last until the next block
 
     def __init__(
         self,
-        layers: Sequence[Callable],
-        neurons: Sequence[Callable],
+        layers: Sequence[Layer],
+        neurons: Sequence[Layer],
         features: int,
         *,
-        projection: Projection = sine,
-        carry_reset: bool = False,
+        projection: Projection | None = sine,
     ):
         self.layers = List(layers)
         self.neurons = List(neurons)
         self.features = features
         self.projection = projection
-        self.carry_reset = carry_reset
 
-    def __call__(
-        self, xs: jax.Array, carried: None = None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Spikes [B, T, G, h, w, features] of windows, and None: nothing is carried."""
-        below: list[jax.Array] = []
+    def __call__(self, xs: jax.Array, carried: None = None) -> tuple[jax.Array, State]:
+        """Return spikes [B, T, G, h, w, features] of windows, and None."""
+        below: list[State] = []
         for layer, neuron in zip(self.layers, self.neurons, strict=True):
-            currents = _windows(layer(xs))
-            v, here, spikes = _rest(neuron, currents[0]), [], []
-            for g, x in enumerate(currents):
-                if g and below:
-                    v = _project(self.projection, below[g - 1], v)
-                v, z = _fire(neuron, v, x, self.carry_reset)
-                here.append(v)
+            currents = layer(xs)
+            if self.projection is None or not isinstance(neuron, Neuron):
+                xs, below = neuron(currents), []
+                continue
+            membranes, spikes = [], []
+            for g, x in enumerate(_windows(currents)):
+                start = membranes[-1] if membranes else neuron.start(x.shape)
+                if membranes and below:
+                    start = jax.tree.map(self.projection, below[g - 1], start)
+                u, z = _fire(neuron, start, x)
+                membranes.append(u)
                 spikes.append(z)
-            xs, below = jnp.stack(spikes, -4), here
+            xs, below = jnp.stack(spikes, -4), membranes
         return xs, carried
 
 
-class Lasting(nnx.Module):
-    """One layer with neurons whose membranes M last from block to block.
+class PersistentState(nnx.Module):
+    """A layer with neurons whose membranes M persist from block to block.
 
     M'[g], z[g] = fire(start[g], layer(x)[g])
     start[1] = F(M[1], M[2]),  start[2] = F(M'[1], M[2])
     start[g] = F(M[g], M'[g-1])  for g = 3, 4
 
-    With one window for the whole map, start = M. The first block starts at rest.
-    F(0, b) is 0, so in the first block the third and fourth window see none before
-    them. Arguments are those of ``Stacked``, for one layer.
+    With one window for the whole map, start = M. The first block starts from rest.
+    Arguments are those of ``Stacked``, for one layer.
     """
 
     def __init__(
         self,
-        layer: Callable,
-        neuron: Callable,
+        layer: Layer,
+        neuron: Layer,
         features: int,
         *,
         projection: Projection = sine,
-        carry_reset: bool = False,
     ):
         self.layer = layer
         self.neuron = neuron
         self.features = features
         self.carries = isinstance(neuron, Neuron)
         self.projection = projection
-        self.carry_reset = carry_reset
 
-    def __call__(
-        self, xs: jax.Array, carried: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Spikes [B, T, G, h, w, features] and M' of windows and their M."""
-        currents = _windows(self.layer(xs))
-        if carried is None:
-            old = [_rest(self.neuron, x) for x in currents]
-        else:
-            old = _windows(carried)
-        project = partial(_project, self.projection)
+    def __call__(self, xs: jax.Array, carried: State = None) -> tuple[jax.Array, State]:
+        """Return spikes [B, T, G, h, w, features] and M' of windows and their M."""
+        currents, neuron = self.layer(xs), self.neuron
+        if not isinstance(neuron, Neuron):
+            return neuron(currents), None
+        project = partial(jax.tree.map, self.projection)
+        rest = partial(neuron.start, currents[..., 0, :, :, :].shape)
+        windows = _windows(currents)
+        old = [rest() for _ in windows] if carried is None else _windows(carried)
         new, spikes = [], []
-        for g, x in enumerate(currents):
+        for g, x in enumerate(windows):
+            # The order of F's arguments is the authors', and so is the exception.
             if len(old) == 1:
-                v = old[0]
+                start = old[0]
             elif g < 2:
-                v = project(new[0] if g else old[0], old[1])
+                start = project(new[0] if g else old[0], old[1])
             else:
-                v = project(old[g], new[g - 1])
-            v, z = _fire(self.neuron, v, x, self.carry_reset)
-            new.append(v)
+                start = project(old[g], new[g - 1])
+            u, z = _fire(neuron, start, x)
+            new.append(u)
             spikes.append(z)
-        return jnp.stack(spikes, -4), jnp.stack(new, -4) if self.carries else None
+        carried = jax.tree.map(lambda *leaves: jnp.stack(leaves, -4), *new)
+        return jnp.stack(spikes, -4), carried
 
 
-def _windows(xs):
-    return [xs[..., g, :, :, :] for g in range(xs.shape[-4])]
+Network = Stacked | PersistentState
+Tree = TypeVar("Tree")
 
 
-def _rest(neuron, x):
-    return neuron.start(x.shape) if isinstance(neuron, Neuron) else jnp.zeros_like(x)
+def _windows(xs: Tree) -> list[Tree]:
+    """Return [..., h, w, C] of each window of [..., G, h, w, C]."""
+    count = jax.tree.leaves(xs)[0].shape[-4]
+    return [jax.tree.map(lambda x, g=g: x[..., g, :, :, :], xs) for g in range(count)]
 
 
-def _fire(neuron, v, x, carry_reset):
-    """What the membranes v become with the currents x of one window, and its spikes."""
-    if not isinstance(neuron, Neuron):
-        return v, neuron(x)
-    after, z = neuron.step(v, x)
-    return (after if carry_reset else neuron.charge(v, x)), z
-
-
-def _project(projection, a, b):
-    v = projection(a, b)
-    if v.shape != a.shape:
-        raise ValueError(
-            f"projection: expected a function that keeps the shape of two membranes "
-            f"{a.shape}, got {v.shape}. Take sine or mean, or work elementwise."
-        )
-    return v
+def _fire(neuron: Neuron, v: State, x: jax.Array) -> tuple[State, jax.Array]:
+    """Return the membranes u that the currents x of a window charge, and the spikes."""
+    # The authors carry u to the next window, not the membrane after the reset.
+    return jax.tree.map(lambda v: neuron.charge(v, x), v), neuron.step(v, x)[1]
 
 
 class Mixer(nnx.Module):
-    """Four windows of a map, binarised, through one spiking network, stitched again.
+    """A layer that sends binarised windows of a map through one spiking network.
 
     y = W stitch(network(binarise(split(x)))) + b
 
     Args:
         channels: of the map that comes out.
-        network: a Network, whose weights all the windows share, as of
-            ``conv_network`` and ``lstm_network``.
+        network: ``conv_network`` or ``lstm_network``; all windows share its weights.
         window: tile, overlap or whole.
-        binarise: bernoulli, straight_through, threshold, or any (x, random key) -> z.
-            Evaluation draws random numbers too, as the authors do.
-        region_threshold: what is above it after stitching becomes 1, without a
-            gradient; None leaves the means as they are.
-        rngs: source of the weights, and of the random numbers, its stream 'noise'. As
-            for QuantReLU, each layer draws a stream of its own from it.
+        binarise: bernoulli, straight_through, or any (x, random key) -> z; None passes
+            real values on, for a network that does not spike. Evaluation draws random
+            numbers too, as the authors do.
+        region_threshold: means of several windows above it become 1, without a
+            gradient; None keeps the means.
+        rngs: source of the weights, and of the random numbers: its stream 'noise', or
+            the default one.
 
-    Reference: arXiv:2401.10843; straight-through and threshold are our choice.
+    Reference: arXiv:2401.10843; straight_through is our choice.
     """
 
     def __init__(
@@ -245,15 +286,10 @@ class Mixer(nnx.Module):
         network: Network,
         *,
         window: Window = tile,
-        binarise: Binarise = bernoulli,
+        binarise: Binarise | None = bernoulli,
         region_threshold: float | None = None,
         rngs: nnx.Rngs,
     ):
-        if "noise" not in rngs and "default" not in rngs:
-            raise ValueError(
-                f"Mixer: expected rngs with a stream 'noise', got {', '.join(rngs)}. "
-                "Give nnx.Rngs(seed), or nnx.Rngs(params=seed, noise=seed)."
-            )
         self.network = network
         self.window = window
         self.binarise = binarise
@@ -264,17 +300,20 @@ class Mixer(nnx.Module):
             kernel_init=nnx.initializers.xavier_uniform(),
             rngs=rngs,
         )
+        # A stream per layer: one that layers share would depend on their order, and
+        # be a variable of all of them, which nnx.remat and copies would have to split.
         self.rngs = rngs["noise"].fork()
 
-    def __call__(
-        self, xs: jax.Array, carried: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """The mixed maps, and the membranes for the next block.
+    def __call__(self, xs: jax.Array, carried: State = None) -> tuple[jax.Array, State]:
+        """Return the mixed maps, and the membranes for the next block.
 
         Args:
             xs: maps [B, T, H, W, C]; time steps do not see each other.
-            carried: membranes [B, T, H, W, C'] of the block before, None at the start
+            carried: membranes [B, T, H, W, C'] of the previous block; None at the start
                 or where the network has none.
+
+        Raises:
+            ValueError: if xs has no axis of time.
         """
         if xs.ndim != 5:
             raise ValueError(
@@ -282,13 +321,14 @@ class Mixer(nnx.Module):
                 "time step, add the time axis: x[:, None]."
             )
         sides = xs.shape[2], xs.shape[3]
-        parts = self.binarise(split(xs, self.window), self.rngs())
-        if carried is not None:
-            carried = split(carried, self.window)
+        parts = split(xs, self.window)
+        if self.binarise is not None:
+            parts = self.binarise(parts, self.rngs())
+        # None is a tree without leaves
+        carried = jax.tree.map(partial(split, window=self.window), carried)
         spikes, carried = self.network(parts, carried)
-        ys = stitch(spikes, sides, self.window)
-        if carried is not None:
-            carried = stitch(carried, sides, self.window)
+        put = partial(stitch, sides=sides, window=self.window)
+        ys, carried = put(spikes), jax.tree.map(put, carried)
         if self.region_threshold is not None:
             ys = jnp.where(ys > self.region_threshold, 1, ys)
         return self.linear(ys), carried
@@ -297,28 +337,36 @@ class Mixer(nnx.Module):
 class Tokens(nnx.Module):
     """A layer of sequences [..., L, C] over maps [..., h, w, C], row by row."""
 
-    def __init__(self, layer: Callable):
+    def __init__(self, layer: Layer):
         self.layer = layer
 
     def __call__(self, xs: jax.Array) -> jax.Array:
-        """[..., h, w, C'] for maps [..., h, w, C]."""
+        """Return [..., h, w, C'] for maps [..., h, w, C]."""
         *lead, height, width, channels = xs.shape
         ys = self.layer(xs.reshape(*lead, height * width, channels))
         return ys.reshape(*lead, height, width, -1)
 
 
 def conv_network(
-    channels: int, neuron: Callable = general_lif, *, rngs: nnx.Rngs, **options
+    channels: int,
+    neuron: Callable[[], Layer] = general_lif,
+    *,
+    conv: Callable[..., Layer] = nnx.Conv,
+    projection: Projection | None = sine,
+    rngs: nnx.Rngs,
 ) -> Stacked:
-    """Two 3x3 convolutions with neurons, from ``neuron()``; options of ``Stacked``."""
-    conv = partial(nnx.Conv, conv_general_dilated=convolve)
+    """Make two 3x3 convolutions from ``conv``, with neurons from ``neuron()``."""
     layers = [conv(channels, channels, (3, 3), rngs=rngs) for _ in range(2)]
-    return Stacked(layers, [neuron(), neuron()], channels, **options)
+    return Stacked(layers, [neuron(), neuron()], channels, projection=projection)
 
 
 def lstm_network(
-    channels: int, neuron: Callable = general_lif, *, rngs: nnx.Rngs, **options
-) -> Lasting:
-    """A bidirectional LSTM over the pixels of a window, then neurons; 2 C come out."""
+    channels: int,
+    neuron: Callable[[], Layer] = general_lif,
+    *,
+    projection: Projection = sine,
+    rngs: nnx.Rngs,
+) -> PersistentState:
+    """Make a bidirectional LSTM over the pixels of a window, then neurons: 2 C."""
     layer = Tokens(Bidirectional(channels, channels, rngs=rngs))
-    return Lasting(layer, neuron(), 2 * channels, **options)
+    return PersistentState(layer, neuron(), 2 * channels, projection=projection)

@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from spikejax.nn.compiler import compiler_options
+from spikejax.nn.cpu import compiler_options
 from spikejax.train import processes, sharding
 from spikejax.train.checkpoint import Checkpoints
 from spikejax.train.checksum import by_path, parameters_sha256

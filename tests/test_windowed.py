@@ -1,4 +1,4 @@
-"""The windowed layer: by hand, against numpy, and who sees whom."""
+"""The windowed layer: windows, spikes, by hand, against numpy, and who sees whom."""
 
 import math
 from functools import partial
@@ -10,8 +10,7 @@ import pytest
 import slow_general
 from flax import nnx
 
-from spikejax import LIF, MultiThreshold, independent
-from spikejax.nn.convolution import convolve
+from spikejax import LIF, MultiThreshold, independent, surrogate
 from spikejax.nn.windowed import (
     Mixer,
     Stacked,
@@ -20,14 +19,25 @@ from spikejax.nn.windowed import (
     general_lif,
     lstm_network,
     mean,
+    overlap,
     sine,
+    split,
+    stitch,
     straight_through,
-    threshold,
-    unchanged,
+    tile,
+    whole,
 )
-from spikejax.nn.windows import overlap, split, tile, whole
+from spikejax.train import sharding
 
 KINDS = {"conv": conv_network, "lstm": lstm_network}
+
+
+STEP = surrogate.rectangle()
+
+
+def half(x, rng):
+    """A binarisation without chance, with the gradient of clip(x, 0, 1)."""
+    return STEP(x - 0.5)
 
 
 def make(kind="conv", channels=3, *, neuron=general_lif, options=None, **more):
@@ -37,7 +47,7 @@ def make(kind="conv", channels=3, *, neuron=general_lif, options=None, **more):
         for direction in (network.layer.layer.forwards, network.layer.layer.backwards):
             for linear in (direction.inputs, direction.recurrent):
                 linear.kernel[...] = linear.kernel[...] * 4
-    return Mixer(channels, network, rngs=rngs, **{"binarise": threshold} | more)
+    return Mixer(channels, network, rngs=rngs, **{"binarise": half} | more)
 
 
 def pure(layer):
@@ -71,6 +81,106 @@ def test_the_neuron_of_the_authors():
     assert slope(jnp.array([-0.1, 0.1, 0.9, 1.1])).tolist() == [0, 1, 1, 0]
 
 
+# Windows
+
+MAP = jax.random.normal(jax.random.key(0), (2, 1, 8, 12, 3))
+
+
+def test_tiles_are_the_quarters_in_reading_order():
+    parts = split(MAP, tile)
+    assert parts.shape == (2, 1, 4, 4, 6, 3)
+    corners = [MAP[:, :, y : y + 4, x : x + 6] for y in (0, 4) for x in (0, 6)]
+    for g, corner in enumerate(corners):
+        np.testing.assert_array_equal(parts[:, :, g], corner)
+
+
+def test_overlapping_windows_share_half_the_side():
+    parts = split(MAP, overlap)
+    assert parts.shape == (2, 1, 4, 6, 9, 3)
+    np.testing.assert_array_equal(parts[:, :, 3], MAP[:, :, 2:, 3:])
+    np.testing.assert_array_equal(parts[:, :, 0, :, 3:], parts[:, :, 1, :, :6])
+
+
+def test_the_whole_map_is_one_window():
+    assert split(MAP, whole).shape == (2, 1, 1, 8, 12, 3)
+    tall = split(MAP, lambda side: 8)  # all of one side, a part of the other
+    assert tall.shape == (2, 1, 2, 8, 8, 3)
+
+
+@pytest.mark.parametrize("window", [tile, overlap, whole])
+def test_stitching_what_was_split_gives_it_back(window):
+    np.testing.assert_array_equal(stitch(split(MAP, window), (8, 12), window), MAP)
+
+
+def test_a_constant_map_stays_constant():
+    for window in (tile, overlap, whole):
+        parts = split(jnp.full((1, 1, 16, 16, 1), 0.7), window)
+        np.testing.assert_array_equal(stitch(parts, (16, 16), window), np.float32(0.7))
+
+
+def test_where_windows_overlap_stitching_is_their_mean():
+    parts = jnp.arange(1.0, 5).reshape(1, 1, 4, 1, 1, 1) * jnp.ones((1, 1, 4, 3, 3, 1))
+    rows = stitch(parts, (4, 4), overlap)[0, 0, :, :, 0]
+    assert rows.tolist() == [
+        [1.0, 1.5, 1.5, 2.0],
+        [2.0, 2.5, 2.5, 3.0],
+        [2.0, 2.5, 2.5, 3.0],
+        [3.0, 3.5, 3.5, 4.0],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("window", "side", "length"),
+    [
+        (tile, 7, 3),
+        (lambda _: 9, 8, 9),
+        (lambda _: 3, 8, 3),
+    ],
+)
+def test_windows_that_do_not_fit_are_refused(window, side, length):
+    match = f"windows: expected windows from half the map to all of it, got {length} "
+    with pytest.raises(ValueError, match=f"{match}for a map of side {side}. Take"):
+        split(jnp.zeros((1, 1, side, side, 1)), window)
+
+
+# Binarisation
+
+KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize("binarise", [bernoulli, straight_through])
+def test_bernoulli_fires_with_the_value_as_probability(binarise):
+    x = jnp.broadcast_to(jnp.array([-1.0, 0.0, 0.3, 0.9, 1.0, 7.0]), (20_000, 6))
+    z = binarise(x, KEY)
+    assert set(np.unique(z)) == {0, 1}
+    assert z[:, :2].max() == 0 and z[:, 4:].min() == 1
+    np.testing.assert_allclose(z.mean(0)[2:4], [0.3, 0.9], atol=0.02)
+    np.testing.assert_array_equal(z, bernoulli(x, KEY))
+    assert not jnp.array_equal(z, binarise(x, jax.random.key(1)))
+
+
+@pytest.mark.parametrize(
+    ("binarise", "expected"),
+    [
+        (bernoulli, [0, 0, 0, 0]),
+        (straight_through, [0, 2, 3, 0]),
+    ],
+)
+def test_gradient_of_the_binarisation(binarise, expected):
+    x = jnp.array([-0.5, 0.1, 0.9, 1.5])
+    g = jax.grad(lambda x: (binarise(x, KEY) * jnp.arange(1.0, 5)).sum())(x)
+    assert g.tolist() == expected
+
+
+def test_the_same_draws_on_several_devices():
+    mesh = sharding.data_mesh()
+    x = jax.random.uniform(jax.random.key(1), (8, 1, 4, 4, 3))
+    placed = sharding.place_batch({"x": np.asarray(x)}, mesh)["x"]
+    z = jax.jit(bernoulli)(placed, KEY)
+    assert not z.sharding.is_fully_replicated or mesh.size == 1
+    np.testing.assert_array_equal(z, bernoulli(x, KEY))
+
+
 # By hand
 
 
@@ -97,12 +207,10 @@ def test_one_block_by_hand():
     assert carried is None
 
 
-@pytest.mark.parametrize(("carry_reset", "second"), [(False, 2.25), (True, 0.25)])
-def test_a_reset_takes_the_spike_from_the_carried_membrane(carry_reset, second):
-    """m2 = 0.4 (m1 + 0.35)/2 + 0.35: 0.54 with m1 = 0.6, 0.44 with 0.1."""
+def test_a_spike_does_not_lower_the_carried_membrane():
+    """m2 = 0.4 (m1 + 0.35)/2 + 0.35: 0.54 with m1 = 0.6; it would be 0.44 with 0.1."""
     x = jnp.array([[1.0, 1.0], [0.0, 0.0]]).reshape(1, 1, 2, 2, 1)
-    layer = one_pixel((0.6, 0.35), carry_reset=carry_reset)
-    assert layer(x)[0][0, 0, 0, :, 0].tolist() == [0.25, second]
+    assert one_pixel((0.6, 0.35))(x)[0][0, 0, 0, :, 0].tolist() == [0.25, 2.25]
 
 
 def test_several_thresholds_fire_several_spikes():
@@ -204,7 +312,7 @@ def test_without_membranes_only_the_second_lstm_window_sees_another():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_relu_windows_do_not_see_each_other(kind):
-    layer = make(kind, neuron=lambda: nnx.relu, binarise=unchanged)
+    layer = make(kind, neuron=lambda: nnx.relu, binarise=None)
     assert influence(layer) == np.eye(4, dtype=bool).tolist()
     assert not layer.network.carries and layer(maps(1, 1, 4, 4, 3))[1] is None
 
@@ -241,8 +349,17 @@ def test_maps_need_not_be_square(kind, window):
     assert carried is None or carried.shape == (2, 1, 4, 6, 6)
 
 
-def test_convolutions_are_those_that_are_fast_on_cpus():
-    assert all(conv.conv_general_dilated is convolve for conv in make().network.layers)
+def test_without_a_projection_membranes_last_through_time():
+    """u1 = 0.4, u2 = 0.4 * 0.4 + 0.4 = 0.56 fires at the second step."""
+    layer = one_pixel((0.4, 0.6), projection=None)
+    x = jnp.ones((1, 2, 2, 2, 1))
+    assert layer(x)[0][0, :, 0, 0, 0].tolist() == [0.25, 2.25]
+
+
+def test_convolutions_are_made_by_the_factory():
+    conv = partial(nnx.Conv, use_bias=False)
+    layers = conv_network(3, conv=conv, rngs=nnx.Rngs(0)).layers
+    assert [layer.bias for layer in layers] == [None, None]
 
 
 def test_the_last_weights_are_uniform_as_xavier_has_them():
@@ -299,23 +416,18 @@ def test_the_same_state_gives_the_same_spikes_also_in_evaluation():
 # Bad input
 
 
-def sum_up(a, b):
-    return (a + b).sum(-1)
-
-
 @pytest.mark.parametrize(
     ("run", "message"),
     [
         (
-            lambda: make(options={"projection": sum_up})(maps(1, 1, 4, 4, 3)),
-            r"projection: expected a function that keeps the shape of two membranes "
-            r"\(1, 1, 2, 2, 3\), got \(1, 1, 2, 2\)\. Take sine or mean",
-        ),
-        (
             lambda: make()(maps(1, 4, 4, 3)),
             r"Mixer: expected maps \[B, T, H, W, C\], got shape \(1, 4, 4, 3\)\. For",
         ),
-        (lambda: make()(maps(1, 1, 5, 5, 3)), "tile: expected a map with even sides, "),
+        (
+            lambda: make()(maps(1, 1, 5, 5, 3)),
+            "windows: expected windows from half the map to all of it, got 2 for a map "
+            "of side 5. Take images whose sides stay even in every stage",
+        ),
         (
             lambda: make(window=lambda side: 8)(maps(1, 1, 4, 4, 3)),
             "got 8 for a map of side 4",
@@ -323,10 +435,6 @@ def sum_up(a, b):
         (
             lambda: Stacked([nnx.relu] * 2, [nnx.relu], 3)(maps(1, 1, 4, 2, 2, 3)),
             r"zip\(\) argument 2 is shorter",
-        ),
-        (
-            lambda: Mixer(3, make().network, rngs=nnx.Rngs(params=0, dropout=0)),
-            r"rngs with a stream 'noise', got params, dropout\. Give nnx\.Rngs\(seed",
         ),
     ],
 )

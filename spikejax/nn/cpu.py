@@ -1,0 +1,379 @@
+"""Convolution, max-pooling and batch norm that are fast on XLA:CPU.
+
+    model = resnet18(
+        10, neuron=LIF, conv=cpu.Conv, pool=cpu.max_pool, norm=cpu.td_batch_norm, ...
+    )
+    step = jax.jit(step, compiler_options=cpu.compiler_options("cpu"))
+
+Values and gradients equal those of Flax and JAX. Pass them on a CPU only: nothing here
+looks at the platform, and ``jax.jvp`` does not work, which it does with Flax's own.
+Times in comments are CPU time of JAX 0.10.2 on two cores.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache, partial, reduce
+from itertools import product
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from spikejax.nn import norm
+
+Arrays = tuple[Array, ...]
+Padding = str | Sequence[tuple[int, int]]
+
+CPU_OPTIONS = {
+    # The order of operations with the least memory, not with the most parallel ones.
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    # This pass removes barriers: those below, and those of jax.checkpoint, whose
+    # recomputation XLA then merges with the first computation.
+    "xla_disable_hlo_passes": "cse_barrier_expander",
+    # Convolutions by Eigen, as YNNPACK's use one core for up to 64 channels: 3x3 over
+    # [256, 32, 32, 64] takes 134 ms instead of 284, its kernel gradient 182 instead of
+    # 620. Sums stay with YNNPACK: by Eigen, three layers take 434 ms instead of 297.
+    "xla_cpu_experimental_ynn_fusion_type": (
+        "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+    ),
+}
+
+
+@cache
+def compiler_options(platform: str) -> dict[str, str]:
+    """Return options for ``jax.jit(step, compiler_options=...)`` of a training step.
+
+    On "cpu" a step takes two fifths of the memory and two thirds of the time. Options
+    that this XLA does not know are left out, with one warning in the log.
+
+    Args:
+        platform: such as ``jax.default_backend()``; only "cpu" has options.
+    """
+    options = CPU_OPTIONS if platform == "cpu" else {}
+    known = {name: value for name, value in options.items() if _knows(name, value)}
+    # Debug flags of XLA come and go: without a message steps would just become slower.
+    if missing := [name for name in options if name not in known]:
+        logging.getLogger(__name__).warning(
+            "compiler_options: this XLA does not know %s. Steps on a CPU may be slower "
+            "and take more memory.",
+            ", ".join(missing),
+        )
+    return known
+
+
+def _knows(name: str, value: str) -> bool:
+    try:
+        jax.jit(lambda: 0, compiler_options={name: value})()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+# Convolution
+
+PIECE = 2 * 2**20  # bytes of patches at a time: they stay in the cache of a core
+SUMMANDS = 8  # parts of a batch, each its own convolution in the program
+IMAGES = ("NHWC", "HWIO", "NHWC")
+
+
+class _Grid(NamedTuple):
+    """Positions of a kernel on an image."""
+
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+
+
+def convolve(
+    x: Array, kernel: Array, strides: Sequence[int], padding: Padding, **options: Any
+) -> Array:
+    """Convolve as ``jax.lax.conv_general_dilated`` does, faster on a CPU.
+
+    y[b, i, j] = sum over u, v of x[b, s i + u - p, s j + v - p] @ kernel[u, v]
+
+    For ``nnx.Conv(..., conv_general_dilated=convolve)``, which ``Conv`` is. Images in
+    float32 without dilation and groups take the fast implementation, which has no
+    forward mode (``jax.jvp``); all else is left to JAX.
+
+    Args:
+        x: images [B, H, W, C].
+        kernel: [kh, kw, C, features].
+        strides, padding, options: those of ``jax.lax.conv_general_dilated``.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    plain = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1}
+    if x.ndim == kernel.ndim == 4 and x.dtype == kernel.dtype == jnp.float32:
+        numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, IMAGES)
+        if given == plain | {"dimension_numbers": numbers}:
+            if isinstance(padding, str):
+                sizes = x.shape[1:3], kernel.shape[:2]
+                padding = lax.padtype_to_pads(*sizes, strides, padding)
+            pads = tuple((before, after) for before, after in padding)
+            return _convolve(x, kernel, _Grid(tuple(strides), pads))
+    return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+
+Conv: Callable[..., nnx.Conv] = partial(nnx.Conv, conv_general_dilated=convolve)
+
+
+def _xla(x: Array, kernel: Array, grid: _Grid) -> Array:
+    return lax.conv_general_dilated(x, kernel, *grid, dimension_numbers=IMAGES)
+
+
+def _is_larger(kernel: Array, x: Array) -> bool:
+    # Such as the last stage of a ResNet on 64x64. XLA falls into a slow loop there: 3x3
+    # over [64, 2, 2, 512] takes 1,280 ms forward, and 14 as a product of patches; over
+    # [64, 4, 4, 512], where the kernel fits, 33 and 46.
+    return kernel.shape[0] > x.shape[1] or kernel.shape[1] > x.shape[2]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve(x: Array, kernel: Array, grid: _Grid) -> Array:
+    return (_in_patches if _is_larger(kernel, x) else _xla)(x, kernel, grid)
+
+
+def _backward(grid: _Grid, saved: Arrays, g: Array) -> Arrays:
+    x, kernel = saved
+    if max(grid.strides) > 1 or _is_larger(kernel, x):
+        # XLA dilates g by the stride: 17 to 37 GFLOP/s. Patches: 56 to 80.
+        dx, dk = _patch_gradients(x, kernel, g, grid)
+    else:
+        dx = jax.vjp(lambda x: _xla(x, kernel, grid), x)[1](g)[0]
+        dk = _summed_gradient(x, kernel, g, grid)
+    # Without this barrier XLA moves every dk to the end of the step, and keeps x and g
+    # of all layers until then: ResNet-18 with LIF, T=4, took 2,672 MiB, not 1,079.
+    return lax.optimization_barrier((dx, dk))
+
+
+_convolve.defvjp(lambda x, k, grid: (_convolve(x, k, grid), (x, k)), _backward)
+
+
+def _product(x: Array, kernel: Array, grid: _Grid) -> Array:
+    """Return the convolution of a few images, as one matrix product of patches."""
+    (kh, kw, _, features), (sy, sx) = kernel.shape, grid.strides
+    edges = (0, 0), *grid.padding, (0, 0)
+    x = lax.pad(x, jnp.float32(0), [(a, b, 0) for a, b in edges])
+    height, width = (x.shape[1] - kh) // sy + 1, (x.shape[2] - kw) // sx + 1
+    seen = [
+        x[:, u : u + (height - 1) * sy + 1 : sy, v : v + (width - 1) * sx + 1 : sx]
+        for u, v in product(range(kh), range(kw))
+    ]
+    patches = jnp.concatenate(seen, -1).reshape(-1, kernel.size // features)
+    y = patches @ kernel.reshape(-1, features)
+    return y.reshape(-1, height, width, features)
+
+
+def _in_patches(x: Array, kernel: Array, grid: _Grid) -> Array:
+    """Return the convolution, in matrix products of PIECE bytes."""
+    y = jax.eval_shape(partial(_xla, grid=grid), x, kernel)
+    xs = _in_parts(x, _patch_bytes(y, kernel))
+
+    def put(i: Array, ys: Array) -> Array:
+        return _put(ys, _product(_at(xs, i), kernel, grid), i)
+
+    ys = lax.fori_loop(0, xs.shape[1], put, _space(xs, y.shape[1:]))
+    return ys.reshape(y.shape)
+
+
+def _patch_gradients(x: Array, kernel: Array, g: Array, grid: _Grid) -> Arrays:
+    """Return the gradients of images and kernel, by the same matrix products."""
+    size = _patch_bytes(g, kernel)
+    xs, gs = _in_parts(x, size), _in_parts(g, size)
+
+    def add(i: Array, sums: Arrays) -> Arrays:
+        pull = jax.vjp(partial(_product, grid=grid), _at(xs, i), kernel)[1]
+        dx, dk = pull(_at(gs, i))
+        return _put(sums[0], dx, i), sums[1] + dk
+
+    start = _space(xs, x.shape[1:]), jnp.zeros_like(kernel)
+    dx, dk = lax.fori_loop(0, xs.shape[1], add, start)
+    return dx.reshape(x.shape), dk
+
+
+def _summed_gradient(x: Array, kernel: Array, g: Array, grid: _Grid) -> Array:
+    """Return the gradient of a kernel without strides, summed over parts of a batch."""
+    # Eigen slows down with the batch: 3x3 over [256, 16, 16, 128] takes 1,146 ms in one
+    # piece and 291 in eight.
+    size = 4 * x[:1].size
+    xs, gs = _in_parts(x, size, SUMMANDS), _in_parts(g, size, SUMMANDS)
+    total = jnp.zeros_like(kernel)
+    for i in range(xs.shape[1]):
+        # Written out, as convolutions in a loop of XLA are up to 16 times slower.
+        total += jax.vjp(lambda k, i=i: _xla(xs[:, i], k, grid), kernel)[1](gs[:, i])[0]
+    return total
+
+
+def _patch_bytes(y: Array | jax.ShapeDtypeStruct, kernel: Array) -> int:
+    """Return the bytes of the patches of one image, whose convolution is in y."""
+    return 4 * y.shape[1] * y.shape[2] * (kernel.size // kernel.shape[-1])
+
+
+def _in_parts(images: Array, size: int, most: int | None = None) -> Array:
+    """Reshape [B, ...] to [B / n, n, ...]: n parts of PIECE, for ``size`` per image."""
+    total, devices = len(images), jax.device_count()
+    wanted = min(total * size // PIECE, most or total)
+    # Images of a part are n apart, and n divides the batch of each device: so a batch
+    # that is sharded stays so, and only the sum of the kernel's gradient is exchanged.
+    counts = [n for n in range(1, wanted + 1) if total % (n * devices) == 0]
+    return images.reshape(-1, max(counts, default=1), *images.shape[1:])
+
+
+def _at(parts: Array, i: Array) -> Array:
+    return lax.dynamic_index_in_dim(parts, i, 1, keepdims=False)
+
+
+def _put(parts: Array, part: Array, i: Array) -> Array:
+    return lax.dynamic_update_index_in_dim(parts, part, i, 1)
+
+
+def _space(parts: Array, shape: tuple[int, ...]) -> Array:
+    # Overwritten in full. XLA would allocate zeros, a constant, early in the step.
+    return jnp.broadcast_to(parts[:, :, :1, :1, :1], (*parts.shape[:2], *shape))
+
+
+# Max-pooling
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def max_pool(
+    xs: Array,
+    window_shape: tuple[int, ...],
+    strides: tuple[int, ...] | None = None,
+    padding: Padding = "VALID",
+) -> Array:
+    """Return the maximum of each window; of spikes it is their OR.
+
+    The arguments are those of ``nnx.max_pool``. The gradient goes to the first of equal
+    maxima, in the order of rows and columns, as there.
+    """
+    # Not the comparisons below: NIR and energy know a maximum by its reduce_window.
+    return nnx.max_pool(xs, window_shape, strides, padding)
+
+
+def _pool_backward(
+    window: tuple[int, ...],
+    strides: tuple[int, ...] | None,
+    padding: Padding,
+    xs: Array,
+    g: Array,
+) -> Arrays:
+    # XLA scatters this gradient element by element: 629 ms and 544 MiB for windows 2x2
+    # of [128, 64, 64, 64]. The gradient of comparisons: 83 ms, no memory, same numbers.
+    batch = xs.ndim - 1 - len(window)
+    strides = strides or (1,) * len(window)
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(xs.shape[batch:-1], window, strides, padding)
+    pads = [(0, 0)] * batch + [*padding, (0, 0)]
+    window, strides = (1,) * batch + window + (1,), (1,) * batch + strides + (1,)
+
+    def compared(xs: Array) -> Array:
+        xs = jnp.pad(xs, pads, constant_values=-jnp.inf)
+
+        def at(offset: tuple[int, ...]) -> Array:
+            ends = zip(offset, xs.shape, window, strict=True)
+            end = [start + size - width + 1 for start, size, width in ends]
+            return lax.slice(xs, offset, end, strides)
+
+        offsets = product(*map(range, window))
+        return reduce(lambda a, b: jnp.where(a >= b, a, b), map(at, offsets))
+
+    return jax.vjp(compared, xs)[1](g)
+
+
+max_pool.defvjp(lambda xs, *options: (max_pool(xs, *options), xs), _pool_backward)
+
+
+# Batch norm
+
+
+@jax.custom_vjp
+def gather_gradient(xs: Array) -> Array:
+    """Return xs; its gradient is written to memory once, before anything uses it.
+
+    For currents in front of neurons, whose gradient is a sum over thresholds and steps.
+    """
+    # XLA would write the summands apart, and add them up in each of the three places of
+    # a norm's gradient that use the sum: four thresholds took 1.28 of ReLU's step.
+    return xs
+
+
+gather_gradient.defvjp(
+    lambda xs: (xs, None), lambda _, g: (lax.optimization_barrier(g),)
+)
+
+
+class BatchNorm(nnx.BatchNorm):
+    """Flax's batch norm with its gradient in closed form, in two passes over memory.
+
+    dx = scale / s (g - mean(g) - x' mean(g x')),  x' = (x - mean) / s
+
+    with s = sqrt(var + epsilon) and means over all axes but the last. A training step
+    takes 3 to 8 % less time; SEW-ResNet-18 with recomputed blocks takes 722 MiB, not
+    1,113. Gradients pass through ``gather_gradient``. There is no forward mode.
+    """
+
+    def __call__(
+        self,
+        x: Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
+    ) -> Array:
+        scale, bias = self.scale, self.bias
+        frozen = self.use_running_average or use_running_average
+        if frozen or mask is not None or scale is None or bias is None:
+            return super().__call__(x, use_running_average, mask=mask)
+        x = x.astype(self.dtype or jnp.result_type(x, scale[...]))
+        result: Any = _normalise(x, scale[...], bias[...], self.epsilon)
+        y, *statistics = result
+        for running, new in zip((self.mean, self.var), statistics, strict=True):
+            running[...] = self.momentum * running[...] + (1 - self.momentum) * new
+        return gather_gradient(y)
+
+
+td_batch_norm: Callable[..., nnx.BatchNorm] = partial(
+    norm.td_batch_norm, layer=BatchNorm
+)
+
+
+def _widen(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))  # sums in bfloat16 drift
+
+
+def _derived(x: Array, scale: Array, bias: Array, epsilon: float) -> Arrays:
+    """Return y, mean and variance, with the gradients that JAX derives."""
+    wide, axes = _widen(x), tuple(range(x.ndim - 1))
+    mean = wide.mean(axes)
+    # Both sums in one pass, as in Flax; rounding may leave a negative difference.
+    var = jnp.maximum(0, (wide * wide).mean(axes) - mean * mean)
+    y = (wide - mean) * (lax.rsqrt(var + epsilon) * scale) + bias
+    return y.astype(x.dtype), mean, var
+
+
+_normalise = jax.custom_vjp(_derived, nondiff_argnums=(3,))
+
+
+def _normalise_forward(
+    x: Array, scale: Array, bias: Array, epsilon: float
+) -> tuple[Arrays, Arrays]:
+    # Not _normalise: second derivatives go through mean and variance, which are saved.
+    y, mean, var = _derived(x, scale, bias, epsilon)
+    return (y, mean, var), (x, scale, bias, mean, lax.rsqrt(var + epsilon))
+
+
+def _normalise_backward(epsilon: float, saved: Arrays, gs: Arrays) -> Arrays:
+    x, scale, bias, mean, inverse = saved
+    wide, g, axes = _widen(x), _widen(gs[0]), tuple(range(x.ndim - 1))
+    # dx needs this sum, which is the gradient of the bias. Derived by JAX it does not,
+    # and XLA moves the sum, and keeps g of every layer, to the end of the step.
+    total = g.sum(axes)
+    # The sum of g (x - mean), without writing x - mean; it is as exact as var is.
+    slope = ((g * wide).sum(axes) - mean * total) * inverse
+    count = x.size // x.shape[-1]
+    dx = g - total / count - (wide - mean) * (inverse * slope / count)
+    dx = (dx * (scale * inverse)).astype(x.dtype)
+    return dx, slope.astype(scale.dtype), total.astype(bias.dtype)
+
+
+_normalise.defvjp(_normalise_forward, _normalise_backward)
