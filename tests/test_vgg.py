@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from spikejax.encode import direct
-from spikejax.layers import LIF, PLIF, MultiThreshold, keep_membranes, neuron_layers
+from spikejax.layers import LIF, PLIF, MultiThreshold, neuron_layers
 from spikejax.models import vgg
+from spikejax.nn.memory import keep_membranes
 from spikejax.nn.norm import td_batch_norm
 
 # One image at both steps: what differs between them is the membranes' doing.
@@ -36,7 +37,7 @@ def whole(model):
 
 
 def stepwise(model):
-    keep_membranes(model)
+    keep_membranes(model, XS[:, :1])
     return jnp.concatenate([model(XS[:, t : t + 1]) for t in range(2)], 1)
 
 

@@ -34,9 +34,8 @@ from spikejax.nn.windowed import (
 REGION = 0.2  # the authors' threshold for the means of several windows
 
 
-def _linear(inputs: int, outputs: int, rngs: nnx.Rngs, **options: bool) -> nnx.Linear:
-    init = nnx.initializers.xavier_uniform()
-    return nnx.Linear(inputs, outputs, kernel_init=init, rngs=rngs, **options)
+# The authors' start of every linear layer but the head.
+_Linear = partial(nnx.Linear, kernel_init=nnx.initializers.xavier_uniform())
 
 
 class Block(nnx.Module):
@@ -50,8 +49,8 @@ class Block(nnx.Module):
 
     def __init__(self, mixer: Mixer, channels: int, *, rngs: nnx.Rngs):
         self.mixer = mixer
-        self.widen = _linear(channels, 3 * channels, rngs)
-        self.narrow = _linear(3 * channels, channels, rngs)
+        self.widen = _Linear(channels, 3 * channels, rngs=rngs)
+        self.narrow = _Linear(3 * channels, channels, rngs=rngs)
 
     def __call__(self, xs: jax.Array, carried: State) -> tuple[jax.Array, State]:
         """Return the map and the membranes for the next block."""
@@ -66,7 +65,7 @@ class PatchMerging(nnx.Module):
     """A linear map of 2x2 pixels without bias: half the sides, twice the channels."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.linear = _linear(4 * channels, 2 * channels, rngs, use_bias=False)
+        self.linear = _Linear(4 * channels, 2 * channels, use_bias=False, rngs=rngs)
 
     def __call__(self, xs: jax.Array) -> jax.Array:
         """Return [..., H/2, W/2, 2 C] for a map [..., H, W, C]."""
@@ -188,7 +187,7 @@ def cnn(
         options: of ``General``.
     """
     network = partial(conv_network, conv=conv)
-    variant = {}
+    variant: dict[str, Any] = {}
     if num_classes > 10:
         network = partial(network, projection=mean)
         variant = {"region_threshold": REGION}
@@ -201,9 +200,9 @@ def lstm(num_classes: int, **options: Any) -> General:
     Arguments are those of ``cnn``; ``conv`` makes the stem.
     """
     # With more classes the authors cut windows, and give the network the whole map.
-    variant = {"windows": (whole, whole), "region_threshold": REGION}
-    if num_classes <= 10:
-        variant = {}
+    variant: dict[str, Any] = {}
+    if num_classes > 10:
+        variant = {"windows": (whole, whole), "region_threshold": REGION}
     return General(num_classes, network=lstm_network, **variant | options)
 
 

@@ -105,13 +105,17 @@ class Block(nnx.Module):
         if bottleneck:
             layers = [(1, width, 1), (3, width, stride), (1, 4 * width, 1)]
         self.residual = residual
-        convs, norms, channels = [], [], inputs
+        # All convolutions first: each layer takes the next keys of rngs.
+        convs, channels = [], inputs
         for size, outputs, step in layers:
             convs.append(_conv(conv, channels, outputs, size, step))
-            alpha = LAST_SCALE[residual] if len(convs) == len(layers) else 1.0
-            norms.append(norm(outputs, alpha=alpha))
             channels = outputs
-        self.convs, self.norms = List(convs), List(norms)
+        self.convs = List(convs)
+        alphas = [1.0] * (len(layers) - 1) + [LAST_SCALE[residual]]
+        self.norms = List(
+            norm(outputs, alpha=alpha)
+            for (_, outputs, _), alpha in zip(layers, alphas, strict=True)
+        )
         self.neurons = List(neuron() for _ in layers)
         self.projects = stride != 1 or inputs != channels
         if self.projects:

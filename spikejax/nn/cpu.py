@@ -248,7 +248,8 @@ def max_pool(
     maxima, in the order of rows and columns, as there.
     """
     # Not the comparisons below: NIR and energy know a maximum by its reduce_window.
-    return nnx.max_pool(xs, window_shape, strides, padding)
+    pads: Any = padding  # Flax's stub knows the strings only
+    return nnx.max_pool(xs, window_shape, strides, pads)
 
 
 def _pool_backward(
