@@ -5,7 +5,7 @@ from spikejax.conversion.spiking import calibrate, convert, fold_norms
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold, neuron_layers
 from spikejax.neurons import NeuronParams, cascade, independent, lif, parallel
 from spikejax.nn.cpu import convolve, max_pool
-from spikejax.nn.memory import keep_membranes
+from spikejax.nn.memory import drop_membranes, keep_membranes, stepper
 from spikejax.nn.norm import td_batch_norm
 from spikejax.nn.quant import QuantReLU
 from spikejax.unroll import unroll
@@ -22,6 +22,7 @@ __all__ = [
     "cascade",
     "convert",
     "convolve",
+    "drop_membranes",
     "encode",
     "fold_norms",
     "independent",
@@ -32,6 +33,7 @@ __all__ = [
     "neuron_layers",
     "neurons",
     "parallel",
+    "stepper",
     "surrogate",
     "td_batch_norm",
     "unroll",
