@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from spikejax import cache
 from spikejax.data import images
 from spikejax.data.augment import compose
 from spikejax.data.events import frames, recordings
@@ -92,7 +93,12 @@ def _framing(experiment: Events) -> events.Framing:
 
 def load(experiment: Events) -> events.EventSet:
     """The event set that the flags name."""
-    return events.load(experiment.data, _framing(experiment), experiment.data_dir)
+    return events.load(
+        experiment.data,
+        _framing(experiment),
+        experiment.data_dir,
+        cache_dir=cache.folder(),
+    )
 
 
 def make_encode(experiment: Events, event_set: events.EventSet):

@@ -21,7 +21,7 @@ STOREYS = {
     "trace": set(),
     "energy": NEURON | {"nn", "trace"},
     "models": NEURON | {"nn", "nodes"},
-    "data": {"cache"},
+    "data": set(),
     "train": NEURON | {"nn"},
     "cache": {"train"},
     "conversion": NEURON | {"nn"},

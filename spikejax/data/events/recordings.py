@@ -1,48 +1,72 @@
 """Recordings of event cameras from files, in one structured form.
 
 AEDAT 2 (DVS128), AEDAT 4, Prophesee EVT 2 and DAT, the .bin of N-MNIST, npz, and the
-.npy that Tonic makes of DVS128 Gesture. A damaged file is a ValueError of one line.
+.npy that Tonic makes of DVS128 Gesture. A corrupted file is a ValueError of one line.
 """
 
 import io
+import lzma
 import os
 import re
-from collections.abc import Callable
+import struct
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from spikejax.data.events.aedat4 import Damaged, Events, read_aedat4
-
-# x to the right, y downwards, t in microseconds, p True where it became brighter: the
-# same as tonic.io.events_struct.
+# x to the right, y downwards, t in microseconds, p True where the pixel became
+# brighter: the same as tonic.io.events_struct.
 EVENTS = np.dtype([("x", np.int16), ("y", np.int16), ("t", np.int64), ("p", np.bool_)])
 
 Size = tuple[int, int]  # (height, width) in pixels
 
+# What struct, numpy, zipfile, XML and LZ4 (RuntimeError) raise on damaged bytes, found
+# by fuzzing every format with 10,000 inputs.
+DAMAGE = (ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError)
+DAMAGE += (SyntaxError, TypeError, ValueError, lzma.LZMAError, struct.error)
+DAMAGE += (tokenize.TokenError, zipfile.BadZipFile, zlib.error)
+
+
+class CorruptRecording(ValueError):
+    """Bytes that are not events of a format: expected what, got what."""
+
+
+class Columns(NamedTuple):
+    """Columns of events [N], and the camera's (height, width) if the file says it."""
+
+    x: np.ndarray
+    y: np.ndarray
+    t: np.ndarray
+    p: np.ndarray
+    size: Size | None = None
+
 
 class Recording(NamedTuple):
-    """Events in the order of their times, and the camera's size if the file says it."""
+    """Events in the order of time, and the camera's size if the file says it."""
 
     events: np.ndarray
     size: Size | None
 
 
 def read(path: str | os.PathLike[str]) -> Recording:
-    """The recording in a file, of the format that its suffix says.
+    """Read the recording in a file, whose suffix names the format.
 
     Args:
         path: a file .aedat (AEDAT 2 of a DVS128, or AEDAT 4), .aedat4, .raw (EVT 2),
-            .dat, .bin (N-MNIST), .npz (arrays x, y, p and t, or dt since the event
-            before; height and width are optional) or .npy (Tonic's DVS128 Gesture).
+            .dat, .bin (N-MNIST), .npz (arrays x, y, p and t, or dt since the previous
+            event; height and width are optional) or .npy (Tonic's DVS128 Gesture).
 
     Returns:
         At least one event, as an array of dtype EVENTS with the file's own times.
 
     Raises:
-        ValueError: another format, or a file that is truncated, empty, unsorted, or has
-            events outside of its camera.
+        ValueError: another format, or a file that is missing, truncated, empty or
+            unsorted, or has events outside its camera.
     """
     path = Path(path)
     if not is_recording(path):
@@ -50,229 +74,284 @@ def read(path: str | os.PathLike[str]) -> Recording:
             f"recording: expected a file {', '.join(READERS)}, got {path}. "
             "Convert it to npz: np.savez(path, x=x, y=y, t=t, p=p)."
         )
-    if not path.is_file():
-        raise ValueError(f"recording: expected a file, got none at {path}.")
-    data = path.read_bytes()
     try:
-        if not data:
-            raise Damaged("expected events, got an empty file")
-        return checked(*READERS[path.suffix.lower()](data))
-    except ImportError:  # lz4 or zstandard, of the extra events
-        raise
-    except Exception as error:  # of many kinds: struct, zip, XML, memory
+        # NaN and numbers too large for an integer raise here, in place of a warning.
+        with np.errstate(invalid="raise"):
+            return from_columns(*READERS[path.suffix.lower()](path.read_bytes()))
+    except DAMAGE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, Damaged):
+        if not isinstance(error, CorruptRecording):
             reason = f"expected whole data, got damaged data ({reason[:160]})"
         raise ValueError(
-            f"{path}: {reason}. Mend it, copy it again, or leave it out."
+            f"{path}: {reason}. Copy it again, leave it out, or convert another format "
+            "to npz: np.savez(path, x=x, y=y, t=t, p=p)."
         ) from error
 
 
 def is_recording(path: Path) -> bool:
-    """Whether the name ends as one of the formats that can be read."""
+    """Return True if the suffix is that of a format that can be read."""
     return path.suffix.lower() in READERS
 
 
 def extent(events: np.ndarray) -> Size:
-    """(height, width) of the smallest camera that could have seen these events."""
+    """Return (height, width) of the smallest camera that has all these events."""
     return int(events["y"].max(initial=0)) + 1, int(events["x"].max(initial=0)) + 1
 
 
-def checked(x, y, t, p, size: Size | None = None) -> Recording:
-    """The columns [N] of N >= 1 events as a recording, once they are known to be sound.
+def from_columns(
+    x: np.ndarray,
+    y: np.ndarray,
+    t: np.ndarray,
+    p: np.ndarray,
+    size: Size | None = None,
+) -> Recording:
+    """Return columns of events as a recording, after checking them.
+
+    Args:
+        x: columns of the pixels, integers [N] with N >= 1.
+        y: rows of the pixels.
+        t: times in microseconds, which must not fall.
+        p: polarities; above 0 is brighter.
+        size: (height, width) of the camera, if known.
 
     Raises:
-        ValueError: no events, times that fall, or pixels outside of the size.
+        ValueError: no events, times that fall, or pixels outside the size.
+        TypeError: columns that are not integers.
     """
-    if not len(x) == len(y) == len(t) == len(p):
-        lengths = f"{len(x)}, {len(y)}, {len(t)} and {len(p)}"
-        raise Damaged(f"expected x, y, t and p of one length, got {lengths}")
-    if not len(t):
-        raise Damaged("expected events, got an empty recording")
-    t = np.asarray(t).astype(np.int64)
-    late = np.flatnonzero(t[1:] < t[:-1])
-    if len(late):
-        n = int(late[0])
-        raise Damaged(
-            f"expected times that do not fall, got {t[n]} and then {t[n + 1]} us at "
-            f"event {n + 1}: it is unsorted, or its clock ran over"
-        )
+    # stack refuses columns of different lengths, which an assignment would broadcast.
+    x, y, t, p = np.stack([x, y, t, p], dtype=np.int64, casting="same_kind")
     height, width = size or (2**15, 2**15)
-    outside = np.flatnonzero((x < 0) | (x >= width) | (y < 0) | (y >= height))
-    if len(outside):
-        n = int(outside[0])
-        raise Damaged(
-            f"expected pixels of a camera {width}x{height}, got x={x[n]}, y={y[n]} at "
-            f"event {n}, out of range"
+    falls = np.diff(t, prepend=t[:1]) < 0
+    outside = (x < 0) | (x >= width) | (y < 0) | (y >= height)
+    wrong = np.flatnonzero(falls | outside)
+    if not len(t) or len(wrong):
+        n = int(wrong[0]) if len(wrong) else 0
+        got = "no events"
+        if len(t):
+            got = f"event {n} with x={x[n]}, y={y[n]}, t={t[n]} after t={t[n - 1]}"
+        raise CorruptRecording(
+            f"expected events in the order of time, inside a camera {width}x{height}, "
+            f"got {got}"
         )
     events = np.empty(len(t), EVENTS)
-    events["x"], events["y"], events["t"], events["p"] = x, y, t, p
+    events["x"], events["y"], events["t"], events["p"] = x, y, t, p > 0
     return Recording(events, size)
 
 
-def _words(data: bytes, start: int, dtype: Any) -> np.ndarray:
-    """The rest of the file as whole words of that type."""
-    dtype = np.dtype(dtype)
-    rest = len(data) - start
-    if rest % dtype.itemsize:
-        raise Damaged(
-            f"expected events of {dtype.itemsize} bytes each, got {rest} bytes after "
-            f"the header, {rest % dtype.itemsize} too many: it is truncated"
-        )
-    return np.frombuffer(data, dtype, offset=start)
+def columns(arrays: Mapping[str, np.ndarray], part: slice = slice(None)) -> Columns:
+    """Return the columns x, y, p and t, or the sum of dt, of a part of named arrays."""
+    t = "t" if "t" in arrays else "dt"
+    x, y, t, p = (arrays[name][part] for name in ("x", "y", t, "p"))
+    return Columns(x, y, t if "t" in arrays else np.cumsum(t, dtype=np.int64), p)
 
 
-def _header(data: bytes, mark: bytes) -> tuple[str, int]:
-    """The lines at the start that begin with that mark, and where they end."""
-    end = 0
-    while data[end : end + 1] == mark:
-        newline = data.find(b"\n", end)
-        if newline < 0:
-            raise Damaged("expected a header of lines, got one without an end")
-        end = newline + 1
-    return data[:end].decode("latin-1"), end
+def _split(
+    data: bytes, header: bytes, words: npt.DTypeLike, expected: str
+) -> tuple[str, np.ndarray]:
+    """Return the header, which a pattern matches, and the words after it."""
+    match = re.match(header, data)
+    if match is None:
+        raise CorruptRecording(f"expected {expected}, got one with {data[:60]!r}")
+    # A rest that is not a whole number of words is a ValueError of numpy: truncated.
+    return match[0].decode("latin-1"), np.frombuffer(data, words, offset=match.end())
 
 
-def _read_aedat(data: bytes) -> Events:
-    """AEDAT 2.0 of a DVS128, as jAER writes it, or AEDAT 4."""
-    version = re.match(rb"#!AER-DAT(\d+\.\d+)", data)
-    if version is None or version[1] not in (b"2.0", b"4.0"):
-        found = f"version {version[1].decode()}" if version else "no such first line"
-        raise Damaged(f"expected the first line #!AER-DAT2.0 or 4.0, got {found}")
-    return _read_aedat2(data) if version[1] == b"2.0" else read_aedat4(data)
-
-
-def _read_aedat2(data: bytes) -> Events:
-    """Big-endian pairs of 32 bits, address and microseconds."""
-    header, start = _header(data, b"#")
-    chip = re.search(r"AEChip: *(\S+)", header)
-    if chip and not chip[1].endswith("DVS128"):
-        raise Damaged(f"expected a recording of a DVS128, got one of {chip[1]}")
-    words = _words(data, start, [("address", ">u4"), ("t", ">u4")])
+def _read_aedat(data: bytes) -> Columns:
+    """Read AEDAT 4, or AEDAT 2.0 of a DVS128: big-endian address and microseconds."""
+    if data.startswith(b"#!AER-DAT4"):
+        return _read_aedat4(data)
+    # Tonic 1.7's read_dvs_128 fails on every file: it unpacks two of three values.
+    header = rb"#!AER-DAT2\.0[^\n]*\n(?:#[^\n]*\n)*(?!#)"
+    pairs = [("address", ">u4"), ("t", ">u4")]
+    _, words = _split(data, header, pairs, "a header #!AER-DAT2.0 or #!AER-DAT4.0")
+    # Words with bit 15 are marks of a synchronisation cable.
+    words = words[words["address"] & 0x8000 == 0]
     address = words["address"].astype(np.int64)
-    if (address >> 16).any():
-        bad = int(address[np.flatnonzero(address >> 16)[0]])
-        raise Damaged(
-            f"expected DVS128 addresses of 16 bits, got {bad:#x}, out of range"
-        )
-    seen = address & 0x8000 == 0  # the others are marks from a synchronisation cable
-    address, t = address[seen], words["t"][seen]
-    # Both axes of the chip run against those of the picture.
-    x, y = 127 - (address >> 1 & 127), 127 - (address >> 8 & 127)
-    return Events(x, y, t, address & 1, (128, 128))
+    # Both axes of the chip run against those of the picture. Other cameras have longer
+    # addresses: y is then below 0, outside the camera.
+    x, y = 127 - (address >> 1 & 127), 127 - (address >> 8)
+    return Columns(x, y, words["t"], address & 1, (128, 128))
 
 
-def _read_evt2(data: bytes) -> Events:
-    """Words of 32 bits: kind in 4 bits, then low 6 bits of the time, x and y; or high
-    28 bits of the time."""
-    header, start = _header(data, b"%")
-    version = re.search(r"% (?:evt |format EVT)(\d\S*)", header)
-    if version is None or re.fullmatch(r"2(\.0)?(;.*)?", version[1]) is None:
-        found = f"EVT {version[1]}" if version else "no line that says so"
-        raise Damaged(f"expected a header with '% evt 2.0', got {found}")
-    words = _words(data, start, "<u4")
+def _read_evt2(data: bytes) -> Columns:
+    """Read EVT 2: 32 bits with 4 bits of kind, then 6 low bits of the time, x and y."""
+    # The header ends with "% end" in newer files: binary data can begin with a "%" too.
+    header = rb"(?=(?:%[^\n]*\n)*?% (?:evt |format EVT)2(?:\.0)?[;\s])"
+    header += rb"(?:%(?! end)[^\n]*\n)*(?:% end[^\n]*\n)?"
+    lines, words = _split(data, header, "<u4", "a header with '% evt 2.0'")
     kind = words >> 28
+    # 0, 1: OFF and ON; 8: high bits of the time; 10, 14, 15: triggers and the camera's
+    # own messages. Any other kind is damage, or EVT 3 under a wrong header.
     unknown = np.flatnonzero(~np.isin(kind, (0, 1, 8, 10, 14, 15)))
     if len(unknown):
-        raise Damaged(
+        raise CorruptRecording(
             f"expected words of EVT 2.0, got the kind {kind[unknown[0]]} at word "
             f"{unknown[0]}"
         )
     highs = np.flatnonzero(kind == 8)
     changes = np.flatnonzero(kind <= 1)
-    first = highs[0] if len(highs) else len(words)
-    changes = changes[changes > first]  # no time is known before
+    # The time of events before the first high bits is unknown: they are skipped.
+    changes = changes[changes > (highs[0] if len(highs) else len(words))]
     which = np.searchsorted(highs, changes) - 1
     high = (words[highs] & 0x0FFFFFFF).astype(np.int64)[which]
     seen = words[changes].astype(np.int64)
     t = high << 6 | seen >> 22 & 63
-    return Events(
-        seen >> 11 & 2047, seen & 2047, t, kind[changes], _size_in_header(header)
+    x, y = seen >> 11 & 2047, seen & 2047
+    return Columns(x, y, t, kind[changes], _size_in_header(lines))
+
+
+def _read_dat(data: bytes) -> Columns:
+    """Read DAT 2: pairs of 32 bits, microseconds and polarity, y and x."""
+    # Lines, then the kind of the events (0 or 12: changes of pixels) and their 8 bytes.
+    header = rb"(?!(?:%[^\n]*\n)*?% Version (?!2\s))(?:%[^\n]*\n)*[\x00\x0c]\x08"
+    words = [("t", "<u4"), ("pixel", "<u4")]
+    lines, words = _split(
+        data, header, words, "a DAT file of version 2 and kind 0 or 12"
     )
-
-
-def _read_dat(data: bytes) -> Events:
-    """Pairs of 32 bits: microseconds, and y << 14 | x with the polarity on top."""
-    header, start = _header(data, b"%")
-    version = re.search(r"% Version (\d+)", header)
-    if version and version[1] != "2":
-        raise Damaged(f"expected a DAT file of version 2, got {version[1]}")
-    if len(data) < start + 2:
-        raise Damaged("expected the kind of events after the header, got the end")
-    kind, itemsize = data[start], data[start + 1]
-    if kind not in (0, 12) or itemsize != 8:
-        raise Damaged(
-            f"expected changes of pixels (kind 0 or 12) of 8 bytes, got kind {kind} of "
-            f"{itemsize} bytes"
-        )
-    words = _words(data, start + 2, [("t", "<u4"), ("pixel", "<u4")])
     pixel = words["pixel"].astype(np.int64)
     x, y = pixel & 0x3FFF, pixel >> 14 & 0x3FFF
-    return Events(x, y, words["t"], pixel >> 28 & 1, _size_in_header(header))
+    return Columns(x, y, words["t"], pixel >> 28 & 1, _size_in_header(lines))
 
 
-def _size_in_header(header: str) -> Size | None:
-    """(height, width) where the lines of a Prophesee file say them."""
-    if found := re.search(r"% geometry (\d+)x(\d+)", header):
+def _size_in_header(lines: str) -> Size | None:
+    """Return (height, width) if the lines of a Prophesee file have them."""
+    if found := re.search(r"% geometry (\d+)x(\d+)", lines):
         return int(found[2]), int(found[1])
-    height = re.search(r"height[= ](\d+)", header, re.IGNORECASE)
-    width = re.search(r"width[= ](\d+)", header, re.IGNORECASE)
+    height = re.search(r"height[= ](\d+)", lines, re.IGNORECASE)
+    width = re.search(r"width[= ](\d+)", lines, re.IGNORECASE)
     return (int(height[1]), int(width[1])) if height and width else None
 
 
-def _read_nmnist(data: bytes) -> Events:
-    """40 bits: x, y, polarity, and 23 bits of microseconds."""
-    rows = _words(data, 0, (np.uint8, 5)).astype(np.int64)
+def _read_nmnist(data: bytes) -> Columns:
+    """Read 40 bits per event: x, y, polarity, and 23 bits of microseconds."""
+    rows = np.frombuffer(data, (np.uint8, 5)).astype(np.int64)
     x, y, first, second, third = rows.T
     t = (first & 127) << 16 | second << 8 | third
-    runs_over = y == 240  # no event: the clock began again
-    t = t + np.cumsum(runs_over) * 2**13
-    seen = ~runs_over
-    return Events(x[seen], y[seen], t[seen], first[seen] >> 7, (34, 34))
+    overflow = y == 240  # not an event: the clock started again
+    t = t + np.cumsum(overflow) * 2**13
+    seen = ~overflow
+    return Columns(x[seen], y[seen], t[seen], first[seen] >> 7, (34, 34))
 
 
-def _read_npz(data: bytes) -> Events:
-    """Arrays x, y, p and t, or dt; height and width if they are there."""
+def _read_npz(data: bytes) -> Columns:
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        names = set(arrays.files)
-        if not {"x", "y", "p"} <= names or not names & {"t", "dt"}:
-            raise Damaged(
-                "expected arrays x, y, p and t (or dt, since the event before), got "
-                f"{', '.join(sorted(names)) or 'none'}"
-            )
-        time = "t" if "t" in names else "dt"
-        columns = [_column(arrays[name], name) for name in ("x", "y", time, "p")]
         size = None
-        if {"height", "width"} <= names:
+        if "height" in arrays and "width" in arrays:
             size = int(arrays["height"]), int(arrays["width"])
-    x, y, t, p = columns
-    return Events(x, y, np.cumsum(t) if time == "dt" else t, p, size)
+        return columns(arrays)._replace(size=size)
 
 
-def _column(values: np.ndarray, name: str) -> np.ndarray:
-    """A row of whole numbers, as int64; a p may be of booleans, or of -1 and 1."""
-    if values.ndim != 1 or values.dtype.kind not in "iub":
-        raise Damaged(
-            f"expected {name} as a row of whole numbers (t in microseconds), got "
-            f"{values.dtype} of shape {values.shape}"
-        )
-    return values > 0 if name == "p" else values.astype(np.int64)
+def _read_gesture(data: bytes) -> Columns:
+    """Read rows x, y, p, and t in milliseconds."""
+    x, y, p, t = np.load(io.BytesIO(data), allow_pickle=False).T
+    # Times become integers after the multiplication, as in Tonic: they have fractions.
+    x, y, p, t = (column.astype(np.int64) for column in (x, y, p, t * 1000))
+    return Columns(x, y, t, p, (128, 128))
 
 
-def _read_gesture(data: bytes) -> Events:
-    """Rows x, y, p, and t in milliseconds."""
-    rows = np.load(io.BytesIO(data), allow_pickle=False)
-    if rows.ndim != 2 or rows.shape[1] != 4:
-        raise Damaged(f"expected rows of x, y, p and t, got shape {rows.shape}")
-    if not np.isfinite(rows).all():
-        raise Damaged("expected whole numbers, got some that are not finite")
-    x, y, p, t = rows.T.astype(np.int64)
-    return Events(x, y, t * 1000, p > 0, (128, 128))
+# AEDAT 4: packets of flatbuffers. Read here, as a damaged file makes the package aedat,
+# which Tonic calls, end the whole process.
+
+_PACKED = np.dtype(
+    {
+        "names": ["t", "x", "y", "p"],
+        "formats": ["<i8", "<i2", "<i2", "u1"],
+        "offsets": [0, 8, 10, 12],
+        "itemsize": 16,
+    }
+)
 
 
-READERS: dict[str, Callable[[bytes], Events]] = {
+def _read_aedat4(data: bytes) -> Columns:
+    """Read the events of the first stream of events in the file."""
+    line, _ = _split(data, rb"#!AER-DAT4\.0\r\n", np.uint8, "a header #!AER-DAT4.0")
+    header = _Table(data[len(line) :])
+    compression = header.number(0, "<i4", 0)
+    end = header.number(1, "<i8", -1)
+    if end < 0:  # the recorder was stopped before it wrote the table at the end
+        end = len(data)
+    stream, size = _event_stream(bytes(header.vector(2, np.dtype("u1"))).decode())
+    position, packets = len(line) + header.size, [np.empty(0, _PACKED)]
+    while position < end:
+        # frombuffer refuses a packet that is longer than the rest of the file.
+        number, length = np.frombuffer(data, "<u4", 2, position).tolist()
+        packet = np.frombuffer(data, np.uint8, length, position + 8)
+        position += 8 + length
+        if number == stream:
+            table = _Table(_decompress(packet.tobytes(), compression))
+            packets.append(table.vector(0, _PACKED))
+    events = np.concatenate(packets)
+    return Columns(events["x"], events["y"], events["t"], events["p"], size)
+
+
+def _event_stream(xml: str) -> tuple[int | None, Size | None]:
+    """Return number and camera size of the first stream of events in the header."""
+    from xml.etree import ElementTree
+
+    for node in ElementTree.fromstring(xml).iterfind("node[@name='outInfo']/node"):
+        if node.findtext("attr[@key='typeIdentifier']") == "EVTS":
+            height, width = (
+                int(node.findtext(f"node[@name='info']/attr[@key='{key}']") or "")
+                for key in ("sizeY", "sizeX")
+            )
+            return int(node.attrib["name"]), (height, width)
+    return None, None
+
+
+def _decompress(packet: bytes, compression: int) -> bytes:
+    """Return the packet before compression by 1, 2: LZ4 or 3, 4: Zstandard."""
+    if compression in (1, 2):
+        import lz4.frame
+
+        return lz4.frame.decompress(packet)
+    if compression in (3, 4):
+        import zstandard
+
+        try:
+            # Not decompress: packets do not say how long they were.
+            return zstandard.ZstdDecompressor().decompressobj().decompress(packet)
+        except zstandard.ZstdError as error:
+            raise CorruptRecording(f"expected Zstandard, got: {error}") from error
+    return packet  # of an unknown compression: not a table
+
+
+class _Table:
+    """Root table of a flatbuffer that begins with its length."""
+
+    def __init__(self, data: bytes):
+        self.data = data
+        self.size = 4 + self._scalar("<u4", 0)
+        self.start = 4 + self._scalar("<u4", 4)
+        self.fields = self.start - self._scalar("<i4", self.start)
+
+    def number(self, field: int, kind: str, missing: int) -> int:
+        """Return the number in a field, or `missing` if the field is left out."""
+        at = self._place(field)
+        return self._scalar(kind, at) if at else missing
+
+    def vector(self, field: int, dtype: np.dtype) -> np.ndarray:
+        """Return the array in a field, empty if the field is left out."""
+        at = self._place(field)
+        if not at:
+            return np.empty(0, dtype)
+        at += self._scalar("<u4", at)
+        return np.frombuffer(self.data, dtype, self._scalar("<u4", at), at + 4)
+
+    def _place(self, field: int) -> int:
+        entry = 4 + 2 * field
+        if entry >= self._scalar("<u2", self.fields):
+            return 0
+        offset = self._scalar("<u2", self.fields + entry)
+        return self.start + offset if offset else 0
+
+    def _scalar(self, kind: str, at: int) -> int:
+        # frombuffer, unlike struct, refuses offsets below 0.
+        return int(np.frombuffer(self.data, kind, 1, at)[0])
+
+
+READERS: dict[str, Callable[[bytes], Columns]] = {
     ".aedat": _read_aedat,
-    ".aedat4": read_aedat4,
+    ".aedat4": _read_aedat4,
     ".raw": _read_evt2,
     ".dat": _read_dat,
     ".bin": _read_nmnist,

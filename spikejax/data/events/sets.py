@@ -1,25 +1,25 @@
-"""Sets of event recordings, by name or by folder, as frames that are kept on the disk.
+"""Sets of event recordings, by name or by folder, as frames that are cached on disk.
 
-The frames go through ``images.train_batches`` and ``eval_batches`` like images, with an
-axis more: a batch is {"image": [B, T, H, W, C], "label": [B]}.
+The frames go through ``images.train_batches`` and ``eval_batches`` like images, with
+one more axis: a batch is {"image": [B, T, H, W, C], "label": [B]}.
 """
 
 import dataclasses
 import hashlib
 import json
+import operator
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from spikejax import cache
 from spikejax.data.events import frames, recordings
-from spikejax.data.events.listing import Listing, find
 from spikejax.data.events.recordings import Size
-from spikejax.data.split import ArrayImages
+from spikejax.data.split import ArrayImages, Folder
 
 KINDS: dict[str, frames.ToFrames] = {
     "number": frames.by_number,
@@ -27,105 +27,219 @@ KINDS: dict[str, frames.ToFrames] = {
     "voxel": frames.voxel_grid,
     "surface": frames.time_surface,
 }
-VERSION = 1  # of what is kept; a change of the frames makes a new number
+VERSION = 1  # part of the cached folder's name: a change of the frames needs a new one
+
+# name: (folder in data_dir, call of tonic.datasets that downloads it)
+NAMED = {
+    "cifar10-dvs": ("CIFAR10DVS", "CIFAR10DVS(save_to={!r})"),
+    "nmnist": ("NMNIST", "NMNIST(save_to={!r}, train=True), and with train=False"),
+    "dvs128-gesture": ("DVSGesture", "DVSGesture(save_to={!r}), and with train=False"),
+}
+GESTURES = (
+    *("hand clapping", "right hand wave", "left hand wave", "right arm clockwise"),
+    *("right arm counter-clockwise", "left arm clockwise"),
+    *("left arm counter-clockwise", "arm roll", "air drums", "air guitar", "other"),
+)
+
+Files = list[
+    tuple[Path, int]
+]  # (file, label); label -1: the file holds many recordings
 
 
 @dataclasses.dataclass(frozen=True)
 class Framing:
-    """How events become frames."""
+    """Conversion of recordings to frames."""
 
     time_steps: int
-    """T, frames of a recording."""
+    """T, frames per recording."""
     kind: str = "number"
     """A key of KINDS."""
     side: int | None = None
-    """Height and width of the frames; None is the camera's."""
+    """Height and width of the frames; None is the camera's size."""
     window: int = 100_000
-    """Microseconds of a sample, where the recordings are cut into samples."""
+    """Microseconds per sample, if the recordings are cut into samples."""
 
     def __post_init__(self):
-        if self.kind not in KINDS:
+        if self.kind not in KINDS or not 1 <= self.time_steps <= self.window:
             raise ValueError(
-                f"frames: expected one of {', '.join(KINDS)}, got {self.kind!r}."
-            )
-        if self.time_steps < 1 or self.window < self.time_steps:
-            raise ValueError(
-                f"frames: expected at least 1 time step and 1 us each, got "
-                f"{self.time_steps} in {self.window} us."
+                f"frames: expected one of {', '.join(KINDS)} and 1 to {self.window} "
+                f"time steps, got {self.kind!r} and {self.time_steps}."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class EventSet:
-    """A labelled set of frames of events: two splits, and what a model has to know.
+    """A labelled set of frames of events: two splits, and what a model needs.
 
-    shape is (H, W, C) of one frame; split says which recordings are the test split;
-    sensor is (height, width) of the camera.
+    split describes the test split in words; sensor is (height, width) of the camera.
     """
 
     name: str
     train: ArrayImages
     test: ArrayImages
-    shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     split: str
     sensor: Size
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one frame, (H, W, C)."""
+        return self.train.images.shape[2:]
+
+    @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """Number of classes."""
         return len(self.class_names)
 
 
 def load(
     name: str,
     framing: Framing,
-    data_dir: str | os.PathLike[str] | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    data_dir: Folder = None,
+    *,
+    cache_dir: str | os.PathLike[str],
 ) -> EventSet:
-    """The event set of that name or in that folder, framed once and kept.
+    """Return the event set of that name or in that folder, framed once and cached.
 
     Args:
         name: "cifar10-dvs", "nmnist" or "dvs128-gesture", in the folders that Tonic
-            makes; or a path, which holds one of: train.npz and test.npz of many
+            makes; or a path, which holds one of: train.npz and test.npz with many
             recordings each (x, y, p, t or dt, offsets, labels); Train and Test with a
-            folder for each class; a folder for each class; one recording for each
-            class.
-        framing: how events become frames.
-        data_dir: where the named sets are; Tonic's save_to.
-        cache_dir: where frames are kept; None is spikejax in $XDG_CACHE_HOME.
+            folder per class; a folder per class; one recording per class.
+        framing: conversion of events to frames.
+        data_dir: folder of the named sets; Tonic's save_to.
+        cache_dir: folder where frames are cached; it can be deleted.
 
     Returns:
-        The set. Where the split is not given, the last tenth of each class by name is
-        the test split, or the last fifth of each recording: our choice.
+        The set. If the split is not given, the last tenth of each class by name is the
+        test split, or the last fifth of each recording: our choice.
+
+    Raises:
+        ValueError: no such set, a split without recordings of a class, recordings of
+            different cameras, or a corrupted file.
     """
     listing = find(name, data_dir)
-    kept = Path(cache_dir or cache.folder()) / _fingerprint(listing, framing)
-    if not kept.is_dir():
-        _keep(listing, framing, kept)
-    info = json.loads((kept / "info.json").read_text())
-    train, test = (_kept(kept / part, info) for part in ("train", "test"))
-    height, width, channels = info["shape"][1:]
-    return EventSet(
-        name,
-        train,
-        test,
-        (height, width, channels),
-        tuple(info["class_names"]),
-        listing.split,
-        tuple(info["sensor"]),
+    folder = Path(cache_dir) / _fingerprint(listing, framing)
+    if not folder.is_dir():
+        _build(name, listing, framing, folder)
+    info = json.loads((folder / "info.json").read_text())
+    train, test = (_open(folder / part, info) for part in ("train", "test"))
+    names, sensor = tuple(info["class_names"]), tuple(info["sensor"])
+    return EventSet(name, train, test, names, listing.split, sensor)
+
+
+class Listing(NamedTuple):
+    """The files of a set with their labels, and their split."""
+
+    train: Files
+    test: Files
+    class_names: tuple[str, ...]  # empty: the labels are in the files
+    split: str
+    cut: bool = False  # both splits have windows of the same recordings
+
+
+def find(name: str, data_dir: Folder) -> Listing:
+    """Return the listing of a set by name, in Tonic's folders, or of a folder.
+
+    Raises:
+        ValueError: no recordings, or a class that is not in both splits.
+    """
+    path, hint = Path(name), "docs/events.md shows the layouts of a folder"
+    if name in NAMED:
+        folder, call = NAMED[name]
+        root = Path(data_dir or "data")
+        path = root / folder
+        call = call.format(str(root))
+        hint = f"Give --data-dir, or run in Python: import tonic; tonic.datasets.{call}"
+    listing = _gesture(path) if name == "dvs128-gesture" else _folder(path)
+    classes = set(range(len(listing.class_names)))
+    known = {label for _, label in listing.train} & {label for _, label in listing.test}
+    missing = [listing.class_names[label] for label in sorted(classes - known)]
+    if missing or not known or len(classes) == 1:
+        raise ValueError(
+            f"{name}: expected {', '.join(NAMED)} or a folder, with recordings "
+            f"({', '.join(recordings.READERS)}) of at least 2 classes to train and to "
+            f"test on, got {len(listing.train)} and {len(listing.test)} in {path}, of "
+            f"the classes {', '.join(listing.class_names) or 'none'}, and none of "
+            f"{', '.join(missing) or 'others'}. {hint}."
+        )
+    return listing
+
+
+def _gesture(path: Path) -> Listing:
+    train, test = (
+        [(p, int(p.stem)) for p in sorted(path.glob(f"{part}/*/*.npy"))]
+        for part in ("ibmGestureTrain", "ibmGestureTest")
     )
+    return Listing(train, test, GESTURES, "users 24 to 29, as its authors gave it")
 
 
-def _samples(listing: Listing, part: str, framing: Framing) -> Iterator:
-    """(events, label, size or None, span or None) of each sample of a split."""
-    for path, label in getattr(listing, part):
+def _folder(path: Path) -> Listing:
+    """Return the listing of a folder of recordings, by its layout."""
+    inside = {p.name.lower(): p for p in _visible(path)}
+    if {"train.npz", "test.npz"} <= set(inside):
+        train, test = ([(inside[f"{part}.npz"], -1)] for part in ("train", "test"))
+        return Listing(train, test, (), "test.npz, as given")
+    if {"train", "test"} <= set(inside):
+        train, test = _classes(inside["train"]), _classes(inside["test"])
+        split = f"{inside['test'].name}, as given"
+    elif train := _classes(path):
+        test = {name: files[len(files) * 9 // 10 :] for name, files in train.items()}
+        train = {name: files[: len(files) * 9 // 10] for name, files in train.items()}
+        split = "the last tenth of each class, in the order of the names"
+    else:
+        long = list(filter(recordings.is_recording, _visible(path)))
+        files = [(p, label) for label, p in enumerate(long)]
+        names, split = tuple(p.stem for p in long), "the last fifth of each recording"
+        return Listing(files, files, names, split, cut=True)
+    names = tuple(sorted(train | test))
+    train, test = (
+        [(p, names.index(name)) for name, files in part.items() for p in files]
+        for part in (train, test)
+    )
+    return Listing(train, test, names, split)
+
+
+def _classes(path: Path) -> dict[str, list[Path]]:
+    """Return the recordings in each folder that has files, in natural order."""
+    inside = {p.name: _visible(p) for p in _visible(path) if p.is_dir()}
+    found = {
+        name: sorted(filter(recordings.is_recording, files), key=_natural)
+        for name, files in inside.items()
+        if any(p.is_file() for p in files)
+    }
+    # A folder with other files only stays in the list, so that it is reported.
+    return found if any(found.values()) else {}
+
+
+def _visible(path: Path) -> list[Path]:
+    # macOS leaves ._name beside files on other systems' disks, Jupyter its checkpoints.
+    found = sorted(path.iterdir()) if path.is_dir() else []
+    return [p for p in found if not p.name.startswith(".")]
+
+
+def _natural(path: Path) -> tuple[int, str]:
+    """Return a key that puts cifar10_airplane_9 before cifar10_airplane_10."""
+    digits = "".join(c if c.isdigit() else " " for c in path.stem).split()
+    return int(digits[-1]) if digits else -1, path.name
+
+
+class _Sample(NamedTuple):
+    events: np.ndarray
+    label: int
+    size: Size | None = None  # of the camera
+    span: tuple[int, int] | None = None  # of a window, in microseconds
+
+
+def _samples(listing: Listing, part: str, framing: Framing) -> Iterator[_Sample]:
+    """Yield the samples of a split, one recording in memory at a time."""
+    for path, label in listing.train if part == "train" else listing.test:
         if label < 0:
             yield from _packed(path)
             continue
         events, size = recordings.read(path)
         if not listing.cut:
-            yield events, label, size, None
+            yield _Sample(events, label, size)
             continue
         cuts = list(frames.windows(events, framing.window))
         trained = -(-len(cuts) * 4 // 5)
@@ -133,110 +247,96 @@ def _samples(listing: Listing, part: str, framing: Framing) -> Iterator:
         for k, window in enumerate(cuts):
             if (k < trained) == (part == "train"):
                 since = start + k * framing.window
-                yield window, label, size, (since, since + framing.window)
+                yield _Sample(window, label, size, (since, since + framing.window))
 
 
-def _packed(path: Path) -> Iterator:
-    """The recordings of a file that holds many, one after the other."""
-    with np.load(path, allow_pickle=False) as arrays:
-        missing = {"x", "y", "p", "offsets", "labels"} - set(arrays.files)
-        if missing or not {"t", "dt"} & set(arrays.files):
-            raise ValueError(
-                f"{path}: expected arrays x, y, p, t or dt, offsets and labels, got "
-                f"{', '.join(arrays.files)}."
-            )
-        columns = {name: arrays[name] for name in arrays.files}
-    offsets = columns["offsets"].astype(np.int64)
-    if (np.diff(offsets) < 0).any() or len(offsets) != len(columns["labels"]) + 1:
+def _packed(path: Path) -> Iterator[_Sample]:
+    """Yield the recordings of a file that holds many."""
+    n = -1
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        offsets, labels = arrays["offsets"], arrays["labels"]
+        parts = map(slice, offsets[:-1], offsets[1:])
+        for part, label in zip(parts, labels, strict=True):
+            n += 1
+            columns = recordings.columns(arrays, part)
+            label = operator.index(label)  # a TypeError if it is not an integer
+            yield _Sample(recordings.from_columns(*columns).events, label)
+    except recordings.DAMAGE as error:
         raise ValueError(
-            f"{path}: expected offsets that rise, one more than labels, got "
-            f"{len(offsets)} and {len(columns['labels'])} labels."
-        )
-    for n, label in enumerate(columns["labels"].tolist()):
-        x, y, p, t = (
-            columns[k][offsets[n] : offsets[n + 1]]
-            for k in ("x", "y", "p", "t" if "t" in columns else "dt")
-        )
-        t = t if "t" in columns else np.cumsum(t, dtype=np.int64)
-        try:
-            recording = recordings.checked(x, y, t, p)
-        except ValueError as error:
-            raise ValueError(f"{path}, recording {n}: {error}.") from error
-        yield recording.events, label, None, None
-
-
-def _sensor(listing: Listing, framing: Framing) -> Size:
-    """The camera's size: what a file says, else what all events need."""
-    height = width = 0
-    for part in ("train", "test"):
-        for events, _, size, _ in _samples(listing, part, framing):
-            if size:
-                return size
-            needed = recordings.extent(events)
-            height, width = max(height, needed[0]), max(width, needed[1])
-    return height, width
+            f"{path}: expected arrays x, y, p, t or dt, labels, and offsets, one more "
+            f"than labels, got in recording {n}: {error}. Fix it, or copy it again."
+        ) from error
 
 
 def _fingerprint(listing: Listing, framing: Framing) -> str:
-    """Name of the folder of the frames: other files or settings, another name."""
+    """Return the name of the cached folder, which depends on files and settings."""
     files = sorted({path for path, _ in listing.train + listing.test})
+    # Sizes and times, not contents: hashing those would read every file at each start.
     stats = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    told = [VERSION, listing.split, dataclasses.asdict(framing), stats]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:20]
+    key = [VERSION, listing.split, dataclasses.asdict(framing), stats]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
 
 
-def _keep(listing: Listing, framing: Framing, kept: Path) -> None:
-    """Frames the set into a folder, which is there whole or not at all."""
+def _build(name: str, listing: Listing, framing: Framing, folder: Path) -> None:
+    """Write the frames of a set into a folder, which exists when it is complete."""
     sensor = _sensor(listing, framing)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=kept.name, dir=kept.parent))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Renamed at the end: an interrupted build leaves nothing, and of two processes that
+    # build the same frames the first one wins.
+    beside = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
     try:
-        info, most = {}, 0
-        for part in ("train", "test"):
-            labels = []
+        info: dict[str, Any] = {"sensor": sensor}
+        counts, most = {"train": 0, "test": 0}, 0
+        for part in counts:
+            labels, sizes = [], {sensor}
             with open(beside / f"{part}.frames", "wb") as file:
-                for events, label, size, span in _samples(listing, part, framing):
-                    _check_sizes(listing.name, sensor, size)
-                    sample = _frame(events, sensor, framing, span)
-                    info = {"shape": sample.shape, "dtype": sample.dtype.name}
-                    file.write(sample.tobytes())
-                    labels.append(label)
-            np.save(beside / f"{part}.labels.npy", np.array(labels, np.int32))
-            if not labels:
+                for sample in _samples(listing, part, framing):
+                    sizes |= {sample.size or sensor}
+                    made = _frame(sample, sensor, framing)
+                    info |= {"shape": made.shape, "dtype": made.dtype.name}
+                    file.write(made.tobytes())
+                    labels.append(sample.label)
+            if not labels or len(sizes) > 1:
                 raise ValueError(
-                    f"{listing.name}: expected recordings of every class for both "
-                    f"splits, got none for {part}. Give the folder above the classes, "
-                    "with more or longer recordings of each."
+                    f"{name}: expected recordings of one camera for both splits, got "
+                    f"{len(labels)} for {part}, of (height, width) {sorted(sizes)}. "
+                    "Give each camera a folder of its own, or longer recordings."
                 )
+            np.save(beside / f"{part}.labels.npy", np.array(labels, np.int32))
             most = max([most, *labels])
-        names = [str(name) for name in listing.class_names or range(most + 1)]
-        info |= {"sensor": sensor, "class_names": names}
+        info["class_names"] = listing.class_names or [str(k) for k in range(most + 1)]
         (beside / "info.json").write_text(json.dumps(info))
-        if not kept.is_dir():  # another process may have been quicker
-            beside.rename(kept)
+        if not folder.is_dir():
+            beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _frame(events, sensor, framing, span) -> np.ndarray:
+def _sensor(listing: Listing, framing: Framing) -> Size:
+    """Return the camera's size: from a file, or the smallest that has all events."""
+    height = width = 0
+    for part in ("train", "test"):
+        for sample in _samples(listing, part, framing):
+            if sample.size:
+                return sample.size
+            needed = recordings.extent(sample.events)
+            height, width = max(height, needed[0]), max(width, needed[1])
+    return height, width
+
+
+def _frame(sample: _Sample, sensor: Size, framing: Framing) -> np.ndarray:
     to = (framing.side, framing.side) if framing.side else sensor
-    events = frames.resized(events, sensor, to)
+    events = frames.resized(sample.events, sensor, to)
     if framing.kind == "duration":
-        return frames.by_duration(events, to, framing.time_steps, span=span)
+        return frames.by_duration(events, to, framing.time_steps, span=sample.span)
     return KINDS[framing.kind](events, to, framing.time_steps)
 
 
-def _check_sizes(name: str, sensor: Size, size: Size | None) -> None:
-    if size not in (None, sensor):
-        raise ValueError(
-            f"{name}: expected recordings of one camera, got (height, width) {sensor} "
-            f"and {size}. Give each camera a folder of its own."
-        )
-
-
-def _kept(path: Path, info: dict) -> ArrayImages:
-    """A split that was framed, read from the disk as it is needed."""
+def _open(path: Path, info: dict[str, Any]) -> ArrayImages:
+    """Return a split that was built; its frames are read from disk when drawn."""
     labels = np.load(path.with_suffix(".labels.npy"))
     shape = (len(labels), *info["shape"])
-    kept = np.memmap(path.with_suffix(".frames"), info["dtype"], "r", shape=shape)
-    return ArrayImages(kept, labels)
+    images = np.memmap(path.with_suffix(".frames"), info["dtype"], "r", shape=shape)
+    return ArrayImages(images, labels)
