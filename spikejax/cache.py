@@ -28,5 +28,5 @@ def keep_programs() -> None:
     # Programs for a CPU are no good on another one, and a home can be shared.
     kept = folder() / f"programs-{platform.node()}"
     config.update("jax_compilation_cache_dir", str(kept))
-    if processes.is_first():
+    if processes.is_primary():
         print(f"Compiled programs are kept in {kept} for the next run.")

@@ -15,12 +15,11 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spikejax.train import checkpoint, processes, sharding
+from spikejax.train import processes, sharding
 from spikejax.train.checkpoint import Checkpoints, CheckpointWarning
-from spikejax.train.checksum import checksums
+from spikejax.train.checksum import SUMS, by_path, find_corruption, key_data
 
-CONFIG = {"width": 64, "neuron": "lif", "note": None}
-DATA_FILE = "data/process_0-of-1.json"
+NOTES = "notes/notes.json"
 
 
 @functools.cache
@@ -64,14 +63,16 @@ def assert_same(found, expected):
         jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
     ):
         assert (one.dtype, one.sharding) == (other.dtype, other.sharding)
-    assert checksums(found) == checksums(expected)
+    expected = by_path(expected)
+    for path, leaf in by_path(found).items():
+        np.testing.assert_array_equal(key_data(leaf), key_data(expected[path]))
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder with the checkpoints 1, 2 and 3; tests work on copies."""
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
-    checkpoints = Checkpoints(folder, keep=3, config=CONFIG)
+    checkpoints = Checkpoints(folder, keep=3)
     for step in (1, 2, 3):
         checkpoints.save(step, make_state(step), make_data(step))
     checkpoints.close()
@@ -83,10 +84,10 @@ def folder(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "checkpoints")
 
 
-def restore(folder, like=None, config=CONFIG, data=None):
+def restore(folder, like=None, data=None):
     """What is found there: (step, state), or None."""
     like = make_state(0) if like is None else like
-    with contextlib.closing(Checkpoints(folder, keep=3, config=config)) as checkpoints:
+    with contextlib.closing(Checkpoints(folder, keep=3)) as checkpoints:
         return checkpoints.restore(abstract(like), data or make_data())
 
 
@@ -99,27 +100,27 @@ def test_an_empty_folder_has_nothing_to_restore(tmp_path):
 @pytest.mark.parametrize("devices", [8, 2])
 def test_state_and_data_come_back_as_they_were(folder, devices):
     data = make_data()
-    step, state = restore(folder, make_state(0, devices), data=data)
+    step, state, _ = restore(folder, make_state(0, devices), data=data)
     assert step == 3
     assert_same(state, make_state(3, devices))
     np.testing.assert_array_equal(next(data), next(make_data(3)))
 
 
 def test_the_state_may_be_donated_while_it_is_saved(tmp_path):
-    checkpoints = Checkpoints(tmp_path, config=CONFIG)
+    checkpoints = Checkpoints(tmp_path)
     step_on = jax.jit(lambda kernel: kernel + 1, donate_argnums=0)
     kernel = jax.device_put(jnp.zeros((256, 256)), jax.devices()[0])
     for step in range(1, 4):
         kernel = step_on(kernel)
         checkpoints.save(step, {"kernel": kernel}, make_data())
     checkpoints.close()
-    step, state = restore(tmp_path, like={"kernel": kernel})
+    step, state, _ = restore(tmp_path, like={"kernel": kernel})
     assert step == 3 and bool((state["kernel"] == 3).all())
 
 
 def save_all(folder, metrics, keep=2, first=1):
     """The steps that are left when steps with these metrics were saved."""
-    checkpoints = Checkpoints(folder, keep=keep, config=CONFIG)
+    checkpoints = Checkpoints(folder, keep=keep)
     state = {"x": jax.device_put(jnp.zeros(3), jax.devices()[0])}
     data = make_data()
     checkpoints.restore(abstract(state), data)
@@ -152,41 +153,19 @@ def test_the_best_is_known_after_a_new_start(tmp_path):
     assert save_all(tmp_path, [0.95, None, 0.6], first=8) == [8, 9, 10]
 
 
-def test_a_checkpoint_half_removed_is_none(tmp_path, monkeypatch):
-    def killed(path):
-        (path / "_CHECKPOINT_METADATA").unlink()
-        raise KeyboardInterrupt
+def test_a_checkpoint_that_a_kill_left_unfinished_is_removed(folder):
+    """Orbax has finished it, but the checksums were not yet written."""
+    (folder / "3" / SUMS).unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert restore(folder)[0] == 2
+    assert sorted(os.listdir(folder)) == ["1", "2"]
 
+
+def test_a_checkpoint_half_removed_does_no_harm(tmp_path):
     save_all(tmp_path, [None, None])
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shutil, "rmtree", killed)
-        save_all(tmp_path, [None], first=3)
-    checkpoints = Checkpoints(tmp_path, config=CONFIG)
-    assert checkpoints.steps == [2, 3]
-    assert sorted(os.listdir(tmp_path)) == ["2", "3"]
-
-
-def test_the_step_at_hand_is_not_saved_again(folder):
-    checkpoints, state = Checkpoints(folder, keep=3, config=CONFIG), make_state(3)
-    checkpoints.restore(abstract(state), make_data())
-    before = (folder / "3").stat().st_mtime_ns
-    for step in (3, 4, 4):
-        checkpoints.save(step, state, make_data())
-    checkpoints.close()
-    assert (folder / "3").stat().st_mtime_ns == before
-    assert checkpoints.steps == [2, 3, 4]
-
-
-def test_saving_over_checkpoints_not_restored_is_an_error(folder):
-    checkpoints = Checkpoints(folder, config=CONFIG)
-    with pytest.raises(ValueError, match=r"expected a step after 3.*got 2. Restore"):
-        checkpoints.save(2, make_state(2), make_data())
-    checkpoints.close()
-
-
-def largest_file(folder):
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return max(files, key=lambda path: path.stat().st_size)
+    shutil.rmtree(tmp_path / "1" / "state")
+    assert save_all(tmp_path, [None], first=3) == [2, 3]
 
 
 def flip(path, place):
@@ -200,80 +179,95 @@ def truncate(path):
 
 
 DAMAGE = {
-    "leaf flipped": lambda path: flip(largest_file(path), -9000),
-    "leaf truncated": lambda path: truncate(largest_file(path)),
-    "leaf missing": lambda path: largest_file(path).unlink(),
-    "index missing": lambda path: (path / "state/manifest.ocdbt").unlink(),
-    "tree truncated": lambda path: truncate(path / "state/_METADATA"),
-    "notes missing": lambda path: (path / "_CHECKPOINT_METADATA").unlink(),
-    "notes flipped": lambda path: flip(path / "_CHECKPOINT_METADATA", -6),
-    "data truncated": lambda path: truncate(path / DATA_FILE),
-    "data missing": lambda path: (path / DATA_FILE).unlink(),
-    "data flipped": lambda path: flip(path / DATA_FILE, 27),
-    "half deleted": lambda path: shutil.rmtree(path / "state"),
+    "flipped": lambda path: flip(path, path.stat().st_size // 2),
+    "truncated": truncate,
+    "missing": lambda path: path.unlink(),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_gives_way_to_the_checkpoint_before(folder, damage, capfd, caplog):
-    DAMAGE[damage](folder / "3")
-    data = make_data()
-    checkpoints = Checkpoints(folder, keep=3, config=CONFIG)
-    with pytest.warns(CheckpointWarning) as caught:
-        step, state = checkpoints.restore(abstract(make_state(0)), data)
-    (warning,), (kept,) = caught, folder.glob("damaged-3-*")
-    pattern = r"checkpoint 3 in .* is damaged \(.*going on from checkpoint 2; .*"
-    assert re.fullmatch(pattern + kept.name, str(warning.message))
-    assert step == 2 and checkpoints.steps == [1, 2]
-    assert_same(state, make_state(2))
-    assert data.get_state() == make_data(2).get_state()
+def files_of(saved):
+    files = [path for path in (saved / "3").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    return [path.relative_to(saved) for path in sorted(files)]
 
-    checkpoints.save(3, make_state(3), make_data(3))
-    checkpoints.close()
-    step, state = restore(folder)
-    assert step == 3
-    assert_same(state, make_state(3))
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_of_any_file_gives_the_checkpoint_before(
+    saved, tmp_path, damage, capfd, caplog
+):
+    """Every file of a checkpoint, the checksums among them; nothing is printed."""
+    for number, file in enumerate(files_of(saved)):
+        folder, data = shutil.copytree(saved, tmp_path / str(number)), make_data()
+        DAMAGE[damage](folder / file)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            restored = restore(folder, data=data)
+        assert restored.step == 2, file
+        assert_same(restored.state, make_state(2))
+        assert data.get_state() == make_data(2).get_state()
+        if (damage, file.name) == ("missing", SUMS):
+            assert not caught and not list(folder.glob("corrupt-*"))
+            continue
+        (warning,), (kept,) = caught, folder.glob("corrupt-3-*")
+        assert warning.category is CheckpointWarning
+        pattern = r"checkpoint 3 in .* is corrupted \((.*) is not .*\): resuming from "
+        match = re.match(pattern + "checkpoint 2; it is now (.*)", str(warning.message))
+        name = "/".join(file.parts[1:])
+        assert match and match[2] == kept.name
+        assert match[1] == name or file.name == SUMS
     gc.collect()  # asyncio reports what failed unseen when it is collected
     printed = "".join(capfd.readouterr()) + caplog.text
     assert "Traceback" not in printed and "Error" not in printed
 
 
-def test_no_flipped_byte_gives_a_wrong_state(saved, tmp_path):
-    files = [path for path in (saved / "3").rglob("*") if path.is_file()]
+def test_no_flipped_byte_goes_unseen(saved, tmp_path):
+    folder = shutil.copytree(saved / "3", tmp_path / "3")
+    assert not find_corruption(folder)
     random = np.random.default_rng(0)
-    sizes = np.array([path.stat().st_size for path in files], float)
-    for trial in range(25):
-        folder = shutil.copytree(saved, tmp_path / str(trial))
-        file = files[random.choice(len(files), p=sizes / sizes.sum())]
-        place = int(random.integers(file.stat().st_size))
-        flip(folder / file.relative_to(saved), place)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CheckpointWarning)
-            step, state = restore(folder)
-        assert_same(state, make_state(step))
+    for file in files_of(saved):
+        path = tmp_path / file
+        content = path.read_bytes()
+        for place in random.integers(len(content), size=20):
+            flip(path, int(place))
+            assert find_corruption(folder), (file, place)
+            path.write_bytes(content)
+    (folder / "more").write_text("")
+    assert find_corruption(folder) == "more is not as it was saved"
 
 
-def test_each_damaged_checkpoint_has_its_warning(folder):
-    DAMAGE["leaf flipped"](folder / "3")
-    DAMAGE["data missing"](folder / "2")
+def test_a_step_is_saved_again_after_its_checkpoint_was_corrupted(folder):
+    flip(folder / "3" / NOTES, 5)
+    checkpoints = Checkpoints(folder, keep=3)
+    with pytest.warns(CheckpointWarning):
+        checkpoints.restore(abstract(make_state(0)), make_data())
+    checkpoints.save(3, make_state(3), make_data(3), clock={"seconds": 1.5})
+    checkpoints.close()
+    step, state, clock = restore(folder)
+    assert step == 3 and clock == {"seconds": 1.5}
+    assert_same(state, make_state(3))
+
+
+def test_each_corrupted_checkpoint_has_its_warning(folder):
+    flip(folder / "3" / "state/_METADATA", 9)
+    (folder / "2" / NOTES).unlink()
     with pytest.warns(CheckpointWarning) as caught:
         assert restore(folder)[0] == 1
-    leaf, data = (str(warning.message).split(" is damaged ") for warning in caught)
-    assert leaf[0].startswith("checkpoint 3 in ") and data[0].startswith("checkpoint 2")
-    what = r"\((params/stem/kernel|opt/.*) (has a wrong checksum|cannot be read)\)"
-    assert re.match(what, leaf[1]) and "FileNotFoundError" in data[1]
+    newest, before = (str(warning.message) for warning in caught)
+    assert newest.startswith("checkpoint 3 in ") and "(state/_METADATA is" in newest
+    assert before.startswith("checkpoint 2 in ") and f"({NOTES} is not" in before
 
 
-def test_old_damage_and_other_settings_do_no_harm(folder):
-    DAMAGE["notes missing"](folder / "1")
-    assert restore(folder, config=CONFIG | {"steps": 900})[0] == 3
+def test_damage_of_an_old_checkpoint_does_no_harm(folder):
+    for path in (folder / "1").rglob("*.json"):
+        path.write_text("{")
+    assert restore(folder)[0] == 3
 
 
-def test_damaged_checkpoints_only_are_an_error(folder):
+def test_only_corrupted_checkpoints_are_an_error(folder):
     for step in "123":
-        DAMAGE["data missing"](folder / step)
+        (folder / step / NOTES).unlink()
     data = make_data(5)
-    message = r"only damaged ones \(3: .*; 2: .*; 1: .*\)\. Put a copy of one back"
+    message = r"only corrupted ones \(3: .*; 2: .*; 1: .*\)\. Put a copy of one back"
     with pytest.raises(ValueError, match=message):
         restore(folder, data=data)
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3"]
@@ -281,70 +275,75 @@ def test_damaged_checkpoints_only_are_an_error(folder):
 
 
 @pytest.mark.parametrize(
-    ("leaf", "here"),
+    ("leaf", "now"),
     [
-        (jnp.ones(32, jnp.bfloat16), r"bfloat16\[32\] here"),
-        (jnp.ones(64), r"float32\[64\] here"),
-        (jax.random.key(0), r"key<fry>\[\] here"),
-        (None, "absent here"),
+        (jnp.ones(32, jnp.bfloat16), r"is 'bfloat16\[32\]'"),
+        (jnp.ones(64), r"is 'float32\[64\]'"),
+        (jax.random.key(0), r"is 'key<fry>\[\]'"),
+        (None, "is absent"),
     ],
 )
-def test_another_configuration_is_told_from_damage(folder, leaf, here):
+def test_another_state_is_told_from_damage(folder, leaf, now):
     state = copy.deepcopy(make_state(0))
     state["params"]["stem"]["bias"] = jax.device_put(leaf, state["step"].sharding)
-    message = rf"another configuration: .*stem/bias is bfloat16\[64\] there and {here}"
-    settings = "; of the settings, width is 64 there and 32 here. Give the settings"
-    with pytest.raises(ValueError, match=message + settings):
-        restore(folder, state, config=CONFIG | {"width": 32})
-    with pytest.raises(ValueError, match=message + ". Give"):
+    message = rf"another one: params/stem/bias was 'bfloat16\[64\]' and {now}\. Take"
+    with pytest.raises(ValueError, match=message):
         restore(folder, state)
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3"]
 
 
-def test_another_data_iterator_is_another_configuration(folder):
-    class Other:
-        def set_state(self, state):
-            raise KeyError("exhausted")
+class Positions:
+    """Data whose position differs in each process, unless the number is given."""
 
-    with pytest.raises(ValueError, match="data iterator does not fit.*exhausted"):
-        restore(folder, data=Other())
+    def __init__(self, number=None):
+        self.number = number
 
+    def get_state(self):
+        return {"next_index": self.number or processes.shard()[0]}
 
-def test_positions_that_differ_start_the_data_anew_with_one_line(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "read_position", lambda *_: None)
-    data = make_data(5)
-    message = "checkpoint 3 in .* 1 processes .*: the order of the data starts anew"
-    with pytest.warns(CheckpointWarning, match=message):
-        assert restore(folder, data=data)[0] == 3
-    assert data.get_state() == make_data(5).get_state()
+    def set_state(self, state):
+        self.number = state["next_index"]
 
 
-def test_damage_that_another_process_finds_is_damage_for_all(folder, monkeypatch):
-    told = iter([[3, 3], [False, True], [False, False]])
-    monkeypatch.setattr(processes, "of_all", lambda value: next(told))
-    with pytest.warns(CheckpointWarning, match="another process cannot read it"):
-        step, state = restore(folder)
-    assert step == 2
-    assert_same(state, make_state(2))
-
-
-def test_a_folder_that_processes_do_not_share_is_an_error(folder, monkeypatch):
-    monkeypatch.setattr(processes, "of_all", lambda value: [value, -1])
-    message = (
-        r"expected a folder that all processes share, got .*, in which their newest "
-        r"steps are \[3, -1\]\. Give one"
-    )
-    with pytest.raises(ValueError, match=message):
-        restore(folder)
-
-
-def test_a_leaf_without_a_place_and_keeping_none_are_errors(tmp_path):
-    with pytest.raises(ValueError, match="expected keep >= 1, got 0"):
-        Checkpoints(tmp_path, keep=0, config={})
-    checkpoints = Checkpoints(tmp_path, config=CONFIG)
-    with pytest.raises(ValueError, match=r"sharding in step, got 3. Place it"):
-        checkpoints.save(3, {"step": 3}, make_data())
-    struct = {"a": jax.ShapeDtypeStruct((2,), jnp.float32)}
-    with pytest.raises(ValueError, match=r"sharding in a, got ShapeDtypeStruct"):
-        checkpoints.restore(struct, make_data())
+@pytest.mark.parametrize("count", [1, 2])
+def test_each_process_gets_its_own_position(tmp_path, monkeypatch, count):
+    """One process plays several: the positions of all are in the checkpoint."""
+    states = [{"next_index": 10 + index} for index in range(count)]
+    monkeypatch.setattr(processes, "all_gather", lambda value: states)
+    checkpoints, state = Checkpoints(tmp_path), make_state(1)
+    checkpoints.save(1, state, Positions())
     checkpoints.close()
+    monkeypatch.undo()
+    data = Positions()
+    if count == 1:
+        assert restore(tmp_path, data=data)[0] == 1 and data.number == 10
+        return
+    message = r"is of 2 processes with .* there are 1: the order of the data starts ag"
+    with pytest.warns(CheckpointWarning, match=message):
+        assert restore(tmp_path, data=data)[0] == 1
+    assert data.number is None
+    monkeypatch.setattr(processes, "shard", lambda: (1, 2))
+    restore(tmp_path, data=data)
+    assert data.number == 11
+
+
+def test_the_position_of_others_is_known_if_they_agree(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "all_gather", lambda value: [value] * 3)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state(1), Positions(7))
+    checkpoints.close()
+    monkeypatch.undo()
+    data = Positions()
+    restore(tmp_path, data=data)
+    assert data.number == 7
+
+
+@pytest.mark.parametrize("fsdp", [1, 4, 8])
+def test_leaves_are_resharded_for_any_mesh(tmp_path, fsdp):
+    state = {"kernel": jnp.arange(256.0).reshape(8, 32), "key": jax.random.key(3)}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, sharding.place_state(state, sharding.data_mesh()), Positions(1))
+    checkpoints.close()
+    like = sharding.place_state(state, sharding.data_mesh(fsdp=fsdp))
+    _, found, _ = restore(tmp_path, like, Positions())
+    assert_same(found, like)

@@ -95,7 +95,7 @@ def compiled(model, encode, mesh, size=8, norm_groups=1):
     config = TrainConfig(**RECIPE, norm_groups=norm_groups)
     optimizer = make_optimizer(config, STEPS)
     state = sharding.place_state(initial_state(model, optimizer, config), mesh)
-    batch = sharding.place_batch(batch_of(0, size), mesh)
+    batch = sharding.shard_batch(batch_of(0, size), mesh)
     training, evaluation = graphs(model)
     step = jit_train_step(
         config, training, rate_cross_entropy, encode, optimizer, state, mesh
@@ -107,7 +107,7 @@ def train(run, steps=STEPS):
     """(losses, first state, last state)"""
     state, losses = sharding.place_state(run.state, run.mesh), []
     for seed in range(steps):
-        batch = sharding.place_batch(batch_of(seed), run.mesh)
+        batch = sharding.shard_batch(batch_of(seed), run.mesh)
         state, metrics = run.train_step(state, batch)
         losses.append(float(metrics["loss"]))
     return losses, run.state, state
@@ -181,7 +181,7 @@ def test_poisson_spikes_do_not_depend_on_the_devices():
     images = np.random.default_rng(0).uniform(size=(BATCH, 4)).astype(np.float32)
     draw = jax.jit(partial(encode.poisson, time_steps=4, rng=jax.random.key(5)))
     one, eight = (
-        draw(**sharding.place_batch({"images": images}, mesh)) for mesh in (ONE, EIGHT)
+        draw(**sharding.shard_batch({"images": images}, mesh)) for mesh in (ONE, EIGHT)
     )
     np.testing.assert_array_equal(eight, one)
 
@@ -209,7 +209,7 @@ def test_each_kernel_is_gathered_by_itself_and_once(runs):
 def test_each_device_needs_its_part_of_the_memory(runs):
     """Arguments of the compiled step are the state and the batch, as they lie."""
     for name, run in runs.items():
-        batch = sharding.place_batch(batch_of(0), run.mesh)
+        batch = sharding.shard_batch(batch_of(0), run.mesh)
         given = run.state | {"key": jnp.zeros(2)}, batch
         slack = 64 * len(jax.tree.leaves(given))
         memory = run.train_step.memory_analysis()
@@ -227,12 +227,12 @@ def test_each_device_needs_its_part_of_the_memory(runs):
 
 def test_the_evaluation_step_passes_on_three_sums(runs):
     run, rows = runs["8x1"], {"weight": np.ones(BATCH, np.float32)} | batch_of(0)
-    predict = make_predict(run.evaluation, direct(4), sharding.whole(run.mesh))
+    predict = make_predict(run.evaluation, direct(4), sharding.replicate(run.mesh))
     step = jax.jit(
         make_eval_step(predict, rate_cross_entropy),
         out_shardings=sharding.replicated(run.mesh),
     )
-    lowered = step.lower(run.state, sharding.place_batch(rows, run.mesh))
+    lowered = step.lower(run.state, sharding.shard_batch(rows, run.mesh))
     found = sent(lowered.compile().as_text())
     assert found and set(found) == {("all-reduce", 1)}
 

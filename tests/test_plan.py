@@ -22,7 +22,7 @@ from spikejax.tpu.plan import (
     verdict,
 )
 from spikejax.train import TrainConfig
-from spikejax.train.sharding import data_mesh, over_batch, replicated
+from spikejax.train.sharding import batch_sharding, data_mesh, replicated
 
 EIGHT = find_slice("v5e:2x4")
 TOO_LARGE = (  # libtpu 0.0.42.1 for v5e
@@ -77,7 +77,7 @@ def perceptron(batch_size=64, parameters=None):
     w = abstract({"w": jnp.zeros((16, 32))}, where)
     batch = {"image": jnp.zeros((batch_size, 16)), "label": jnp.zeros(batch_size)}
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-    return jitted, {"params": w, "opt": w}, abstract(batch, over_batch(mesh))
+    return jitted, {"params": w, "opt": w}, abstract(batch, batch_sharding(mesh))
 
 
 def test_counts_of_a_step_by_hand():
@@ -289,7 +289,7 @@ def test_the_tpu_compiler_counts_as_we_do():
         return make_plan(
             jax.jit(step, donate_argnums=0, out_shardings=(replicated(mesh), None)),
             {"params": w, "opt": w},
-            abstract(batch, over_batch(mesh)),
+            abstract(batch, batch_sharding(mesh)),
             where,
             train_images=1.0,
         )

@@ -5,6 +5,7 @@ Each has two virtual devices, and the parameters are cut over all four.
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -62,8 +63,6 @@ class Data:
         step = self.get_state()["next_index"] + 1
         if self.at and step == self.at:
             os.kill(os.getpid(), self.number)
-        if self.number == signal.SIGTERM:
-            time.sleep(0.2)  # JAX looks for a signal once a second
         return next(self.batches)
 
 
@@ -88,7 +87,7 @@ def child():
     """What each of two processes does; the signal is for the second."""
     workdir, address, index, number, at = sys.argv[1:]
     flags = Processes(address, 2, int(index), heartbeat=HEARTBEAT)
-    with processes.joined(flags):
+    with processes.distributed(flags):
         at = int(at) if index == "1" else 0
         fitted = run(Path(workdir), Data(int(number), at), fsdp=4)
     kernel = fitted.model.first.kernel[...]
@@ -238,14 +237,14 @@ def test_evaluation_counts_each_example_once_though_shards_differ(undisturbed, a
 
 def test_a_dead_process_ends_the_other_with_one_clear_line(killed):
     workdir, seconds, (code, out, err) = killed
-    assert code == 1 and "result" not in out
+    assert code in (1, -signal.SIGABRT) and "result" not in out
     assert seconds < 30
-    if "process 0" in err:
+    if code == 1:
         last = err.splitlines()[-1]
-        assert last.startswith("process 0") and last.endswith(processes.GO_ON)
-        assert "process dies" in last or "process died" in last
-    else:  # JAX 0.7 leaves no chance to say more
-        assert jax.__version_info__ < (0, 8) and "another task died" in err
+        assert last.startswith("process 0: JAX failed") and "process dies" in last
+        assert last.endswith(processes.RESUME)
+    else:  # JAX has noticed it first, and aborts with a message of its own
+        assert "died" in err or "heartbeat" in err or "task" in err
     assert set(saved(workdir)) & {3, 6}
 
 
@@ -290,49 +289,36 @@ ADDRESS = "10.0.0.1:1234"
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "got"),
     [
-        ({"num_processes": 2}, r"beside --num-processes and --process-id, got None\.$"),
-        (
-            {"coordinator_address": "auto", "process_id": 0},
-            r"beside --num-processes and --process-id, got auto\.$",
-        ),
-        (
-            {"coordinator_address": "10.0.0.1"},
-            r"^coordinator_address: expected HOST:PORT or auto, got '10.0.0.1'\.$",
-        ),
-        (
-            {"coordinator_address": "host:port"},
-            r"expected HOST:PORT or auto, got 'host:port'\.$",
-        ),
+        ({"num_processes": 2}, "None, 2 and None"),
+        ({"coordinator_address": "auto", "process_id": 0}, "auto, None and 0"),
+        ({"coordinator_address": "10.0.0.1"}, "10.0.0.1, None and None"),
+        ({"coordinator_address": "host:port"}, "host:port, None and None"),
         (
             {"coordinator_address": ADDRESS, "num_processes": 2},
-            rf"--num-processes and --process-id beside {ADDRESS}, got 2 and None\.$",
+            f"{ADDRESS}, 2 and None",
         ),
-        (
-            {"coordinator_address": ADDRESS, "num_processes": 2, "process_id": 2},
-            r"^process_id: expected 0 <= process_id < num_processes, got 2 of 2\.$",
-        ),
-        ({"heartbeat": 0}, r"^heartbeat: expected at least 1 second, got 0\.$"),
     ],
 )
-def test_flags_that_do_not_fit_together_are_an_error(flags, message):
-    with pytest.raises(ValueError, match=message):
+def test_flags_that_do_not_fit_together_are_an_error(flags, got):
+    message = f"--num-processes and --process-id, or auto without them, got {got}."
+    with pytest.raises(ValueError, match=re.escape(message)):
         Processes(**flags)
 
 
 def test_one_process_needs_no_word_with_others():
-    assert processes.of_all(7) == [7]
-    assert processes.is_first() and processes.shard() == (0, 1)
+    assert processes.all_gather(7) == [7]
+    assert processes.is_primary() and processes.shard() == (0, 1)
     before = signal.getsignal(signal.SIGTERM)
     with (
         pytest.raises(KeyError),
-        processes.joined(Processes()),
+        processes.distributed(Processes()),
         processes.Terminated() as terminated,
     ):
         assert not jax.distributed.is_initialized()
-        assert not terminated.at(1)
+        assert not terminated.should_stop({}) and terminated.flag(4) == {}
         os.kill(os.getpid(), signal.SIGTERM)
-        assert terminated.at(1)
-        raise KeyError  # goes on its way
+        assert terminated.should_stop({})
+        raise KeyError  # is not caught
     assert signal.getsignal(signal.SIGTERM) is before

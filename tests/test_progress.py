@@ -1,4 +1,3 @@
-import importlib
 import io
 import json
 import re
@@ -16,7 +15,6 @@ from spikejax.train.progress import (
     Progress,
     Trace,
     check_finite,
-    read_metrics,
     table,
 )
 
@@ -120,7 +118,6 @@ def test_a_line_half_written_is_dropped(tmp_path):
     train(tmp_path, [1, 2])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
-    assert [entry["step"] for entry in read_metrics(tmp_path, 9)] == [1, 2]
     train(tmp_path, [3], start=2)
     assert [entry["step"] for entry in entries(tmp_path)] == [1, 2, 3]
 
@@ -135,10 +132,6 @@ def test_the_old_metrics_are_replaced_in_one_go(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, [2], start=1)
     assert [entry["step"] for entry in entries(tmp_path)] == [1, 2, 3]
-
-
-def test_read_metrics_of_a_new_folder_is_empty(tmp_path):
-    assert list(read_metrics(tmp_path / "none", 9)) == []
 
 
 def test_tensorboard_gets_every_metric(tmp_path):
@@ -306,13 +299,3 @@ def test_a_table_has_its_numbers_to_the_right(capsys):
 def test_a_table_in_a_log_is_not_cut(capsys):
     table("", [f"column number {i}" for i in range(6)], [["x" * 15] * 6])
     assert capsys.readouterr().out.count("x" * 15) == 6
-
-
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    def absent(name):
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-    monkeypatch.setattr(importlib, "import_module", absent)
-    message = r"rich.markup is not installed. Get it: pip install 'spikejax\[exper"
-    with pytest.raises(ModuleNotFoundError, match=message):
-        table("", ["a"], [])

@@ -44,6 +44,11 @@ def test_a_setting_out_of_range_is_an_error(name, value, expected):
         TrainConfig(**{name: value})
 
 
+def test_a_misspelled_choice_is_an_error():
+    with pytest.raises(ValueError, match="^optimizer: expected one of sgd, adamw, got"):
+        TrainConfig(optimizer="adam")  # type: ignore
+
+
 def test_settings_at_the_edge_of_their_range_are_good():
     TrainConfig(steps=1, batch_size=1, warmup=0, weight_decay=0, clip=0, ema=0)
     TrainConfig(epochs=0.01, evaluate_every=0.01, save_every=1, warmup=0.99, ema=0.99)

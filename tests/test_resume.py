@@ -1,6 +1,6 @@
 """The real command, killed and started again, ends with the bits of a run left alone.
 
-``test_train.py`` has the finer cases, inside of one process.
+``test_loop.py`` has the finer cases, inside of one process.
 """
 
 import json
@@ -190,7 +190,7 @@ def test_killed_and_terminated_amid_an_epoch_the_command_goes_on(undisturbed, wo
     assert_same(workdir, result, undisturbed)
 
 
-def test_damage_is_told_on_stderr_and_costs_no_bits(undisturbed, workdir):
+def test_corruption_is_reported_on_stderr_and_costs_no_bits(undisturbed, workdir):
     shutil.copytree(undisturbed[0], workdir)
     before, newest = saved(workdir)[-2:]
     (leaves,) = (workdir / f"checkpoints/{newest}/state/d").iterdir()
@@ -199,5 +199,5 @@ def test_damage_is_told_on_stderr_and_costs_no_bits(undisturbed, workdir):
     leaves.write_bytes(content)
     result, _, err = complete(workdir)
     assert f"CheckpointWarning: checkpoint {newest} in " in err
-    assert "is damaged (" in err and f"going on from checkpoint {before};" in err
+    assert "is corrupted (" in err and f"resuming from checkpoint {before};" in err
     assert_same(workdir, result, undisturbed)

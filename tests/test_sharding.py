@@ -42,13 +42,13 @@ def test_a_mesh_that_does_not_match_the_devices_is_an_error(fsdp):
 
 
 @pytest.mark.parametrize("mesh", SEVERAL.values(), ids=SEVERAL)
-def test_place_batch_cuts_the_first_axis_over_all_devices(mesh):
+def test_shard_batch_cuts_the_first_axis_over_all_devices(mesh):
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.normal(size=(16, 8, 8, 3)).astype(np.float32),
         "label": rng.integers(0, 10, 16).astype(np.int32),
     }
-    placed = sharding.place_batch(batch, mesh)
+    placed = sharding.shard_batch(batch, mesh)
     assert set(placed) == set(batch)
     for name, array in placed.items():
         np.testing.assert_array_equal(array, batch[name])
@@ -116,7 +116,7 @@ def test_a_state_comes_back_whole_to_one_device():
     kernel = jnp.arange(64.0).reshape(8, 8)
     state = sharding.place_state({"kernel": kernel, "bias": jnp.ones(8)}, GRID)
     assert not state["kernel"].is_fully_replicated
-    back = sharding.on_this_host(state)
+    back = sharding.to_local_device(state)
     np.testing.assert_array_equal(back["kernel"], kernel)
     np.testing.assert_array_equal(back["bias"], jnp.ones(8))
     for leaf in back.values():
@@ -129,7 +129,7 @@ def test_whole_gathers_for_the_time_of_use():
     seen = []
 
     def objective(params):
-        whole = sharding.whole(GRID)(params)
+        whole = sharding.replicate(GRID)(params)
         jax.debug.inspect_array_sharding(whole["kernel"], callback=seen.append)
         return (jnp.sin(whole["kernel"]) @ whole["bias"]).sum()
 

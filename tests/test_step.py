@@ -95,7 +95,7 @@ def train(run, batches):
     """Yields (state on the host, metrics) after each of the steps."""
     state = sharding.place_state(run.state, ONE)
     for batch in batches:
-        state, metrics = run.step(state, sharding.place_batch(batch, ONE))
+        state, metrics = run.step(state, sharding.shard_batch(batch, ONE))
         copy = jax.tree.map(jnp.copy, state)  # that outlives its donation
         yield copy, jax.device_get(metrics)
 
@@ -182,7 +182,7 @@ def test_five_steps_compile_once(run, trained, averaged):
 
 def test_a_step_takes_its_state_and_leaves_the_batch(run):
     state = sharding.place_state(run.state, ONE)
-    batch = sharding.place_batch(examples(BATCH), ONE)
+    batch = sharding.shard_batch(examples(BATCH), ONE)
     run.step(state, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(batch))
@@ -309,7 +309,7 @@ def test_examples_of_weight_0_do_not_count(trained, eval_step):
 
     def sums(images, labels, weights):
         batch = {"image": images, "label": labels, "weight": np.float32(weights)}
-        return jax.device_get(eval_step(state, sharding.place_batch(batch, ALL)))
+        return jax.device_get(eval_step(state, sharding.shard_batch(batch, ALL)))
 
     weights = [1, 1, 0, 1, 0, 1, 1, 0]
     some, every = (sums(*batch.values(), w) for w in (weights, [1] * BATCH))

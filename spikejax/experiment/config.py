@@ -25,8 +25,7 @@ from spikejax.train import processes, sharding
 from spikejax.train import workdir as folder
 from spikejax.train.loop import Fitted, fit
 from spikejax.train.processes import Processes
-from spikejax.train.recipe import TrainConfig
-from spikejax.train.settings import check_settings
+from spikejax.train.recipe import TrainConfig, check_settings
 
 ENERGY_IMAGES = 256  # test images over which spikes and energy are measured, if
 ENERGY_VALUES = 2**24  # they are small; of large ones as many as have so many numbers
@@ -189,7 +188,7 @@ def train(
         source: how the data come to the network.
         more: what else tells this run from another, as JSON has it.
     """
-    with processes.joined(experiment.processes):
+    with processes.distributed(experiment.processes):
         return _train(experiment, model, source, _settings(experiment) | more)
 
 
@@ -222,7 +221,6 @@ def _train(experiment, model, source, settings):
         encode=source.encode(experiment, image_set),
         steps_per_epoch=max(1, len(image_set.train) // recipe.batch_size),
         workdir=folder.claim(experiment.workdir, settings),
-        settings=settings,
         mesh=mesh,
         profile=experiment.profile,
     )
@@ -241,7 +239,7 @@ def run(experiment: Experiment, source: Input = IMAGES) -> dict[str, Any] | None
     fitted = train(experiment, source=source)
     if not fitted.finished:
         steps = fitted.metrics["steps"]
-        if processes.is_first():
+        if processes.is_primary():
             print(
                 f"Stopped at step {steps}, saved. The same command goes on from there."
             )
@@ -306,7 +304,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
 
 def main(experiment: Experiment, source: Input = IMAGES) -> None:
     """Run one experiment and print one line of result."""
-    if (result := run(experiment, source)) and processes.is_first():
+    if (result := run(experiment, source)) and processes.is_primary():
         print(
             f"accuracy {result['accuracy']:.2%}, {result['seconds']:.0f} s, "
             f"{result['spikes_per_image']:,.0f} spikes and "

@@ -178,7 +178,7 @@ def plan_training(
     state = jax.tree.map(placed, state, sharding.state_shardings(state, mesh))
     images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), "uint8")
     labels = jax.ShapeDtypeStruct((config.batch_size,), "int32")
-    over_batch = sharding.over_batch(mesh)
+    over_batch = sharding.batch_sharding(mesh)
     batch = {"image": placed(images, over_batch), "label": placed(labels, over_batch)}
     return make_plan(step, state, batch, target, train_images=train_images)
 

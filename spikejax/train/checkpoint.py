@@ -1,83 +1,130 @@
-"""Checkpoints of a run: saved beside the training, verified when read back.
+"""Checkpoints of a run: Orbax saves them in the background, a checksum guards them.
 
-Orbax writes them. It reads a flipped byte without a word, so every leaf carries a
-checksum, and a damaged checkpoint gives way to the one before.
+Orbax restores a corrupted file silently, or prints pages of tracebacks from other
+threads. Each checkpoint is therefore verified before it is read; if a file has changed,
+the previous checkpoint is used.
 """
 
-import contextlib
+import functools
 import json
 import math
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from spikejax.train import processes
 from spikejax.train.checksum import (
-    Damaged,
+    SUMS,
     by_path,
-    checksums,
-    difference,
+    find_corruption,
+    first_difference,
     key_data,
     key_like,
-    seal,
-    signature,
+    signatures,
+    write_checksums,
 )
-from spikejax.train.store import Text, cause, read_leaves, read_notes, read_position
 
-Record = dict[str, Any]  # what is noted beside a checkpoint
-UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder being written
+policies = ocp.training.preservation_policies
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint, or a part of it, could not be used."""
+    """A checkpoint, or a part of it, that could not be used."""
 
 
 class DataIterator(Protocol):
-    """What a data iterator has to offer; Grain's iterators do."""
+    """A data iterator with a position; Grain's iterators have these methods."""
 
-    def get_state(self) -> dict[str, Any]: ...
+    def get_state(self) -> Any: ...
 
-    def set_state(self, state: dict[str, Any]) -> None: ...
+    def set_state(self, state: Any) -> None: ...
+
+
+class Restored(NamedTuple):
+    """A checkpoint that was read: its step, the state, and the saved clock."""
+
+    step: int
+    state: dict[str, Any]
+    clock: dict[str, float]
+
+
+@dataclass
+class _Notes:
+    """JSON beside the arrays, as a checkpointable that saves itself for Orbax."""
+
+    content: dict[str, Any] = field(default_factory=dict)
+
+    async def save(self, directory: ocp.path.PathAwaitingCreation) -> Any:
+        # Orbax awaits `write` in the background, with the arrays.
+        async def write() -> None:
+            path = await directory.await_creation() / "notes.json"
+            if processes.is_primary():
+                path.write_text(json.dumps(self.content, indent=1))
+
+        return write()
+
+    async def load(self, directory: ocp.path.Path) -> Any:
+        async def read() -> None:
+            self.content = json.loads((directory / "notes.json").read_text())
+
+        return read()
+
+
+@dataclass
+class _Best:
+    """A preservation policy: keeps the step with the largest metric, the last of ties.
+
+    Orbax's own BestN reads the metrics of all steps when its Checkpointer is made, and
+    raises if one of the files is corrupted, before a checkpoint can be verified.
+    """
+
+    metrics: dict[int, float]
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: policies.PreservationContext
+    ) -> list[bool]:
+        known = [c.step for c in checkpoints if c.step in self.metrics]
+        best = max(known, key=lambda step: (self.metrics[step], step), default=None)
+        return [c.step == best for c in checkpoints]
 
 
 class Checkpoints:
-    """The checkpoints in a folder: the best one by metric and the last few.
+    """The checkpoints in a folder: the best one by metric and the newest few.
 
-    Call `restore` before the first `save`. Damaged checkpoints that it passes over
-    stay in the folder, as `damaged-STEP-TIME`.
+    Call `restore` before the first `save`. Corrupted checkpoints that it skips are kept
+    in the folder, as `corrupt-STEP-TIME`.
 
     Args:
-        directory: folder of the checkpoints, made if it is not there.
-        keep: how many of the newest to keep, at least 1; the best comes on top.
-        config: settings of the run, as JSON has them; they are saved with every
-            checkpoint, to say what differs when another run's does not fit.
+        directory: folder of the checkpoints, created if missing.
+        keep: how many of the newest to keep, >= 2: the newest may be unfinished.
     """
 
-    def __init__(
-        self, directory: str | Path, *, keep: int = 2, config: Mapping[str, Any]
-    ):
-        if keep < 1:
-            raise ValueError(f"Checkpoints: expected keep >= 1, got {keep}. Give 2.")
+    def __init__(self, directory: str | Path, *, keep: int = 2):
         self.directory = Path(directory).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._keep = keep
-        self._config = json.loads(json.dumps(config))
-        self._newest: int | None = None  # step restored or saved last
-        self._saving: Any = None  # Orbax's response to the save on its way
-        self._metrics: dict[int, float | None] = {}
-        for step in self.steps:
-            with contextlib.suppress(Damaged):
-                self._metrics[step] = read_notes(self.directory / str(step))["metric"]
-        if processes.is_first():
-            for path in self.directory.glob(f"*{UNFINISHED}*"):
-                shutil.rmtree(path)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
+        self._metrics: dict[int, float] = {}
+
+    @functools.cached_property
+    def _manager(self) -> ocp.training.Checkpointer:
+        # Made after corrupted folders are renamed: it lists the folder only once.
+        found = {step: self._read_metric(step) for step in self.steps}
+        self._metrics |= {step: m for step, m in found.items() if m is not None}
+        keep = policies.LatestN(self._keep), _Best(self._metrics)
+        return ocp.training.Checkpointer(
+            self.directory,
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True,  # of saves that a kill interrupted
+        )
 
     @property
     def steps(self) -> list[int]:
@@ -89,208 +136,166 @@ class Checkpoints:
         self,
         step: int,
         state: dict[str, Any],
-        data_iterator: DataIterator,
+        data: DataIterator,
         *,
         metric: float | None = None,
+        clock: dict[str, float] | None = None,
     ) -> None:
-        """Saves in the background; the state may be donated on return.
-
-        The step restored or saved last is not saved again.
+        """Save in the background; the state may be donated on return.
 
         Args:
             step: number of steps done, above that of every checkpoint there is.
             state: nested dict of `jax.Array`, typed random keys among them.
-            data_iterator: its position is saved with the state.
-            metric: higher is better; None or NaN never is the best.
+            data: its position is saved with the state.
+            metric: higher is better; None or NaN is never the best.
+            clock: numbers that `restore` returns.
         """
-        if step == self._newest:
-            return
-        self._check_step(step)
-        metric = None if metric is None else float(metric)
-        leaves = {path: key_data(leaf) for path, leaf in _arrays(state).items()}
-        position = json.dumps(seal(data_iterator.get_state()))
+        if metric is not None and not math.isnan(metric):
+            self._metrics[step] = float(metric)
+        notes = {
+            "leaves": signatures(state),
+            "data": processes.all_gather(data.get_state()),
+            "metric": self._metrics.get(step),
+            "clock": clock or {},
+        }
+        leaves = {path: key_data(leaf) for path, leaf in by_path(state).items()}
         self._finish()
-        self._saving = ocp.save_checkpointables_async(
-            str(self.directory / str(step)),
-            {"state": leaves, "data": Text(position)},
-            custom_metadata=seal(self._new_record(step, state, metric)),
+        # The default policy would skip a save while another one is in progress.
+        response = self._manager.save_checkpointables_async(
+            step, {"state": leaves, "notes": _Notes(notes)}, force=True
         )
-        self._metrics[step] = metric
-        self._newest = step
+        self._saving = self._thread.submit(self._seal, response, step)
+
+    def _seal(self, response: Any, step: int) -> None:
+        """Write the checksums once all processes have written their files."""
+        response.result()
+        if processes.is_primary():
+            write_checksums(self.directory / str(step))
 
     def restore(
-        self, abstract_state: dict[str, Any], data_iterator: DataIterator
-    ) -> tuple[int, dict[str, Any]] | None:
-        """Reads the newest checkpoint that is whole, and moves data_iterator there.
+        self, abstract_state: dict[str, Any], data: DataIterator
+    ) -> Restored | None:
+        """Read the newest intact checkpoint, and move the data iterator there.
 
         Args:
-            abstract_state: tree of the state, its leaves `jax.ShapeDtypeStruct` with
-                a sharding (or arrays, read for their shape, dtype and sharding).
-            data_iterator: set to the position saved with the state.
+            abstract_state: tree of the state, of `jax.ShapeDtypeStruct` with a sharding
+                or of arrays. The sharding need not be the one that was saved.
+            data: set to the position saved with the state.
 
         Returns:
-            (step, state), or None when there is no checkpoint yet.
+            what was saved, or None if there is no checkpoint yet.
 
         Raises:
-            ValueError: the checkpoint is of another configuration, or all are damaged.
+            ValueError: the checkpoint has other leaves, or all are corrupted.
         """
-        targets = _arrays(abstract_state)
-        self._check_shared()
-        damaged: dict[int, str] = {}
+        self._remove_unfinished()
+        corrupt: dict[int, str] = {}
         for step in reversed(self.steps):
-            try:
-                record, position, leaves = self._read(step, targets)
-            except Damaged as error:
-                damaged[step] = str(error)
-                continue
-            self._move(data_iterator, record, position)
-            self._set_aside(damaged, step)
-            self._newest = step
-            return step, jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
-        if damaged:
-            found = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
-            raise ValueError(
-                f"Checkpoints.restore: expected a whole checkpoint in {self.directory},"
-                f" got only damaged ones ({found}). Put a copy of one back, or delete "
-                "the folder to start from the first step."
-            )
-        return None
+            if not (reason := self._find_corruption(step)):
+                break
+            corrupt[step] = reason
+        else:
+            if corrupt:
+                found = "; ".join(f"{step}: {why}" for step, why in corrupt.items())
+                raise ValueError(
+                    f"Checkpoints.restore: expected an intact checkpoint in "
+                    f"{self.directory}, got only corrupted ones ({found}). Put a copy "
+                    "of one back, or delete the folder to start from the first step."
+                )
+            return None
+        self._rename(corrupt, step)
+        return self._load(step, abstract_state, data)
 
     def close(self) -> None:
-        """Waits for the last save, and raises what it raised."""
-        self._finish()
+        """Wait for the last save, and raise what it raised."""
+        try:
+            self._finish()
+        finally:
+            self._thread.shutdown()
+            if "_manager" in vars(self):
+                self._manager.close()
 
     def _finish(self) -> None:
-        """Waits for the save on its way; then removes what need not be kept."""
         if self._saving is not None:
             saving, self._saving = self._saving, None
             saving.result()
-        steps = self.steps
-        best = max(steps, key=self._rank, default=None)
-        for step in steps[: -self._keep]:
-            if step != best and processes.is_first():
-                # Half removed, it must not be taken for a checkpoint.
-                path = self.directory / str(step)
-                shutil.rmtree(path.rename(f"{path}{UNFINISHED}"))
 
-    def _rank(self, step: int) -> tuple[float, int]:
-        metric = self._metrics.get(step)
-        return -math.inf if metric is None or math.isnan(metric) else metric, step
-
-    def _check_step(self, step: int) -> None:
-        last = max(self.steps, default=-1) if self._newest is None else self._newest
-        if step <= last:
-            raise ValueError(
-                f"Checkpoints.save: expected a step after {last}, the newest in "
-                f"{self.directory}, got {step}. Restore first, or give another folder."
-            )
-
-    def _new_record(self, step: int, state: Any, metric: float | None) -> Record:
-        return {
-            "step": step,
-            "config": self._config,
-            "metric": metric,
-            "processes": jax.process_count(),
-            "leaves": {path: signature(leaf) for path, leaf in by_path(state).items()},
-            "checksums": checksums(state),
-        }
-
-    def _check_shared(self) -> None:
-        newest = processes.of_all(max(self.steps, default=-1))
-        if len(set(newest)) > 1:
-            raise ValueError(
-                f"Checkpoints.restore: expected a folder that all processes share, got "
-                f"{self.directory}, in which their newest steps are {newest}. Give one "
-                "on a disk that all of them see."
-            )
-
-    def _check_configuration(self, record: Record, targets: dict[str, Any]) -> None:
-        """Raises when the state has other leaves."""
-        here = {path: signature(leaf) for path, leaf in targets.items()}
-        if here != record["leaves"]:
-            different = difference(record["leaves"], here)
-            raise self._other(record, f"of the state, {different}")
-
-    def _read(self, step: int, targets: dict[str, Any]) -> tuple[Record, Any, list]:
-        """Notes, position of the data and leaves; Damaged if so for any process."""
-        found = self._read_here(self.directory / str(step), targets)
-        failed = isinstance(found, Damaged)
-        if any(processes.of_all(failed)):
-            raise found if failed else Damaged("another process cannot read it")
-        record, position, loaded = found
-        sums = checksums(loaded)
-        wrong = [path for path in sums if sums[path] != record["checksums"][path]]
-        if wrong:
-            raise Damaged(f"{wrong[0]} has a wrong checksum")
-        leaves = [key_like(leaf, loaded[path]) for path, leaf in targets.items()]
-        return record, position, leaves
-
-    def _read_here(self, folder: Path, targets: dict[str, Any]) -> Any:
-        """What this process needs, or the damage, without a word with the others."""
+    def _read_metric(self, step: int) -> float | None:
+        """Return the metric of a checkpoint, None if it has none or is corrupted."""
+        path = self.directory / str(step) / "notes" / "notes.json"
         try:
-            record = read_notes(folder)
-            self._check_configuration(record, targets)
-            position = read_position(folder, record["processes"])
-            return record, position, read_leaves(folder, targets)
-        except Damaged as error:
-            return error
+            return float(json.loads(path.read_text())["metric"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
 
-    def _move(self, data_iterator: DataIterator, record: Record, position: Any) -> None:
-        """Moves the iterator, or says that its order starts anew."""
-        if position is None:
-            if processes.is_first():
-                warnings.warn(
-                    f"checkpoint {record['step']} in {self.directory} is of "
-                    f"{record['processes']} processes with positions of their own, and "
-                    "now there are others: the order of the data starts anew",
-                    CheckpointWarning,
-                    stacklevel=4,
-                )
-            return
-        try:
-            data_iterator.set_state(position)
-        except Exception as error:
-            what = f"its data iterator does not fit ({cause(error)})"
-            raise self._other(record, what) from error
+    def _remove_unfinished(self) -> None:
+        """Remove the newest checkpoint if a kill came between save and checksums."""
+        newest = self.directory / str(max(self.steps, default=-1))
+        if processes.is_primary() and newest.exists() and not (newest / SUMS).exists():
+            shutil.rmtree(newest)
+        processes.all_gather(0)  # all wait for it
 
-    def _other(self, record: Record, what: str) -> ValueError:
-        settings = ""
-        if record["config"] != self._config:
-            different = difference(record["config"], self._config)
-            settings = f"; of the settings, {different}"
-        path = self.directory / str(record["step"])
-        return ValueError(
-            f"Checkpoints.restore: {path} was saved by another configuration: {what}"
-            f"{settings}. Give the settings that it was saved with, or another folder."
-        )
+    def _find_corruption(self, step: int) -> str:
+        """Return what is wrong with a checkpoint; the same on all processes."""
+        reason, folder = "", self.directory / str(step)
+        # One process reads: the disk is shared, and the others would read it all again.
+        if processes.is_primary():
+            reason = find_corruption(folder)
+        return processes.all_gather(reason)[0]
 
-    def _set_aside(self, damaged: dict[int, str], step: int) -> None:
-        """Renames damaged checkpoints, so that their steps can be saved again."""
-        if not damaged:
-            return
-        now = time.strftime("%Y%m%d-%H%M%S")
-        kept = {bad: self.directory / f"damaged-{bad}-{now}" for bad in damaged}
-        multihost_utils.sync_global_devices("every process has read")
-        if processes.is_first():
-            for bad, path in kept.items():
-                (self.directory / str(bad)).rename(path)
-        multihost_utils.sync_global_devices("damaged checkpoints are renamed")
-        for bad, path in kept.items() if processes.is_first() else ():
+    def _load(
+        self, step: int, abstract_state: dict[str, Any], data: DataIterator
+    ) -> Restored:
+        notes = _Notes()
+        self._manager.load_checkpointables(step, {"notes": notes})
+        saved = notes.content
+        # Orbax would cast another dtype silently, and call another shape a KeyError.
+        if different := first_difference(saved["leaves"], signatures(abstract_state)):
+            raise ValueError(
+                f"Checkpoints.restore: expected the state of checkpoint {step} in "
+                f"{self.directory}, got another one: {different}. Take the settings "
+                "that it was saved with, or another folder."
+            )
+        targets = by_path(abstract_state)
+        structs = {path: _struct(leaf) for path, leaf in targets.items()}
+        found = self._manager.load_checkpointables(step, {"state": structs})["state"]
+        leaves = [key_like(leaf, found[path]) for path, leaf in targets.items()]
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+        self._move(data, saved["data"], step)
+        return Restored(step, state, saved["clock"])
+
+    def _move(self, data: DataIterator, positions: list[Any], step: int) -> None:
+        """Move the iterator, or warn that its order starts again."""
+        index, count = processes.shard()
+        if len(positions) == count:
+            data.set_state(positions[index])
+        elif positions.count(positions[0]) == len(positions):
+            data.set_state(positions[0])
+        elif processes.is_primary():
             warnings.warn(
-                f"checkpoint {bad} in {self.directory} is damaged ({damaged[bad]}): "
-                f"going on from checkpoint {step}; the damaged one is now {path.name}",
+                f"checkpoint {step} in {self.directory} is of {len(positions)} "
+                f"processes with positions of their own, and now there are {count}: "
+                "the order of the data starts again",
+                CheckpointWarning,
+                stacklevel=4,
+            )
+
+    def _rename(self, corrupt: dict[int, str], good: int) -> None:
+        """Rename corrupted checkpoints, so that their steps can be saved again."""
+        for step, reason in corrupt.items() if processes.is_primary() else ():
+            path = self.directory / str(step)
+            kept = path.with_name(f"corrupt-{step}-{time.strftime('%Y%m%d-%H%M%S')}")
+            path.rename(kept)
+            warnings.warn(
+                f"checkpoint {step} in {self.directory} is corrupted ({reason}): "
+                f"resuming from checkpoint {good}; it is now {kept.name}",
                 CheckpointWarning,
                 stacklevel=3,
             )
+        processes.all_gather(0)  # all wait for the renames
 
 
-def _arrays(state: Any) -> dict[str, Any]:
-    """The leaves by path, once each is known to be an array with a place."""
-    leaves = by_path(state)
-    for path, leaf in leaves.items():
-        if getattr(leaf, "sharding", None) is None:
-            raise ValueError(
-                f"Checkpoints: expected an array or struct with a sharding in {path}, "
-                f"got {leaf!r}. Place it: jax.device_put(leaf, sharding)."
-            )
-    return leaves
+def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Return shape, dtype and sharding of a leaf; of a random key, of its numbers."""
+    data = jax.eval_shape(key_data, leaf)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)

@@ -1,45 +1,62 @@
-"""What a tree of arrays is known by: its leaves' names, kinds and checksums."""
+"""Names and checksums: of the leaves of a tree, and of the files of a checkpoint."""
 
 import hashlib
 import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-class Damaged(ValueError):
-    """Something that cannot be read, or reads otherwise than it was written."""
+SUMS = "SHA256SUMS"  # the format of sha256sum: `sha256sum -c SHA256SUMS` reads it too
 
 
-def checksums(state: Any) -> dict[str, int]:
-    """One number a leaf that any single change of the leaf changes.
-
-    checksum = sum_i w_i * (2i + 1) mod 2^32, over the leaf's 32-bit words w_i
-
-    It is computed where the leaf lives, sharded or not, and is the same for every
-    sharding. The factors are odd, hence invertible mod 2^32: one changed word is
-    always found.
+def write_checksums(folder: Path) -> None:
+    """Write the SHA-256 of every file below a folder to SHA256SUMS in it, atomically.
 
     Args:
-        state: tree of arrays, typed random keys among them.
-
-    Returns:
-        {path: checksum}, with paths such as "params/stem/kernel".
+        folder: whose files nobody changes any more.
     """
-    leaves = {path: key_data(leaf) for path, leaf in by_path(state).items()}
-    sums = {}
-    for path, leaf in leaves.items():
-        sums[path] = _checksum(leaf)
-        if not leaf.is_fully_replicated:
-            # Programs whose devices wait for one another can lock up, several at once.
-            sums[path].block_until_ready()
-    return {path: int(value) for path, value in jax.device_get(sums).items()}
+    lines = "".join(f"{line}\n" for line in sorted(_lines(folder)))
+    temporary = folder / f"{SUMS}.tmp"
+    temporary.write_text(lines, "utf-8")
+    os.replace(temporary, folder / SUMS)
+
+
+def find_corruption(folder: Path) -> str:
+    """Return which file is not as `write_checksums` saw it, or "" if all are.
+
+    Args:
+        folder: on which `write_checksums` was called.
+    """
+    if not (folder / SUMS).exists():
+        return f"{SUMS} is missing"
+    saved = set((folder / SUMS).read_text("utf-8", "replace").splitlines())
+    # A changed file has a line on either side, a lost or an added one on one side.
+    wrong = sorted(saved ^ _lines(folder), key=lambda line: line[66:])
+    return f"{wrong[0][66:]} is not as it was saved" if wrong else ""
+
+
+def _lines(folder: Path) -> set[str]:
+    """Return 64 hex digits, two spaces and the relative path, per file."""
+    lines = set()
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name not in (SUMS, f"{SUMS}.tmp"):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            lines.add(f"{digest}  {path.relative_to(folder).as_posix()}")
+    return lines
 
 
 def parameters_sha256(params: Any) -> str:
-    """SHA-256, in hex, over path, dtype, shape and bytes of the leaves by path."""
+    """Return the SHA-256, in hex, over path, dtype, shape and bytes of each leaf.
+
+    Args:
+        params: tree of arrays; the order of its leaves does not matter.
+    """
     digest = hashlib.sha256()
     for path, leaf in sorted(by_path(params).items()):
         values = np.asarray(key_data(leaf))
@@ -49,78 +66,55 @@ def parameters_sha256(params: Any) -> str:
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves in the tree's order, named such as "params/stem/kernel"."""
+    """Return the leaves in the tree's order, named such as "params/stem/kernel"."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     name = jax.tree_util.keystr
     return {name(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def is_key(leaf: Any) -> bool:
-    """Whether leaf holds typed random keys."""
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def signatures(tree: Any) -> dict[str, str]:
+    """Return the dtype and shape of each leaf by path, such as "float32[3, 3]"."""
+    leaves = by_path(tree).items()
+    return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def first_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """Return the first entry that differs, in words, or "" if none does.
+
+    Args:
+        saved, current: JSON values by name.
+    """
+    saved, current = (json.loads(json.dumps(dict(e))) for e in (saved, current))
+    names = [k for k in saved | current if _shown(saved, k) != _shown(current, k)]
+    if not names:
+        return ""
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    old, new = (_shown(entries, names[0]) for entries in (saved, current))
+    return f"{names[0]} was {old} and is {new}{more}"
+
+
+def _shown(entries: Mapping[str, Any], name: str) -> str:
+    return repr(entries[name]) if name in entries else "absent"
 
 
 def key_data(leaf: Any) -> Any:
-    """A typed random key as numbers, anything else as it is."""
-    return jax.random.key_data(leaf) if is_key(leaf) else leaf
+    """Return a typed random key as numbers; anything else is not modified."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
 def key_like(leaf: Any, data: jax.Array) -> jax.Array:
-    """The data as a typed random key if leaf is one."""
-    if not is_key(leaf):
+    """Return the data as a typed random key if `leaf` is one.
+
+    Args:
+        leaf: array or `jax.ShapeDtypeStruct`.
+        data: of `key_data`, or the leaf itself.
+    """
+    if not _is_key(leaf):
         return data
     kinds: list[Any] = []  # key_impl takes no ShapeDtypeStruct, but a traced key
     jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), leaf)
     return jax.random.wrap_key_data(data, impl=kinds[0])
 
 
-def signature(leaf: Any) -> str:
-    """dtype and shape in a word, such as "float32[3, 3]"."""
-    return f"{leaf.dtype}{list(leaf.shape)}"
-
-
-def difference(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """The first name at which two dicts differ, and how many more there are."""
-    pairs = {n: (there.get(n, "absent"), here.get(n, "absent")) for n in there | here}
-    names = [name for name, (one, other) in pairs.items() if one != other]
-    one, other = pairs[names[0]]
-    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-    return f"{names[0]} is {one} there and {other} here{more}"
-
-
-def seal(content: Any) -> dict[str, Any]:
-    """The content, as JSON has it, beside its SHA-256."""
-    return {"content": content, "sha256": _sha256(content)}
-
-
-def unseal(sealed: Any) -> dict[str, Any]:
-    """The sealed content; raises if a byte of it has changed."""
-    if not isinstance(sealed, dict) or not {"content", "sha256"} <= set(sealed):
-        raise Damaged("a checksum is missing")
-    if _sha256(sealed["content"]) != sealed["sha256"]:
-        raise Damaged("the notes have a wrong checksum")
-    return sealed["content"]
-
-
-def _sha256(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@jax.jit
-def _checksum(leaf: jax.Array) -> jax.Array:
-    words = _words(leaf)
-    index = jnp.uint32(0)
-    stride = 1
-    for axis in reversed(range(words.ndim)):  # no reshape: it would move shards
-        place = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        index += place * np.uint32(stride % 2**32)
-        stride *= words.shape[axis]
-    return jnp.sum(words * (2 * index + 1), dtype=jnp.uint32)
-
-
-def _words(leaf: jax.Array) -> jax.Array:
-    """The bits of leaf as uint32, a word for each element (two for 64 bits)."""
-    if leaf.dtype == jnp.bool_:
-        return leaf.astype(jnp.uint32)
-    bits = 8 * min(leaf.dtype.itemsize, 4)
-    return jax.lax.bitcast_convert_type(leaf, f"uint{bits}").astype(jnp.uint32)
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -1,90 +1,106 @@
-"""How a network is trained: the settings, and the optimiser that they make."""
+"""The recipe of a training: its settings, and the optimizer that they make."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
 import optax
 
-from spikejax.train.settings import check_settings
+# What a setting may be: a description, and the test of it.
+Ranges = Mapping[str, tuple[str, Callable[[Any], bool]]]
+
+
+def check_settings(settings: Any, ranges: Ranges | None = None) -> None:
+    """Check the choices and the ranges of a dataclass of settings.
+
+    Flags are checked when they are parsed; this is for settings made in Python, where a
+    misspelled choice would otherwise train something else.
+
+    Args:
+        settings: instance of a dataclass. Its fields annotated as a `Literal` are
+            checked to be one of the choices.
+        ranges: {field: (expected, test of the value)}; None is not tested.
+
+    Raises:
+        ValueError: a field has another value.
+    """
+    ranges = dict(ranges or {})
+    for name, hint in get_type_hints(type(settings)).items():
+        if get_origin(hint) is Literal:
+            choices = get_args(hint)
+            ranges[name] = (
+                f"one of {', '.join(map(str, choices))}",
+                choices.__contains__,
+            )
+    for name, (expected, is_good) in ranges.items():
+        value = getattr(settings, name)
+        if value is not None and not is_good(value):
+            raise ValueError(f"{name}: expected {expected}, got {value!r}.")
+
+
+_RANGES: Ranges = {
+    "epochs": ("more than 0", lambda x: x > 0),
+    "steps": ("at least 1", lambda x: x >= 1),
+    "batch_size": ("at least 1", lambda x: x >= 1),
+    "learning_rate": ("more than 0", lambda x: x > 0),
+    "learning_rate_batch": ("at least 1 image", lambda x: x >= 1),
+    "warmup": ("a part of the training, 0 <= warmup < 1", lambda x: 0 <= x < 1),
+    "weight_decay": ("0 or more", lambda x: x >= 0),
+    "clip": ("0 (off) or more", lambda x: x >= 0),
+    "ema": ("0 (off) <= ema < 1", lambda x: 0 <= x < 1),
+    "evaluate_every": ("more than 0 epochs", lambda x: x > 0),
+    "save_every": ("at least 1 step", lambda x: x >= 1),
+}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train."""
+    """Settings of a training."""
 
     epochs: float = 10.0
     """Passes over the training images."""
     steps: int | None = None
     """Training steps, instead of epochs."""
     batch_size: int = 128
-    """Images a step, over all devices."""
+    """Images per step, over all devices."""
     seed: int = 0
-    """Of the initial weights, the order of the images and their augmentation."""
+    """Seed of the initial weights, the order of the images and their augmentation."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd has Nesterov momentum 0.9 and L2 decay, adamw decoupled decay."""
     learning_rate: float = 0.1
-    """At its peak; it falls along a cosine to zero."""
+    """Peak learning rate, decayed to zero on a cosine."""
     learning_rate_batch: int | None = None
-    """Images a step for which it holds; it grows in proportion to --batch-size."""
+    """Reference batch size; the learning rate scales linearly with batch_size."""
     warmup: float = 0.05
     """Part of the training, in 0..1, in which the learning rate rises."""
     weight_decay: float = 5e-4
-    """On kernels alone: not on norms, biases, leaks and thresholds."""
+    """Decay of kernels; norms, biases, leaks and thresholds have none."""
     clip: float = 0.0
     """Largest norm of the gradient; 0 clips nothing."""
     ema: float = 0.0
-    """Evaluate a moving average of the parameters with this decay; 0 keeps none."""
+    """Decay of a moving average of the parameters, used in evaluation; 0 keeps none."""
     norm_groups: int = 1
-    """Parts of the batch that are normalised apart; 1 takes the whole."""
+    """Parts of the batch that are normalised separately; 1 takes the whole."""
     evaluate_every: float = 1.0
     """Epochs between evaluations; each saves a checkpoint too."""
     save_every: int = 1000
     """Steps between checkpoints."""
 
     def __post_init__(self):
-        check_settings(self)
-        bounds = {
-            "epochs": self.epochs > 0,
-            "steps": self.steps is None or self.steps >= 1,
-            "batch_size": self.batch_size >= 1,
-            "learning_rate": self.learning_rate > 0,
-            "learning_rate_batch": self.learning_rate_batch is None
-            or self.learning_rate_batch >= 1,
-            "warmup": 0 <= self.warmup < 1,
-            "weight_decay": self.weight_decay >= 0,
-            "clip": self.clip >= 0,
-            "ema": 0 <= self.ema < 1,
-            "norm_groups": self.norm_groups >= 1
-            and self.batch_size % self.norm_groups == 0,
-            "evaluate_every": self.evaluate_every > 0,
-            "save_every": self.save_every >= 1,
-        }
-        for name, good in bounds.items():
-            if not good:
-                raise ValueError(
-                    f"{name}: expected {_RANGES[name]}, got {getattr(self, name)}."
-                )
-
-
-_RANGES = {
-    "epochs": "more than 0",
-    "steps": "at least 1",
-    "batch_size": "at least 1",
-    "learning_rate": "more than 0",
-    "learning_rate_batch": "at least 1 image",
-    "warmup": "a part of the training, 0 <= warmup < 1",
-    "weight_decay": "0 or more",
-    "clip": "0 (off) or more",
-    "ema": "0 (off) <= ema < 1",
-    "norm_groups": "a divisor of the batch size",
-    "evaluate_every": "more than 0 epochs",
-    "save_every": "at least 1 step",
-}
+        size = self.batch_size
+        groups = "a divisor of the batch size", lambda n: n >= 1 and size % n == 0
+        check_settings(self, {**_RANGES, "norm_groups": groups})
 
 
 def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping, weight decay on kernels, SGD or AdamW with warm-up and cosine.
+    """Return SGD or AdamW with clipping, decay of kernels, warm-up and cosine decay.
+
+    rate(k) = peak * 0.5 * (1 + cos(pi * (k - warmup) / (steps - warmup))) after warm-up
+
+    Args:
+        config: the recipe.
+        steps: of the whole training.
 
     Reference: the rate in proportion to the batch, Goyal et al. 2017, arXiv:1706.02677.
     """
@@ -93,15 +109,20 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
     if config.learning_rate_batch:
         peak *= config.batch_size / config.learning_rate_batch
     schedule = optax.warmup_cosine_decay_schedule(
-        peak / max(1, warmup), peak, warmup, steps
+        peak / max(1, warmup),
+        peak,
+        warmup,
+        steps,  # never zero, as a step of 0 is lost
     )
 
-    def kernels(params):
+    def is_kernel(params: Any) -> Any:
+        # Leaks and thresholds are scalars: decay would pull them to no useful value.
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     if config.optimizer == "adamw":
-        adamw = optax.adamw(schedule, weight_decay=config.weight_decay, mask=kernels)
+        adamw = optax.adamw(schedule, weight_decay=config.weight_decay, mask=is_kernel)
         return optax.chain(clip, adamw)
-    decay = optax.add_decayed_weights(config.weight_decay, mask=kernels)
+    # Added to the gradient before the momentum: L2, as in PyTorch's SGD.
+    decay = optax.add_decayed_weights(config.weight_decay, mask=is_kernel)
     return optax.chain(clip, decay, optax.sgd(schedule, momentum=0.9, nesterov=True))

@@ -14,19 +14,32 @@ from flax import nnx
 
 from spikejax.train.recipe import TrainConfig
 
+State = dict[str, Any]  # of arrays and of dicts of them
+Batch = dict[str, jax.Array]  # image [B, ...], label [B]
 Encode = Callable[[jax.Array, jax.Array], jax.Array]  # (images, rng) -> xs [B, T, ...]
 Loss = Callable[[jax.Array, jax.Array], jax.Array]  # (logits, labels) -> [B]
+Predict = Callable[[State, jax.Array], jax.Array]  # (state, images) -> logits
+TrainStep = Callable[[State, Batch], tuple[State, dict[str, Any]]]
+EvalStep = Callable[[State, Batch], dict[str, jax.Array]]
 
 
-def _as_they_lie(params: Any) -> Any:
+def _identity(params: Any) -> Any:
     return params
 
 
 def initial_state(
     model: nnx.Module, optimizer: optax.GradientTransformation, config: TrainConfig
-) -> dict[str, Any]:
-    """The state before the first step, as a plain dict of arrays."""
+) -> State:
+    """Return the state before the first step, as a plain dict of arrays.
+
+    Args:
+        model: whose arrays the state shares.
+        optimizer: see ``spikejax.train.recipe.make_optimizer``.
+        config: its seed makes the random key; its ema adds the averaged parameters.
+    """
     _, params, rest = nnx.split(model, nnx.Param, ...)
+    # Plain dicts, and jax.jit instead of nnx.jit: a call takes 0.5 ms instead of 7.8 ms
+    # for a model of 95 leaves, and 4 ms instead of 86 ms for one of 711.
     params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
     state = {
         "step": jnp.zeros((), jnp.int32),
@@ -46,11 +59,12 @@ def make_train_step(
     ema: float = 0.0,
     *,
     norm_groups: int = 1,
-    gather: Callable[[Any], Any] = _as_they_lie,
-) -> Callable:
-    """The pure step (state, batch) -> (state, metrics), to be jitted.
+    gather: Callable[[Any], Any] = _identity,
+) -> TrainStep:
+    """Return the pure step (state, batch) -> (state, metrics), to be jitted.
 
-    Metrics are the mean loss and accuracy, and the norm of the gradient of each leaf.
+    Metrics are the mean loss and accuracy, the norm of the gradient of each leaf, and
+    "stop" if the batch has it: whether it is set for any example.
 
     Args:
         graphdef: of the model, in training mode.
@@ -58,18 +72,20 @@ def make_train_step(
         optimizer: see ``spikejax.train.recipe.make_optimizer``.
         ema: decay of the moving average of the parameters, 0 keeps none.
         norm_groups: parts of the batch with batch statistics of their own, of which the
-            state keeps the mean. As many as devices, and the forward pass needs no
-            word between them; 1 is what one device would do, whatever their number.
-        gather: parameters as they lie to parameters as the model takes them.
+            state keeps the mean. With one group per device the forward pass needs no
+            communication. With one group, statistics are over the global batch, for any
+            number of devices.
+        gather: maps sharded to replicated parameters.
     """
 
-    def train_step(state, batch):
+    def train_step(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
+        # Folded with the step, so that a resumed run draws what it would have drawn.
         xs = encode(batch["image"], jax.random.fold_in(state["key"], state["step"]))
 
-        def objective(params):
+        def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             params = gather(params)
 
-            def forward(xs):
+            def forward(xs: jax.Array) -> tuple[jax.Array, Any]:
                 model = nnx.merge(graphdef, params, state["rest"])
                 logits = model(xs)
                 return logits, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
@@ -90,47 +106,59 @@ def make_train_step(
             "accuracy": _correct(logits, batch["label"]).mean(),
             "gradient_norms": jax.tree.map(jnp.linalg.norm, gradients),
         }
+        if "stop" in batch:
+            metrics["stop"] = batch["stop"].any()
         return new | {"step": state["step"] + 1}, metrics
 
     return train_step
 
 
-def _in_groups(forward, xs, groups):
-    """(logits, rest) of the groups, one after the other in the batch."""
+def _in_groups(
+    forward: Callable[[jax.Array], tuple[jax.Array, Any]], xs: jax.Array, groups: int
+) -> tuple[jax.Array, Any]:
+    """Return (logits, rest) of consecutive groups of the batch, each by itself."""
     if groups == 1:
         return forward(xs)
     logits, rest = jax.vmap(forward)(xs.reshape(groups, -1, *xs.shape[1:]))
     return logits.reshape(-1, *logits.shape[2:]), jax.tree.map(_mean, rest)
 
 
-def _mean(leaf):
+def _mean(leaf: jax.Array) -> jax.Array:
     floats = jnp.issubdtype(leaf.dtype, jnp.floating)
     return leaf.mean(0) if floats else leaf[0]  # counts and keys are the same in all
 
 
 def make_predict(
-    graphdef: nnx.GraphDef,
-    encode: Encode,
-    gather: Callable[[Any], Any] = _as_they_lie,
-) -> Callable:
-    """(state, images) -> logits [B, T, K], by the averaged parameters where kept."""
+    graphdef: nnx.GraphDef, encode: Encode, gather: Callable[[Any], Any] = _identity
+) -> Predict:
+    """Return (state, images) -> logits [B, T, K], with the averaged parameters if kept.
 
-    def predict(state, images):
+    Args:
+        graphdef: of the model, in evaluation mode.
+        encode: see ``spikejax.train.fit``.
+        gather: maps sharded to replicated parameters.
+    """
+
+    def predict(state: State, images: jax.Array) -> jax.Array:
         params = gather(state.get("ema", state["params"]))
         model = nnx.merge(graphdef, params, state["rest"])
-        return model(encode(images, state["key"]))
+        return model(encode(images, state["key"]))  # the same noise in each evaluation
 
     return predict
 
 
-def make_eval_step(predict: Callable, loss: Loss) -> Callable:
-    """The pure step (state, batch) -> sums of loss and accuracy, to be jitted.
+def make_eval_step(predict: Predict, loss: Loss) -> EvalStep:
+    """Return the pure step (state, batch) -> sums of loss and accuracy, to be jitted.
 
-    Examples with weight 0, which fill up the last batch, do not count; "examples" is
-    the number of the others.
+    Examples with weight 0, which pad the last batch, do not count; "examples" is the
+    number of the others.
+
+    Args:
+        predict: see `make_predict`.
+        loss: see ``spikejax.train.fit``.
     """
 
-    def eval_step(state, batch):
+    def eval_step(state: State, batch: Batch) -> dict[str, jax.Array]:
         logits, weight = predict(state, batch["image"]), batch["weight"]
         return {
             "loss": (loss(logits, batch["label"]) * weight).sum(),
@@ -141,5 +169,5 @@ def make_eval_step(predict: Callable, loss: Loss) -> Callable:
     return eval_step
 
 
-def _correct(logits, labels):
+def _correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return (logits.mean(1).argmax(-1) == labels).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The folder of a run: what it holds, and whether it is this run's."""
+"""The folder of a run: its files, and the check that it belongs to the same run."""
 
 import json
 import os
@@ -6,55 +6,72 @@ from pathlib import Path
 from typing import Any
 
 from spikejax.train import processes
+from spikejax.train.checksum import first_difference
 
 
 def write(path: Path, content: Any) -> None:
-    """The file is whole or as it was, even when the process is killed.
+    """Write JSON atomically: a kill leaves the old file or the new one.
 
-    Of several processes the first one writes.
+    Args:
+        path: of the file; of several processes only the primary one writes.
+        content: anything that JSON can hold.
     """
-    if processes.is_first():
+    if processes.is_primary():
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.tmp")
-        beside.write_text(json.dumps(content, indent=2))
-        os.replace(beside, path)
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_text(json.dumps(content, indent=2))
+        os.replace(temporary, path)
 
 
-def check(workdir: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """ValueError where the folder holds another run.
+def check(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Check that a folder is new, or holds the run with these settings.
 
-    What the folder does not name is newer than its run, which had the default.
+    Args:
+        folder: of the run.
+        settings: what tells this run from another, as JSON has it.
+        defaults: of all settings of the script. Settings missing from config.json were
+            added later; the run is taken to have used their defaults.
+
+    Raises:
+        ValueError: the folder holds another run, or a corrupted config.json.
     """
-    path = workdir / "config.json"
+    path = folder / "config.json"
     if not path.exists():
         return
     try:
-        there = defaults | json.loads(path.read_text())
+        saved = {
+            name: value
+            for name, value in (defaults | json.loads(path.read_text())).items()
+            if name in settings  # others were removed from the script since
+        }
+        different = first_difference(saved, settings)
     except (ValueError, TypeError):
+        different = "config.json is corrupted"
+    if different:
         raise ValueError(
-            f"workdir: expected the settings of a run in {path}, got a damaged file. "
-            "Take another --workdir."
-        ) from None
-    differ = [k for k in settings if settings[k] != there.get(k)]
-    if differ:
-        name = differ[0]
-        raise ValueError(
-            f"workdir: expected a new folder or one of this run, got {workdir}, which "
-            f"holds another: {name} is {there.get(name)!r} there and "
-            f"{settings[name]!r} here. Take another --workdir, or delete it."
+            f"workdir: expected a new folder or one of this run, got {folder}, which "
+            f"holds another: {different}. Take another --workdir, or delete it."
         )
 
 
-def claim(workdir: Path, settings: dict[str, Any]) -> Path:
-    """Writes config.json; the folder, or ValueError unless all processes see it."""
-    path = workdir / "config.json"
+def claim(folder: Path, settings: dict[str, Any]) -> Path:
+    """Write config.json, and return the folder.
+
+    Args:
+        folder: of the run.
+        settings: those that `check` compares.
+
+    Raises:
+        ValueError: not all processes see the folder.
+    """
+    path = folder / "config.json"
     write(path, settings)
-    processes.of_all(0)  # all wait for the first
-    seen = processes.of_all(path.exists())
+    processes.all_gather(0)  # all wait for the primary
+    seen = processes.all_gather(path.exists())
     if not all(seen):
         raise ValueError(
-            f"workdir: expected a folder that all processes share, got {workdir}, "
-            f"where process {seen.index(0)} does not see what process 0 wrote. Give "
-            "one on a disk that all of them see."
+            f"workdir: expected a folder that all processes share, got {folder}, "
+            f"where process {seen.index(False)} does not see what process 0 wrote. "
+            "Take one on a disk that all of them see."
         )
-    return workdir
+    return folder

@@ -15,11 +15,9 @@ from flax import nnx
 from spikejax import losses, neurons
 from spikejax.data import images
 from spikejax.layers import MultiThreshold
-from spikejax.train import TrainConfig
-from spikejax.train import loop as train
+from spikejax.train import TrainConfig, loop
 from spikejax.train.checksum import parameters_sha256
 from spikejax.train.progress import NonFinite, Progress
-from spikejax.train.store import read_notes
 
 STEPS, EPOCH = 12, 5  # evaluations and checkpoints at 5, 10 and 12; saves at 3, ...
 SHORT = {"steps": STEPS, "batch_size": 24, "save_every": 3}
@@ -88,7 +86,7 @@ def fit(workdir, config=SGD, data=None, loss=CE, model=None, **options):
     model, data = model or Net(config.seed), data or Data(config)
     eval_data = images.eval_batches(DIGITS.test, config.batch_size)
     options |= {"encode": noisy, "steps_per_epoch": EPOCH, "workdir": workdir}
-    return train.fit(config, model, loss, data, eval_data, **options)
+    return loop.fit(config, model, loss, data, eval_data, **options)
 
 
 def lines(workdir):
@@ -188,8 +186,9 @@ def test_every_step_has_its_line(whole, recipe):
 
 def test_a_checkpoint_knows_its_accuracy(whole):
     folder, fitted = whole["sgd"]
-    accuracy = read_notes(folder / "checkpoints/12")["metric"]
-    assert accuracy == fitted.metrics["accuracy"]
+    notes = json.loads((folder / "checkpoints/12/notes/notes.json").read_text())
+    assert notes["metric"] == fitted.metrics["accuracy"]
+    assert 0 < notes["clock"]["seconds"] <= fitted.metrics["seconds"]
 
 
 # Stopped, and going on
@@ -234,14 +233,14 @@ def test_sigterm_saves_the_step_and_leaves(whole, tmp_path, at):
 
 
 def test_sigterm_again_while_saving_loses_nothing(tmp_path, monkeypatch):
-    class Checkpoints(train.Checkpoints):
+    class Checkpoints(loop.Checkpoints):
         def close(self):
             os.kill(os.getpid(), signal.SIGTERM)
             super().close()
 
     heard = []
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append("outside"))
-    monkeypatch.setattr(train, "Checkpoints", Checkpoints)
+    monkeypatch.setattr(loop, "Checkpoints", Checkpoints)
     try:
         stopped = fit(tmp_path, data=Data(SGD, 4, terminate))
     finally:
@@ -272,19 +271,38 @@ def test_sigterm_before_a_finished_run_costs_no_metrics(whole, tmp_path, monkeyp
         return Progress(*args, **options)
 
     shutil.copytree(whole["sgd"][0], tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(train, "Progress", progress)
+    monkeypatch.setattr(loop, "Progress", progress)
     again = fit(tmp_path)
     assert again.finished and "accuracy" in again.metrics
 
 
 def test_a_checkpoint_of_another_network_is_told_from_damage(whole, tmp_path):
     shutil.copytree(whole["sgd"][0], tmp_path, dirs_exist_ok=True)
-    message = (
-        r"12 was saved by another configuration: .*\[16\] there and float32\[24\] here"
-        r".*; of the settings, width is absent there and 24 here"
-    )
+    message = r"checkpoint 12 in .* got another one: .*\[16\]' and is 'float32\[24\]'"
     with pytest.raises(ValueError, match=message):
-        fit(tmp_path, model=Net(width=24), settings={"width": 24})
+        fit(tmp_path, model=Net(width=24))
+
+
+def test_elapsed_time_goes_on_without_the_log(whole, tmp_path):
+    folder, undisturbed = whole["sgd"]
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "metrics.jsonl").unlink()
+    again = fit(tmp_path, data=Data(SGD, STEPS + 1, die))
+    assert again.metrics["seconds"] > undisturbed.metrics["seconds"]
+    rate = undisturbed.metrics["images_per_second"]
+    assert again.metrics["images_per_second"] == rate
+
+
+def test_the_model_is_not_modified(tmp_path):
+    model = Net()
+    model.eval()
+    before = nnx.to_pure_dict(nnx.state(model))
+    loop.graphs(model)
+    assert model.norm.use_running_average
+    fit(tmp_path, TrainConfig(steps=1, batch_size=24), model=model)
+    after = nnx.to_pure_dict(nnx.state(model))
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, after))
+    assert model.norm.use_running_average
 
 
 # What stops a run
@@ -320,3 +338,67 @@ def test_nan_stops_the_run_and_the_next_goes_on(whole, tmp_path, kind, at, last)
     assert max(saved(tmp_path), default=0) == last
     assert steps(tmp_path) == list(range(1, at))
     assert sha(fit(tmp_path)) == sha(whole["sgd"][1])
+
+
+# What is refused
+
+
+def relabel(label):
+    def act(batch):
+        return batch | {"label": np.r_[label, batch["label"][1:]]}
+
+    return act
+
+
+def shorter(batch):
+    return {name: values[:-8] for name, values in batch.items()}
+
+
+LABELS = "labels from 0 to 9, as the model has 10 logits, got {}. Give the model"
+BATCHES = "endless batches of 24 images and labels, got {}. Repeat a dataset of Grain"
+
+
+@pytest.mark.parametrize(
+    "act, got",
+    [
+        (lambda batch: {}, "no more"),
+        (lambda batch: tuple(batch.values()), "tuple"),
+        (lambda batch: {"x": 0} | {"label": 0}, "label, x"),
+        (shorter, "one of 16"),
+    ],
+)
+def test_a_batch_that_cannot_be_trained_on_is_an_error(tmp_path, act, got):
+    with pytest.raises(ValueError, match=f"fit: expected {BATCHES.format(got)}"):
+        fit(tmp_path, data=Data(SGD, 4, act))
+    assert saved(tmp_path) == [3]
+
+
+@pytest.mark.parametrize("label, got", [(-1, "-1 to 9"), (10, "0 to 10")])
+def test_labels_without_a_logit_are_an_error(tmp_path, label, got):
+    with pytest.raises(ValueError, match=f"fit: expected {LABELS.format(got)}"):
+        fit(tmp_path, data=Data(SGD, 1, relabel(label)))
+
+
+def test_a_batch_that_the_devices_cannot_share_is_an_error(tmp_path):
+    if jax.device_count() != 8:
+        pytest.skip("other devices may share it")
+    with pytest.raises(ValueError, match="a multiple of the 8 device.*, got 9. Take 8"):
+        fit(tmp_path / "new", TrainConfig(steps=2, batch_size=9))
+    assert not (tmp_path / "new").exists()
+
+
+ORBAX = r"without \*, \? and \[, .*, got .*another"
+GRAIN = "an iterator of Grain, as iter.dataset. gives, got list_iterator"
+
+
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        *((name, None, ORBAX) for name in ("net[4]", "what?", "*")),
+        ("", iter([]), GRAIN),
+    ],
+)
+def test_folders_and_data_are_refused_before_any_work(tmp_path, name, data, message):
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path / "new" / name, data=data)
+    assert not (tmp_path / "new").exists()
