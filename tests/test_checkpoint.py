@@ -19,7 +19,7 @@ from spikejax.train import processes, sharding
 from spikejax.train.checkpoint import Checkpoints, CheckpointWarning
 from spikejax.train.checksum import SUMS, by_path, find_corruption, key_data
 
-NOTES = "notes/notes.json"
+NOTES = "_CHECKPOINT_METADATA"
 
 
 @functools.cache
@@ -202,8 +202,8 @@ def test_damage_of_any_file_gives_the_checkpoint_before(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             restored = restore(folder, data=data)
-        assert restored.step == 2, file
-        assert_same(restored.state, make_state(2))
+        assert restored[0] == 2, file
+        assert_same(restored[1], make_state(2))
         assert data.get_state() == make_data(2).get_state()
         if (damage, file.name) == ("missing", SUMS):
             assert not caught and not list(folder.glob("corrupt-*"))
@@ -258,9 +258,12 @@ def test_each_corrupted_checkpoint_has_its_warning(folder):
 
 
 def test_damage_of_an_old_checkpoint_does_no_harm(folder):
-    for path in (folder / "1").rglob("*.json"):
+    for path in (folder / "1").rglob("*METADATA"):
         path.write_text("{")
-    assert restore(folder)[0] == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert restore(folder)[0] == 3
+    assert sorted(os.listdir(folder)) == ["2", "3"]
 
 
 def test_only_corrupted_checkpoints_are_an_error(folder):

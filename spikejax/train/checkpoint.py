@@ -1,21 +1,19 @@
-"""Checkpoints of a run: Orbax saves them in the background, a checksum guards them.
+"""Checkpoints of a run: Orbax saves them in the background, checksums guard them.
 
-Orbax restores a corrupted file silently, or prints pages of tracebacks from other
-threads. Each checkpoint is therefore verified before it is read; if a file has changed,
-the previous checkpoint is used.
+Orbax restores a flipped byte silently, and prints pages of tracebacks from other
+threads when a file is truncated. Each checkpoint is therefore verified before it is
+read; if a file has changed, the previous checkpoint is used.
 """
 
 import functools
-import json
 import math
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -32,8 +30,6 @@ from spikejax.train.checksum import (
     write_checksums,
 )
 
-policies = ocp.training.preservation_policies
-
 
 class CheckpointWarning(UserWarning):
     """A checkpoint, or a part of it, that could not be used."""
@@ -47,54 +43,6 @@ class DataIterator(Protocol):
     def set_state(self, state: Any) -> None: ...
 
 
-class Restored(NamedTuple):
-    """A checkpoint that was read: its step, the state, and the saved clock."""
-
-    step: int
-    state: dict[str, Any]
-    clock: dict[str, float]
-
-
-@dataclass
-class _Notes:
-    """JSON beside the arrays, as a checkpointable that saves itself for Orbax."""
-
-    content: dict[str, Any] = field(default_factory=dict)
-
-    async def save(self, directory: ocp.path.PathAwaitingCreation) -> Any:
-        # Orbax awaits `write` in the background, with the arrays.
-        async def write() -> None:
-            path = await directory.await_creation() / "notes.json"
-            if processes.is_primary():
-                path.write_text(json.dumps(self.content, indent=1))
-
-        return write()
-
-    async def load(self, directory: ocp.path.Path) -> Any:
-        async def read() -> None:
-            self.content = json.loads((directory / "notes.json").read_text())
-
-        return read()
-
-
-@dataclass
-class _Best:
-    """A preservation policy: keeps the step with the largest metric, the last of ties.
-
-    Orbax's own BestN reads the metrics of all steps when its Checkpointer is made, and
-    raises if one of the files is corrupted, before a checkpoint can be verified.
-    """
-
-    metrics: dict[int, float]
-
-    def should_preserve(
-        self, checkpoints: Sequence[Any], *, context: policies.PreservationContext
-    ) -> list[bool]:
-        known = [c.step for c in checkpoints if c.step in self.metrics]
-        best = max(known, key=lambda step: (self.metrics[step], step), default=None)
-        return [c.step == best for c in checkpoints]
-
-
 class Checkpoints:
     """The checkpoints in a folder: the best one by metric and the newest few.
 
@@ -103,7 +51,7 @@ class Checkpoints:
 
     Args:
         directory: folder of the checkpoints, created if missing.
-        keep: how many of the newest to keep, >= 2: the newest may be unfinished.
+        keep: how many of the newest to keep, >= 2: a kill can leave one unfinished.
     """
 
     def __init__(self, directory: str | Path, *, keep: int = 2):
@@ -112,17 +60,21 @@ class Checkpoints:
         self._keep = keep
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
-        self._metrics: dict[int, float] = {}
 
+    # Made late, as it reads the metrics of all checkpoints: `restore` verifies them
+    # first, and moves those away on which it would raise.
     @functools.cached_property
     def _manager(self) -> ocp.training.Checkpointer:
-        # Made after corrupted folders are renamed: it lists the folder only once.
-        found = {step: self._read_metric(step) for step in self.steps}
-        self._metrics |= {step: m for step, m in found.items() if m is not None}
-        keep = policies.LatestN(self._keep), _Best(self._metrics)
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["metric"],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        keep = policies.AnyPreservationPolicy([policies.LatestN(self._keep), best])
         return ocp.training.Checkpointer(
             self.directory,
-            preservation_policy=policies.AnyPreservationPolicy(keep),
+            preservation_policy=keep,
             cleanup_tmp_directories=True,  # of saves that a kill interrupted
         )
 
@@ -139,7 +91,7 @@ class Checkpoints:
         data: DataIterator,
         *,
         metric: float | None = None,
-        clock: dict[str, float] | None = None,
+        clock: Mapping[str, float] | None = None,
     ) -> None:
         """Save in the background; the state may be donated on return.
 
@@ -150,31 +102,34 @@ class Checkpoints:
             metric: higher is better; None or NaN is never the best.
             clock: numbers that `restore` returns.
         """
-        if metric is not None and not math.isnan(metric):
-            self._metrics[step] = float(metric)
         notes = {
             "leaves": signatures(state),
             "data": processes.all_gather(data.get_state()),
-            "metric": self._metrics.get(step),
-            "clock": clock or {},
+            "clock": dict(clock or {}),
         }
-        leaves = {path: key_data(leaf) for path, leaf in by_path(state).items()}
         self._finish()
-        # The default policy would skip a save while another one is in progress.
-        response = self._manager.save_checkpointables_async(
-            step, {"state": leaves, "notes": _Notes(notes)}, force=True
+        saving = self._manager.save_checkpointables_async(
+            step,
+            {"state": {path: key_data(leaf) for path, leaf in by_path(state).items()}},
+            # By default Orbax skips a save while another one is in progress.
+            force=True,
+            metrics=None
+            if metric is None or math.isnan(metric)
+            else {"metric": metric},
+            custom_metadata=notes,
         )
-        self._saving = self._thread.submit(self._seal, response, step)
+        self._saving = self._thread.submit(self._seal, saving, step)
 
-    def _seal(self, response: Any, step: int) -> None:
+    def _seal(self, saving: ocp.AsyncResponse[bool] | None, step: int) -> None:
         """Write the checksums once all processes have written their files."""
-        response.result()
+        if saving is not None:
+            saving.result()
         if processes.is_primary():
             write_checksums(self.directory / str(step))
 
     def restore(
         self, abstract_state: dict[str, Any], data: DataIterator
-    ) -> Restored | None:
+    ) -> tuple[int, dict[str, Any], dict[str, float]] | None:
         """Read the newest intact checkpoint, and move the data iterator there.
 
         Args:
@@ -183,28 +138,26 @@ class Checkpoints:
             data: set to the position saved with the state.
 
         Returns:
-            what was saved, or None if there is no checkpoint yet.
+            (step, state, clock) as saved, or None if there is no checkpoint yet.
 
         Raises:
             ValueError: the checkpoint has other leaves, or all are corrupted.
         """
-        self._remove_unfinished()
-        corrupt: dict[int, str] = {}
-        for step in reversed(self.steps):
-            if not (reason := self._find_corruption(step)):
-                break
-            corrupt[step] = reason
-        else:
-            if corrupt:
-                found = "; ".join(f"{step}: {why}" for step, why in corrupt.items())
-                raise ValueError(
-                    f"Checkpoints.restore: expected an intact checkpoint in "
-                    f"{self.directory}, got only corrupted ones ({found}). Put a copy "
-                    "of one back, or delete the folder to start from the first step."
-                )
-            return None
-        self._rename(corrupt, step)
-        return self._load(step, abstract_state, data)
+        # One process reads: the disk is shared, and the others would read it all again.
+        corrupt = self._find_corrupt() if processes.is_primary() else []
+        corrupt = processes.all_gather(corrupt)[0]
+        intact = sorted(set(self.steps) - {step for step, _ in corrupt})
+        if corrupt and not intact:
+            found = "; ".join(f"{step}: {reason}" for step, reason in corrupt)
+            raise ValueError(
+                f"Checkpoints.restore: expected an intact checkpoint in "
+                f"{self.directory}, got only corrupted ones ({found}). Put a copy of "
+                "one back, or delete the folder to start from the first step."
+            )
+        if processes.is_primary():
+            self._move_away(corrupt, max(intact, default=0))
+        processes.all_gather(0)  # nobody goes on before the folder is in order
+        return self._load(intact[-1], abstract_state, data) if intact else None
 
     def close(self) -> None:
         """Wait for the last save, and raise what it raised."""
@@ -220,37 +173,38 @@ class Checkpoints:
             saving, self._saving = self._saving, None
             saving.result()
 
-    def _read_metric(self, step: int) -> float | None:
-        """Return the metric of a checkpoint, None if it has none or is corrupted."""
-        path = self.directory / str(step) / "notes" / "notes.json"
-        try:
-            return float(json.loads(path.read_text())["metric"])
-        except (OSError, ValueError, TypeError, KeyError):
-            return None
+    def _find_corrupt(self) -> list[tuple[int, str]]:
+        """Return (step, what is wrong) of corrupted checkpoints, newest first."""
+        steps = self.steps
+        newest = self.directory / str(max(steps, default=""))
+        if steps and not (newest / SUMS).exists():
+            shutil.rmtree(newest)  # a kill came between the save and its checksums
+            steps.pop()
+        reasons = {step: find_corruption(self.directory / str(step)) for step in steps}
+        return [(step, reasons[step]) for step in reversed(steps) if reasons[step]]
 
-    def _remove_unfinished(self) -> None:
-        """Remove the newest checkpoint if a kill came between save and checksums."""
-        newest = self.directory / str(max(self.steps, default=-1))
-        if processes.is_primary() and newest.exists() and not (newest / SUMS).exists():
-            shutil.rmtree(newest)
-        processes.all_gather(0)  # all wait for it
-
-    def _find_corruption(self, step: int) -> str:
-        """Return what is wrong with a checkpoint; the same on all processes."""
-        reason, folder = "", self.directory / str(step)
-        # One process reads: the disk is shared, and the others would read it all again.
-        if processes.is_primary():
-            reason = find_corruption(folder)
-        return processes.all_gather(reason)[0]
+    def _move_away(self, corrupt: list[tuple[int, str]], good: int) -> None:
+        """Rename corrupted checkpoints, so that their steps can be saved again."""
+        for step, reason in corrupt:
+            path = self.directory / str(step)
+            if step < good:
+                shutil.rmtree(path)  # a kill may have come while Orbax removed it
+                continue
+            kept = path.with_name(f"corrupt-{step}-{time.strftime('%Y%m%d-%H%M%S')}")
+            path.rename(kept)
+            warnings.warn(
+                f"checkpoint {step} in {self.directory} is corrupted ({reason}): "
+                f"resuming from checkpoint {good}; it is now {kept.name}",
+                CheckpointWarning,
+                stacklevel=4,
+            )
 
     def _load(
         self, step: int, abstract_state: dict[str, Any], data: DataIterator
-    ) -> Restored:
-        notes = _Notes()
-        self._manager.load_checkpointables(step, {"notes": notes})
-        saved = notes.content
+    ) -> tuple[int, dict[str, Any], dict[str, float]]:
+        notes: Any = self._manager.checkpointables_metadata(step).custom_metadata
         # Orbax would cast another dtype silently, and call another shape a KeyError.
-        if different := first_difference(saved["leaves"], signatures(abstract_state)):
+        if different := first_difference(notes["leaves"], signatures(abstract_state)):
             raise ValueError(
                 f"Checkpoints.restore: expected the state of checkpoint {step} in "
                 f"{self.directory}, got another one: {different}. Take the settings "
@@ -261,38 +215,21 @@ class Checkpoints:
         found = self._manager.load_checkpointables(step, {"state": structs})["state"]
         leaves = [key_like(leaf, found[path]) for path, leaf in targets.items()]
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
-        self._move(data, saved["data"], step)
-        return Restored(step, state, saved["clock"])
-
-    def _move(self, data: DataIterator, positions: list[Any], step: int) -> None:
-        """Move the iterator, or warn that its order starts again."""
         index, count = processes.shard()
+        positions = notes["data"]
         if len(positions) == count:
             data.set_state(positions[index])
         elif positions.count(positions[0]) == len(positions):
-            data.set_state(positions[0])
-        elif processes.is_primary():
+            data.set_state(positions[0])  # any number of processes can go on from it
+        else:
             warnings.warn(
                 f"checkpoint {step} in {self.directory} is of {len(positions)} "
                 f"processes with positions of their own, and now there are {count}: "
                 "the order of the data starts again",
                 CheckpointWarning,
-                stacklevel=4,
-            )
-
-    def _rename(self, corrupt: dict[int, str], good: int) -> None:
-        """Rename corrupted checkpoints, so that their steps can be saved again."""
-        for step, reason in corrupt.items() if processes.is_primary() else ():
-            path = self.directory / str(step)
-            kept = path.with_name(f"corrupt-{step}-{time.strftime('%Y%m%d-%H%M%S')}")
-            path.rename(kept)
-            warnings.warn(
-                f"checkpoint {step} in {self.directory} is corrupted ({reason}): "
-                f"resuming from checkpoint {good}; it is now {kept.name}",
-                CheckpointWarning,
                 stacklevel=3,
             )
-        processes.all_gather(0)  # all wait for the renames
+        return step, state, notes["clock"]
 
 
 def _struct(leaf: Any) -> jax.ShapeDtypeStruct:

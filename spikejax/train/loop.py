@@ -5,6 +5,7 @@ import glob
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,8 +105,8 @@ def fit(
 
     Args:
         config: the recipe.
-        model: takes xs [B, T, ...], returns logits [B, T, K]. Does not modify it, but
-            owns it: while anything else holds it, its parameters take memory twice.
+        model: takes xs [B, T, ...], returns logits [B, T, K]. ``fit`` owns it: keep no
+            other reference, or its parameters take memory twice.
         loss: (logits, labels [B]) -> [B].
         train_data: endless Grain iterator of host batches {"image": [B, ...],
             "label": [B]}, this process's part of config.batch_size; its position is
@@ -118,34 +119,20 @@ def fit(
         profile: write a trace of some steps to ``workdir``/profile.
 
     Raises:
-        ValueError: data, folder, batch size or checkpoint do not fit this run.
-        NonFinite: the loss or a gradient is not finite.
+        ValueError: data, folder, batch size or checkpoint do not fit this run, or the
+            loss or a gradient is not finite.
     """
-    mesh = mesh or sharding.data_mesh()
-    workdir = Path(workdir).absolute()
-    sharding.check_batch_size(config.batch_size, mesh)
-    _check(train_data, workdir)
+    mesh, workdir = mesh or sharding.data_mesh(), Path(workdir).absolute()
+    _check(config, train_data, workdir, mesh)
     steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
     optimizer = make_optimizer(config, steps)
     state = sharding.place_state(initial_state(model, optimizer, config), mesh)
     graphdef, eval_graphdef = graphs(model)
     del model  # it holds all parameters on one device
-    run = _Run(
-        config,
-        steps,
-        steps_per_epoch,
-        mesh,
-        jit_train_step(config, graphdef, loss, encode, optimizer, state, mesh),
-        *_jit_evaluation(eval_graphdef, loss, encode, mesh),
-        train_data,
-        eval_data,
-    )
-    with (
-        processes.Terminated() as terminated,
-        contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints,
-        contextlib.closing(Trace(workdir / "profile" if profile else None)) as trace,
-    ):
-        state, metrics = _train(run, state, workdir, checkpoints, trace, terminated)
+    train_step = jit_train_step(config, graphdef, loss, encode, optimizer, state, mesh)
+    score = _jit_score(eval_graphdef, loss, encode, eval_data, config.batch_size, mesh)
+    run = _Run(config, steps, steps_per_epoch, train_step, score, mesh, workdir)
+    state, metrics = _train(run, state, train_data, profile)
     return _fitted(eval_graphdef, state, metrics, steps)
 
 
@@ -185,25 +172,30 @@ def jit_train_step(
         norm_groups=config.norm_groups,
         gather=sharding.replicate(mesh),
     )
-    # Without out_shardings XLA is free to return replicated kernels, and the next call
-    # would compile again for them.
+    # Without out_shardings XLA is free to return replicated kernels, for which the next
+    # call would compile again.
     out = sharding.state_shardings(state, mesh), sharding.replicated(mesh)
     return jax.jit(
         step, donate_argnums=0, out_shardings=out, compiler_options=_options(mesh)
     )
 
 
-def _jit_evaluation(
-    graphdef: nnx.GraphDef, loss: Loss, encode: Encode, mesh: Mesh
-) -> tuple[Callable[[State, Any], Any], EvalStep]:
-    """Return (predict, jitted evaluation step)."""
+def _jit_score(
+    graphdef: nnx.GraphDef,
+    loss: Loss,
+    encode: Encode,
+    eval_data: Iterable[HostBatch],
+    batch_size: int,
+    mesh: Mesh,
+) -> Callable[[State], dict[str, float]]:
     predict = make_predict(graphdef, encode, sharding.replicate(mesh))
     eval_step = jax.jit(
         make_eval_step(predict, loss),
         out_shardings=sharding.replicated(mesh),
         compiler_options=_options(mesh),
     )
-    return predict, eval_step
+    size = batch_size // jax.process_count()
+    return partial(evaluate, eval_step, batches=eval_data, batch_size=size, mesh=mesh)
 
 
 def _options(mesh: Mesh) -> dict[str, Any]:
@@ -211,74 +203,62 @@ def _options(mesh: Mesh) -> dict[str, Any]:
 
 
 class _Run(NamedTuple):
-    """What the loop does not change: settings, compiled functions and data."""
+    """Settings and compiled functions of a run; its loop changes none of them."""
 
     config: TrainConfig
     steps: int
     steps_per_epoch: int
-    mesh: Mesh
     train_step: TrainStep
-    predict: Callable[[State, Any], Any]
-    eval_step: EvalStep
-    train_data: Iterator[HostBatch]
-    eval_data: Iterable[HostBatch]
-
-    @property
-    def batch_size(self) -> int:
-        """Images per step in this process."""
-        return self.config.batch_size // jax.process_count()
-
-    def evaluate(self, state: State) -> dict[str, float]:
-        return evaluate(
-            self.eval_step, state, self.eval_data, self.batch_size, self.mesh
-        )
+    score: Callable[[State], dict[str, float]]
+    mesh: Mesh
+    workdir: Path
 
 
 def _train(
-    run: _Run,
-    state: State,
-    workdir: Path,
-    checkpoints: Checkpoints,
-    trace: Trace,
-    terminated: processes.Terminated,
+    run: _Run, state: State, train_data: Any, profile: bool
 ) -> tuple[State, dict[str, Any]]:
-    """Train from the newest checkpoint to the end; return state and metrics."""
-    restored = checkpoints.restore(jax.tree.map(_abstract, state), run.train_data)
-    start, state, saved = restored or (0, state, {})
-    clock = _Clock(run.config.batch_size, **saved)
-    every = max(1, round(run.config.evaluate_every * run.steps_per_epoch))
-    scores = run.evaluate(state) if start >= run.steps else {}  # resumed at the end
-    with Progress(
-        workdir, run.steps, start=start, batch_size=run.config.batch_size
-    ) as progress:
-        pending: tuple[int, Any] | None = None
+    """Train from the newest checkpoint to the last step, or to SIGTERM."""
+    config, workdir = run.config, run.workdir
+    every = max(1, round(config.evaluate_every * run.steps_per_epoch))
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(processes.Terminated())
+        checkpoints = Checkpoints(workdir / "checkpoints")
+        stack.enter_context(contextlib.closing(checkpoints))
+        trace = Trace(workdir / "profile" if profile else None)
+        stack.enter_context(contextlib.closing(trace))
+        restored = checkpoints.restore(jax.tree.map(_abstract, state), train_data)
+        start, state, saved = restored or (0, state, {})
+        clock = _Clock(config.batch_size, **saved)
+        scores = run.score(state) if start >= run.steps else {}  # resumed at the end
+        progress = stack.enter_context(
+            Progress(workdir, run.steps, start=start, batch_size=config.batch_size)
+        )
+        pending: list[tuple[int, Any]] = []  # steps whose metrics are not yet read
         for step in range(start + 1, run.steps + 1):
-            batch = _checked(run, state, next(run.train_data, {}), step == start + 1)
-            batch |= terminated.flag(run.batch_size)
+            batch = _checked(next(train_data, {}), config.batch_size)
+            batch |= stop.flag(len(batch["label"]))
             trace.before(step - start, state)
             state, metrics = run.train_step(
                 state, sharding.shard_batch(batch, run.mesh)
             )
             # The metrics of a step are read while the next one runs: reading its own
             # would leave the device idle between two steps.
-            stops = _report(run, progress, terminated, pending)
-            pending = step, metrics
+            stops = _report(run, progress, stop, pending)
+            pending.append((step, metrics))
             clock.tick()
             evaluates = step % every == 0 or step == run.steps
-            if not (evaluates or stops or step % run.config.save_every == 0):
+            if not (evaluates or stops or step % config.save_every == 0):
                 continue
             # Nothing is saved before its loss and gradients are known to be finite.
-            stops |= _report(run, progress, terminated, pending)
-            pending = None
+            stops |= _report(run, progress, stop, pending)
             clock.pause()
             if evaluates:
-                scores = run.evaluate(state)
+                scores = run.score(state)
                 progress.evaluate(step, scores | clock.state())
-            accuracy = scores["accuracy"] if evaluates else None
-            checkpoints.save(
-                step, state, run.train_data, metric=accuracy, clock=clock.state()
-            )
-            if stops or terminated.should_stop({}):
+            metric = scores["accuracy"] if evaluates else None
+            saved = clock.state()
+            checkpoints.save(step, state, train_data, metric=metric, clock=saved)
+            if stops or stop.should_stop({}):
                 break
     return state, scores | clock.state()
 
@@ -286,21 +266,21 @@ def _train(
 def _report(
     run: _Run,
     progress: Progress,
-    terminated: processes.Terminated,
-    pending: tuple[int, Any] | None,
+    stop: processes.Terminated,
+    pending: list[tuple[int, Any]],
 ) -> bool:
-    """Log the metrics of a step, if any; return whether the run is to stop."""
-    if pending is None:
-        return terminated.should_stop({})
-    step, metrics = pending
-    metrics = jax.device_get(metrics)
-    norms = by_path(metrics.pop("gradient_norms"))
-    check_finite(step, float(metrics["loss"]), norms)
-    stops = terminated.should_stop(metrics)
-    metrics.pop("stop", None)
-    metrics["gradient_norm"] = math.hypot(*norms.values())
-    metrics["epoch"] = step / run.steps_per_epoch
-    progress.train(step, {name: float(value) for name, value in metrics.items()})
+    """Log the metrics of pending steps, and return whether the run is to stop."""
+    stops = stop.should_stop({})
+    while pending:
+        step, metrics = pending.pop()
+        metrics = jax.device_get(metrics)
+        norms = by_path(metrics.pop("gradient_norms"))
+        check_finite(step, float(metrics["loss"]), norms)
+        stops |= stop.should_stop(metrics)
+        metrics.pop("stop", None)
+        metrics["gradient_norm"] = math.hypot(*norms.values())
+        metrics["epoch"] = step / run.steps_per_epoch
+        progress.train(step, {name: float(value) for name, value in metrics.items()})
     return stops
 
 
@@ -318,7 +298,8 @@ def _fitted(
     return Fitted(nnx.merge(graphdef, params, rest), metrics, finished)
 
 
-def _check(train_data: Any, workdir: Path) -> None:
+def _check(config: TrainConfig, train_data: Any, workdir: Path, mesh: Mesh) -> None:
+    sharding.check_batch_size(config.batch_size, mesh)
     if not (hasattr(train_data, "__next__") and hasattr(train_data, "get_state")):
         raise ValueError(
             "fit: expected an iterator of Grain, as iter(dataset) gives, got "
@@ -332,32 +313,18 @@ def _check(train_data: Any, workdir: Path) -> None:
         )
 
 
-def _checked(run: _Run, state: State, batch: Any, is_first: bool) -> HostBatch:
-    """Return image and label of a batch, if the model can be trained on them."""
+def _checked(batch: Any, batch_size: int) -> HostBatch:
+    """Return image and label of a host batch, of the size that the step is made for."""
     names = sorted(batch) if isinstance(batch, dict) else [type(batch).__name__]
     size = len(batch["label"]) if {"image", "label"} <= set(names) else None
-    if size != run.batch_size:
+    if size != (expected := batch_size // jax.process_count()):
         got = f"one of {size}" if size is not None else ", ".join(names) or "no more"
         raise ValueError(
-            f"fit: expected endless batches of {run.batch_size} images and labels, got "
-            f"{got}. Repeat a dataset of Grain with .repeat(), and drop the incomplete "
-            "batch of an epoch."
+            f"fit: expected endless batches of {expected} images and labels, got {got}."
+            " Repeat a dataset of Grain with .repeat(), and drop the incomplete batch "
+            "of an epoch."
         )
-    if is_first:
-        _check_labels(run, state, batch)
     return {"image": batch["image"], "label": batch["label"]}
-
-
-def _check_labels(run: _Run, state: State, batch: HostBatch) -> None:
-    """Check the first batch alone: the data readers check the labels of a whole set."""
-    classes = jax.eval_shape(run.predict, state, batch["image"]).shape[-1]
-    labels = batch["label"]
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(
-            f"fit: expected labels from 0 to {classes - 1}, as the model has {classes} "
-            f"logits, got {labels.min()} to {labels.max()}. Give the model a logit per "
-            "class."
-        )
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
@@ -365,33 +332,28 @@ def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 class _Clock:
-    """Elapsed seconds and training rate of a run, over all the times it was resumed.
-
-    The rate leaves out the first step, which compiles, and evaluations and saves.
-    """
+    """Elapsed seconds and training rate of a run, over all the times it was resumed."""
 
     def __init__(
         self, batch_size: int, seconds: float = 0.0, images_per_second: float = 0.0
     ):
-        self._batch_size, self._rate_before = batch_size, images_per_second
         self._began = time.perf_counter() - seconds
+        self._batch_size, self._rate_before = batch_size, images_per_second
         self._last: float | None = None
         self._seconds, self._steps = 0.0, 0
 
     def tick(self) -> None:
-        """Count a step."""
         now = time.perf_counter()
-        if self._last is not None:
+        if self._last is not None:  # the first step compiles, and does not count
             self._seconds += now - self._last
             self._steps += 1
         self._last = now
 
     def pause(self) -> None:
-        """Leave out the time until the next step."""
-        self._last = None
+        self._last = None  # evaluations and saves do not count
 
     def state(self) -> dict[str, float]:
-        """Return what a checkpoint saves, and the constructor takes."""
+        """Return what a checkpoint saves and the constructor takes."""
         rate = self._batch_size * self._steps / self._seconds if self._seconds else 0.0
         return {
             "seconds": time.perf_counter() - self._began,
