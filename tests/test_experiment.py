@@ -178,7 +178,7 @@ def test_a_folder_of_a_run_with_another_seed(fake):
     folder, _ = fake
     before = (folder / "config.json").read_text()
     train = dataclasses.replace(SHORT, seed=1)
-    with pytest.raises(ValueError, match="another: seed is 0 there and 1 here"):
+    with pytest.raises(ValueError, match="another: seed was 0 and is 1"):
         experiment.run(Experiment(folder, data="fake", train=train))
     assert (folder / "config.json").read_text() == before
 

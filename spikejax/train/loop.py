@@ -252,15 +252,15 @@ def _train(
             # Nothing is saved before its loss and gradients are known to be finite.
             stops |= _report(run, progress, stop, pending)
             clock.pause()
-            if evaluates:
-                scores = run.score(state)
-                progress.evaluate(step, scores | clock.state())
-            metric = scores["accuracy"] if evaluates else None
+            scores = run.score(state) if evaluates else scores
             saved = clock.state()
+            if evaluates:
+                progress.evaluate(step, scores | saved)
+            metric = scores["accuracy"] if evaluates else None
             checkpoints.save(step, state, train_data, metric=metric, clock=saved)
             if stops or stop.should_stop({}):
                 break
-    return state, scores | clock.state()
+    return state, scores | saved
 
 
 def _report(
