@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from spikejax import losses, neurons
+from spikejax import keep_membranes, losses, neurons
 from spikejax.data import images
 from spikejax.layers import MultiThreshold
 from spikejax.train import TrainConfig, loop
@@ -386,6 +386,13 @@ def test_a_batch_that_the_devices_cannot_share_is_an_error(tmp_path):
         pytest.skip("other devices may share it")
     with pytest.raises(ValueError, match="a multiple of the 8 device.*, got 9. Take 8"):
         fit(tmp_path / "new", TrainConfig(steps=2, batch_size=9))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_that_keeps_its_membranes_is_refused(tmp_path):
+    model = keep_membranes(Net(), jnp.zeros((1, 1, 64)))
+    with pytest.raises(ValueError, match=r"from rest, got .* Call drop_membranes"):
+        fit(tmp_path / "new", model=model)
     assert not (tmp_path / "new").exists()
 
 

@@ -175,7 +175,7 @@ def test_gradient_of_the_binarisation(binarise, expected):
 def test_the_same_draws_on_several_devices():
     mesh = sharding.data_mesh()
     x = jax.random.uniform(jax.random.key(1), (8, 1, 4, 4, 3))
-    placed = sharding.place_batch({"x": np.asarray(x)}, mesh)["x"]
+    placed = sharding.shard_batch({"x": np.asarray(x)}, mesh)["x"]
     z = jax.jit(bernoulli)(placed, KEY)
     assert not z.sharding.is_fully_replicated or mesh.size == 1
     np.testing.assert_array_equal(z, bernoulli(x, KEY))

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from spikejax.nn.cpu import compiler_options
+from spikejax.nn.memory import has_held
 from spikejax.train import processes, sharding
 from spikejax.train.checkpoint import Checkpoints
 from spikejax.train.checksum import by_path, parameters_sha256
@@ -123,7 +124,8 @@ def fit(
             loss or a gradient is not finite.
     """
     mesh, workdir = mesh or sharding.data_mesh(), Path(workdir).absolute()
-    _check(config, train_data, workdir, mesh)
+    sharding.check_batch_size(config.batch_size, mesh)
+    _check(model, train_data, workdir)
     steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
     optimizer = make_optimizer(config, steps)
     state = sharding.place_state(initial_state(model, optimizer, config), mesh)
@@ -298,8 +300,12 @@ def _fitted(
     return Fitted(nnx.merge(graphdef, params, rest), metrics, finished)
 
 
-def _check(config: TrainConfig, train_data: Any, workdir: Path, mesh: Mesh) -> None:
-    sharding.check_batch_size(config.batch_size, mesh)
+def _check(model: nnx.Module, train_data: Any, workdir: Path) -> None:
+    if has_held(model):
+        raise ValueError(
+            "fit: expected a model whose neurons start from rest, got one that keeps "
+            "its membranes. Call drop_membranes(model) first."
+        )
     if not (hasattr(train_data, "__next__") and hasattr(train_data, "get_state")):
         raise ValueError(
             "fit: expected an iterator of Grain, as iter(dataset) gives, got "
