@@ -20,7 +20,7 @@ import PIL
 from PIL import Image
 
 from spikejax.data import augment, images
-from spikejax.data.files import FileRecords
+from spikejax.data.files import file_reader
 from spikejax.data.split import EncodedImages, Source
 from spikejax.experiment.cli import parse, reported
 from spikejax.train import workdir as folder
@@ -60,8 +60,8 @@ def zipped_photographs(path: Path) -> EncodedImages:
     """Return the JPEG files of a zip, all with label 0."""
     with zipfile.ZipFile(path) as archive:
         names = [n for n in archive.namelist() if n.lower().endswith((".jpeg", ".jpg"))]
-    records = FileRecords(path, names, [0] * len(names))
-    return EncodedImages(path.name, records, (None, None, 3), 1)
+    read = file_reader(path, names, [0] * len(names))
+    return EncodedImages(path.name, len(names), read, (None, None, 3), 1)
 
 
 def pipelines(given: Pipeline) -> Iterator[tuple[str, images.TrainBatches]]:

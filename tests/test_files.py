@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from spikejax.data.augment import center_crop
-from spikejax.data.files import FileRecords
+from spikejax.data.files import file_reader
 from spikejax.data.images import PHOTOGRAPHS, eval_batches, load, train_batches
 
 WNIDS = ("n02", "n01", "n03")  # not in order, as in the real wnids.txt
@@ -241,9 +241,9 @@ def test_a_folder_and_a_zip_of_it_hold_the_same(tmp_path):
     root = folder(tmp_path / "files")
     names = [str(p.relative_to(root)) for p in sorted(root.glob("train/*/*.J*"))]
     files = {name: (root / name).read_bytes() for name in names}
-    zipped = FileRecords(write_zip(tmp_path / "a.zip", files), names, [3] * 8)
-    plain = FileRecords(root, names, [3] * 8)
-    for a, b in zip(zipped.read([0, 5]), plain.read([0, 5]), strict=True):
+    zipped = file_reader(write_zip(tmp_path / "a.zip", files), names, [3] * 8)
+    plain = file_reader(root, names, [3] * 8)
+    for a, b in zip(zipped([0, 5]), plain([0, 5]), strict=True):
         assert a == b and a.label == 3
 
 
@@ -258,8 +258,7 @@ def test_ten_classes_of_tiny_imagenet(data_dir):
     assert (len(found.train), len(found.test)) == (5000, 500)
     assert found.class_names[:3] == ("goldfish", "king penguin", "Persian cat")
     assert found.num_classes == 10
-    assert np.array_equal(np.bincount(found.train.records.labels), [500] * 10)
-    assert np.array_equal(np.bincount(found.test.records.labels), [50] * 10)
+    assert np.array_equal(np.bincount(found.test.cached().labels), [50] * 10)
     batch = found.train.take(range(0, 5000, 25))  # some of them are grey
     assert batch["image"].shape == (200, 64, 64, 3)
     colour = batch["image"].mean((1, 2))

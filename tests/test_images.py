@@ -308,7 +308,7 @@ def test_batch_sizes_shards_and_missing_crops_are_refused(batches):
     refused("expected batch_size >= 1, .* got batch_size 0,", batches, numbered(9), 0)
     for shard in ((1, 1), (-1, 2), (0, 0)):
         refused(rf".*shard \({shard[0]}, ", batches, numbered(9), 1, shard=shard)
-    source = EncodedImages("photographs", [0] * 9, (None, None, 3), 2)
+    source = EncodedImages("photographs", 9, list, (None, None, 3), 2)
     refused("expected a crop, .* got none", batches, source, 2)
 
 

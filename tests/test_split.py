@@ -12,27 +12,19 @@ from spikejax.data.augment import center_crop, inception_crop
 from spikejax.data.split import ArrayImages, EncodedImages, Record
 
 
-class Listed:
-    """Records of a list; the labels are 0, 1, 0, 1, ..."""
+def listed(*encoded, shape=(None, None, 3), num_classes=2):
+    """A split of these files, whose labels are 0, 1, 0, 1, ..."""
 
-    def __init__(self, *encoded):
-        self.encoded = encoded
+    def read(indices):
+        return [Record(encoded[i], i % 2, f"file {i}") for i in indices]
 
-    def __len__(self):
-        return len(self.encoded)
-
-    def read(self, indices):
-        return [Record(self.encoded[i], i % 2, f"file {i}") for i in indices]
+    return EncodedImages("some", len(encoded), read, shape, num_classes)
 
 
 def image_file(image, kind="JPEG", **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
-
-
-def of_any_size(*encoded, channels=3):
-    return EncodedImages("some", Listed(*encoded), (None, None, channels), 2)
 
 
 ORANGE = (250, 130, 10)
@@ -55,26 +47,28 @@ CYAN, WHITE = (0, 255, 255), (255, 255, 255)
 )
 @pytest.mark.parametrize("crop", [center_crop(16), inception_crop(16)])
 def test_every_kind_of_image_becomes_colour(encoded, colour, crop):
-    batch = of_any_size(encoded).take([0], crop)
+    batch = listed(encoded).take([0], crop)
     assert batch["image"].shape == (1, 16, 16, 3) and batch["image"].dtype == np.uint8
     assert np.abs(batch["image"].astype(int) - colour).max() <= 3
 
 
 def test_colour_becomes_grey_where_the_set_is_grey():
-    source = of_any_size(image_file(Image.new("RGB", (9, 9), (0, 255, 0))), channels=1)
+    source = listed(
+        image_file(Image.new("RGB", (9, 9), (0, 255, 0))), shape=(None, None, 1)
+    )
     assert np.abs(source.take([0], center_crop(4))["image"] - 150.0).max() <= 2
 
 
 def test_a_grey_palette_image_is_smoothed_like_any_other():
     stripes = np.zeros((64, 64), np.uint8)
     stripes[:, ::2] = 255
-    source = of_any_size(image_file(Image.fromarray(stripes).convert("P"), "PNG"))
+    source = listed(image_file(Image.fromarray(stripes).convert("P"), "PNG"))
     pixels = source.take([0], center_crop(8))["image"]
     assert pixels.min() > 100 and pixels.max() < 155
 
 
 def test_an_image_without_a_crop_keeps_its_size():
-    source = of_any_size(image_file(Image.new("RGB", (7, 5))))
+    source = listed(image_file(Image.new("RGB", (7, 5))))
     batch = source.take([0])
     assert batch["image"].shape == (1, 5, 7, 3) and batch["label"].tolist() == [0]
 
@@ -99,7 +93,7 @@ PNG = image_file(Image.open(io.BytesIO(JPEG)), "PNG")
     ],
 )
 def test_a_damaged_image_is_named_in_one_line(encoded, reason, crop):
-    source = of_any_size(JPEG, JPEG, encoded)
+    source = listed(JPEG, JPEG, encoded)
     with pytest.raises(
         ValueError, match=rf"^some: .* image at file 2, got: .*{reason}.*\. Copy"
     ) as caught:
@@ -108,7 +102,7 @@ def test_a_damaged_image_is_named_in_one_line(encoded, reason, crop):
 
 
 def test_labels_out_of_range_are_refused():
-    source = EncodedImages("some", Listed(JPEG, JPEG), (40, 40, 3), 1)
+    source = listed(JPEG, JPEG, shape=(40, 40, 3), num_classes=1)
     with pytest.raises(ValueError, match=r"labels 0 to 0, got .* and 1 at file 1\. "):
         source.take([1])
 
@@ -117,15 +111,14 @@ def test_examples_stay_in_order_whatever_the_threads(monkeypatch):
     files = [image_file(Image.new("L", (6, 6), i * 9)) for i in range(23)]
     for threads in (1, 2, 5, 40):
         monkeypatch.setattr(split, "THREADS", threads)
-        batch = EncodedImages("some", Listed(*files), (6, 6, 1), 2).take(range(23))
+        batch = listed(*files, shape=(6, 6, 1)).take(range(23))
         assert np.array_equal(batch["image"][:, 3, 3, 0], np.arange(23) * 9)
         assert np.array_equal(batch["label"], np.arange(23) % 2)
 
 
 def test_only_splits_of_one_shape_stay_in_memory(monkeypatch):
     source, any_size = (
-        EncodedImages("some", Listed(JPEG, JPEG), shape, 2)
-        for shape in ((40, 40, 3), (None, None, 3))
+        listed(JPEG, JPEG, shape=shape) for shape in ((40, 40, 3), (None, None, 3))
     )
     assert any_size.cached() is any_size
     cached, expected = source.cached(), source.take([0, 1])
@@ -155,7 +148,7 @@ def test_arrays_are_cropped_as_files_are(channels):
         image_file(Image.fromarray(p.squeeze(-1) if channels == 1 else p), "PNG")
         for p in pixels
     ]
-    encoded = EncodedImages("some", Listed(*files), (30, 40, channels), 2)
+    encoded = listed(*files, shape=(30, 40, channels))
     for crop in (center_crop(9), inception_crop(9)):
         expected = ArrayImages(pixels, labels).take([1, 0], crop)
         batch = encoded.take([1, 0], crop)
@@ -183,7 +176,7 @@ def test_photographs_of_every_size_and_colour(data_dir):
         pytest.skip(f"no photographs: {path} is not there")
     with zipfile.ZipFile(path) as archive:
         files = [archive.read(name) for name in sorted(archive.namelist())]
-    batch = of_any_size(*files).take(range(len(files)), center_crop(64))
+    batch = listed(*files).take(range(len(files)), center_crop(64))
     assert batch["image"].shape == (28, 64, 64, 3)
     grey = np.all(batch["image"] == batch["image"][..., :1], (1, 2, 3))
     assert grey.sum() == 4

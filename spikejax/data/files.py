@@ -3,6 +3,7 @@
 import os
 import zipfile
 from collections.abc import Sequence
+from functools import cache, partial
 from glob import glob
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from spikejax.data.split import (
     DAMAGE,
     EncodedImages,
     Folder,
+    Read,
     Record,
     Shape,
     Splits,
@@ -26,42 +28,33 @@ HELD_OUT = ("val", "validation", "test")  # names of the test split; the first o
 Files = list[tuple[str, str]]  # (name from the root of the set, class)
 
 
-class FileRecords:
-    """Labelled image files in a folder, or in a zip, which is not unpacked.
+def file_reader(root: Path, names: Sequence[str], labels: Sequence[int]) -> Read:
+    """Return a reader of labelled image files in a folder, or in a zip.
 
     Args:
-        root: the folder or the zip.
+        root: the folder, or the zip, which is not unpacked.
         names: names of the files, from root.
         labels: labels of the files.
     """
+    # An array of bytes: ImageNet's 1.3 million names are sent to every worker.
+    encoded = np.array([os.fsencode(name) for name in names])
+    return partial(_read, root, encoded, np.array(labels, np.int32))
 
-    def __init__(self, root: Path, names: Sequence[str], labels: Sequence[int]):
-        self.root = root
-        # An array of bytes: ImageNet's 1.3 million names are sent to every worker.
-        self.names = np.array([os.fsencode(name) for name in names])
-        self.labels = np.array(labels, np.int32)
-        self._zip: zipfile.ZipFile | None = None
 
-    def __len__(self) -> int:
-        return len(self.labels)
+# Parsing the directory of a zip takes as long as reading many files. Each process opens
+# the zip itself: a file position that processes share would be a race.
+_open_zip = cache(zipfile.ZipFile)
 
-    def __getstate__(self) -> dict[str, object]:
-        # Each process opens the zip itself: a shared file position would be a race.
-        return {**self.__dict__, "_zip": None}
 
-    def read(self, indices: Sequence[int]) -> list[Record]:
-        """Return the records at these indices."""
-        names = [os.fsdecode(self.names[index]) for index in indices]
-        if not self.root.is_dir():
-            self._zip = self._zip or zipfile.ZipFile(self.root)
-        return [
-            Record(
-                self._zip.read(name) if self._zip else (self.root / name).read_bytes(),
-                int(self.labels[index]),
-                name,
-            )
-            for index, name in zip(indices, names, strict=True)
-        ]
+def _read(
+    root: Path, names: np.ndarray, labels: np.ndarray, indices: Sequence[int]
+) -> list[Record]:
+    found = [os.fsdecode(names[index]) for index in indices]
+    if root.is_dir():
+        files = [(root / name).read_bytes() for name in found]
+    else:
+        files = list(map(_open_zip(root).read, found))
+    return list(map(Record, files, labels[indices].tolist(), found))
 
 
 def tiny_imagenet(data_dir: Folder) -> Splits:
@@ -141,10 +134,9 @@ def _splits(
                 "--data-dir, or move away what is not of the set."
             )
         labels = [label_of[found] for _, found in files]
-        records = FileRecords(root, [file for file, _ in files], labels)
-        made.append(
-            EncodedImages(f"{name}, {split} in {root}", records, shape, len(classes))
-        )
+        read = file_reader(root, [file for file, _ in files], labels)
+        title, count = f"{name}, {split} in {root}", len(classes)
+        made.append(EncodedImages(title, len(files), read, shape, count))
     return made
 
 

@@ -8,7 +8,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
@@ -118,14 +118,8 @@ class Record(NamedTuple):
     place: str
 
 
-class Records(Protocol):
-    """Encoded images and their labels by index; pickled for Grain's workers."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: Sequence[int]) -> list[Record]:
-        """Return the records at these indices."""
-        ...
+# Returns the records at some indices; pickled for Grain's workers.
+Read = Callable[[Sequence[int]], list[Record]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,18 +128,20 @@ class EncodedImages:
 
     Args:
         name: name of set and split, for errors.
-        records: the encoded images and their labels.
+        count: number of the images.
+        read: reader of the encoded images and their labels.
         shape: [H, W, C]; H and W are None if the sizes of the images differ.
         num_classes: labels are in 0 to num_classes - 1.
     """
 
     name: str
-    records: Records
+    count: int
+    read: Read
     shape: Shape
     num_classes: int
 
     def __len__(self) -> int:
-        return len(self.records)
+        return self.count
 
     def cached(self) -> Source:
         """Return the split decoded, or the split itself if that is too large."""
@@ -170,7 +166,7 @@ class EncodedImages:
         Raises:
             ValueError: a file, an image or a label is damaged or not of this set.
         """
-        records = self.read(indices)
+        records = self.records(indices)
         rngs = rngs or (_seeded(indices) if crop else ())
 
         def decode(rows: range) -> list[np.ndarray]:
@@ -184,10 +180,10 @@ class EncodedImages:
         labels = np.array([record.label for record in records], np.int32)
         return {"image": np.stack(images), "label": labels}
 
-    def read(self, indices: Indices) -> list[Record]:
+    def records(self, indices: Indices) -> list[Record]:
         """Return the records at these indices; ValueError if a file is damaged."""
         try:
-            return self.records.read([int(i) for i in indices])
+            return self.read([int(i) for i in indices])
         except DAMAGE as error:
             raise ValueError(
                 f"{self.name}: expected readable files, got a damaged one: {error}. "
