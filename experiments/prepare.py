@@ -1,11 +1,11 @@
-"""Prepares a TFDS image set to be trained on: downloads it and writes array_record.
+"""Prepare a TFDS image set for training: download it and write array_record.
 
     python -m experiments.prepare cifar10 [--data-dir DIR]
 
-imagenet2012 is made from ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, which
-have to lie in DIR/downloads/manual.
+imagenet2012 is made from ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar in
+DIR/downloads/manual, which have to be fetched by hand.
 
-This step alone needs TensorFlow: pip install 'spikejax[prepare]'.
+Only this step needs TensorFlow: pip install 'spikejax[prepare]'.
 """
 
 import importlib.util
@@ -16,7 +16,11 @@ import tyro
 
 
 def prepare(name: str, data_dir: str | None = None) -> str:
-    """Downloads and prepares a set, unless that is done; returns its folder."""
+    """Download and prepare a set, unless it is prepared; return its folder.
+
+    Raises:
+        ValueError: no TFDS set, no TensorFlow, or archives to fetch by hand.
+    """
     from spikejax.data.files import TINY, TINY_ADDRESS
     from spikejax.data.tfds import check_name
 
@@ -24,7 +28,7 @@ def prepare(name: str, data_dir: str | None = None) -> str:
         files = f"{TINY} ({TINY_ADDRESS})" if name == "tiny_imagenet" else "its images"
         raise ValueError(
             f"prepare {name}: expected a TFDS set, got one that is read from {files} "
-            f"as it is. Train at once: --data {name} --data-dir FOLDER"
+            f"directly. Train without preparing: --data {name} --data-dir FOLDER"
         )
     check_name(name)
     if importlib.util.find_spec("tensorflow") is None:
@@ -37,7 +41,7 @@ def prepare(name: str, data_dir: str | None = None) -> str:
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     try:
         builder.download_and_prepare()
-    except AssertionError as error:  # archives that one has to fetch by hand
+    except AssertionError as error:  # TFDS's way to ask for archives fetched by hand
         raise ValueError(f"prepare {name}: {' '.join(str(error).split())}") from error
     return str(builder.data_dir)
 
@@ -51,7 +55,7 @@ def main(
         str | None, tyro.conf.arg(help="TFDS's folder; without it, TFDS's default.")
     ] = None,
 ) -> None:
-    """Prepares a TFDS image set to be trained on."""
+    """Prepare a TFDS image set for training."""
     try:
         print(f"{name} is prepared in {prepare(name, data_dir)}")
     except (ValueError, OSError) as error:  # OSError: no network, disk full

@@ -41,7 +41,7 @@ def test_what_is_prepared_can_be_loaded(builder, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["tiny_imagenet", "folder"])
 def test_what_needs_no_preparing_says_so(name):
-    with pytest.raises(SystemExit, match=rf"as it is\. Train at once: --data {name} "):
+    with pytest.raises(SystemExit, match=rf"Train without preparing: --data {name} "):
         prepare.main(name)
 
 

@@ -12,7 +12,8 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,14 +75,20 @@ def read(path: str | os.PathLike[str]) -> Recording:
             f"recording: expected a file {', '.join(READERS)}, got {path}. "
             "Convert it to npz: np.savez(path, x=x, y=y, t=t, p=p)."
         )
+    # NaN and numbers too large for an integer raise here, in place of a warning.
+    with naming(path, "whole data"), np.errstate(invalid="raise"):
+        return from_columns(*READERS[path.suffix.lower()](path.read_bytes()))
+
+
+@contextmanager
+def naming(path: Path, expected: str) -> Iterator[None]:
+    """Turn what damaged bytes raise into a ValueError of one line with the path."""
     try:
-        # NaN and numbers too large for an integer raise here, in place of a warning.
-        with np.errstate(invalid="raise"):
-            return from_columns(*READERS[path.suffix.lower()](path.read_bytes()))
+        yield
     except DAMAGE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, CorruptRecording):
-            reason = f"expected whole data, got damaged data ({reason[:160]})"
+            reason = f"expected {expected}, got damaged data ({reason[:160]})"
         raise ValueError(
             f"{path}: {reason}. Copy it again, leave it out, or convert another format "
             "to npz: np.savez(path, x=x, y=y, t=t, p=p)."

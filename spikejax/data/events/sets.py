@@ -252,22 +252,16 @@ def _samples(listing: Listing, part: str, framing: Framing) -> Iterator[_Sample]
 
 def _packed(path: Path) -> Iterator[_Sample]:
     """Yield the recordings of a file that holds many."""
-    n = -1
-    try:
+    expected = "arrays x, y, p, t or dt, labels, and offsets, one more than labels"
+    with recordings.naming(path, expected):
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         offsets, labels = arrays["offsets"], arrays["labels"]
         parts = map(slice, offsets[:-1], offsets[1:])
         for part, label in zip(parts, labels, strict=True):
-            n += 1
             columns = recordings.columns(arrays, part)
             label = operator.index(label)  # a TypeError if it is not an integer
             yield _Sample(recordings.from_columns(*columns).events, label)
-    except recordings.DAMAGE as error:
-        raise ValueError(
-            f"{path}: expected arrays x, y, p, t or dt, labels, and offsets, one more "
-            f"than labels, got in recording {n}: {error}. Fix it, or copy it again."
-        ) from error
 
 
 def _fingerprint(listing: Listing, framing: Framing) -> str:
