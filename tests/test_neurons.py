@@ -399,3 +399,32 @@ def test_a_ternary_neuron_fires_on_both_sides():
     assert membranes.tolist() == [[0, 0], [0.25, -0.25], [0.4375, 0], [0, 0]]
     trains, _ = run(parallel, params, xs, trains=True, **options)
     assert set(np.unique(trains)) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("leak", "decay_input", "expected"),
+    [
+        (0.5, True, [0.5, 1.75, -0.125, 0.1875]),
+        (0.5, False, [1.0, 3.5, -0.25, 0.375]),
+        (0.0, False, [1.0, 4.0, 2.0, 2.5]),
+    ],
+)
+def test_a_leaky_integrator_by_hand(leak, decay_input, expected):
+    v, options = jnp.zeros(()), NeuronOptions(decay_input=decay_input)
+    for x, membrane in zip([1.0, 3.0, -2.0, 0.5], expected, strict=True):
+        v, trains = neurons.integrate(NeuronParams(leak), v, x, options)
+        assert float(v) == membrane and trains == ()
+
+
+def test_a_late_reset_takes_the_whole_threshold_after_the_leak():
+    # mem = beta mem + x - z_before threshold, as snnTorch writes it
+    beta, threshold = 0.75, 0.5
+    params, options = NeuronParams(1 - beta, (threshold,)), NeuronOptions(None, False)
+    v, mem, z, count = jnp.zeros(()), 0.0, 0.0, 0
+    for x in np.linspace(-0.2, 0.9, 24, dtype=np.float32):
+        mem = beta * mem + x - z * threshold
+        z = float(mem > threshold)
+        v, (spikes,) = neurons.late_reset(params, v, x, options)
+        assert float(spikes) == z
+        count += z
+    assert 3 < count < 20

@@ -8,9 +8,9 @@ from flax import nnx
 
 from spikejax.layers import LI, LIF
 from spikejax.nir.graph import Graph
+from spikejax.nir.layers import Scale, Threshold
 from spikejax.nn.memory import keep_membranes
 from spikejax.nn.recurrent import Recurrent
-from spikejax.nodes import Scale, Threshold
 
 XS = jax.random.uniform(jax.random.key(0), (2, 7, 3))
 
@@ -52,12 +52,12 @@ def test_a_loop_has_the_gradient_of_a_recurrent_layer():
 
 def test_a_bias_in_the_loop_acts_from_the_first_step():
     graph = with_loop(LIF(1.0), jnp.zeros((3, 3)))
-    graph.loops[0].modules[-1].bias = nnx.Param(jnp.ones(3))
+    graph.parts[0].modules[-1].bias = nnx.Param(jnp.ones(3))
     np.testing.assert_array_equal(graph(jnp.zeros((1, 3, 3))), jnp.ones((1, 3, 3)))
 
 
 def test_several_neurons_on_one_loop():
-    # a and b excite each other; a sees b one step late, b sees a at once
+    # a and b excite each other; a sees b one step late, b sees a in the same step
     nodes = {"a": LI(1.0), "fires": Threshold(1.0), "b": LI(1.0)}
     edges = [("in", "a"), ("a", "fires"), ("fires", "b"), ("b", "a"), ("b", "out")]
     graph = Graph(nodes, edges, "in", "out")

@@ -1,4 +1,4 @@
-"""Layers without time as nodes of NIR."""
+"""Layers without time as nodes of NIR, and modules for such nodes."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spikejax.nir.layers import broadcastable, convolution, linear, read_layer
-from spikejax.nodes import Flatten, Pool, Scale, Threshold
+from spikejax.nir.layers import (
+    Flatten,
+    Pool,
+    Scale,
+    Threshold,
+    broadcastable,
+    read_layer,
+)
+from spikejax.nir.write import to_nir
 
 RNGS = nnx.Rngs(0)
 
@@ -18,19 +25,26 @@ def conv(**options):
     return nnx.Conv(2, 3, (3, 3), rngs=RNGS, **options)
 
 
-def same(layer, made, shape):
+def written(layer, shape):
+    """The one node of a layer, for inputs of one example of that shape."""
+    nodes = to_nir(layer, jnp.ones((1, 2, *shape)), dt=1.0).nodes
+    (made,) = (n for n in nodes.values() if not isinstance(n, nir.Input | nir.Output))
+    return made
+
+
+def same(layer, shape):
+    made = written(layer, shape)
     xs = jax.random.normal(jax.random.key(0), (1, 2, *shape))
-    np.testing.assert_allclose(read_layer("n", made)(xs), layer(xs), atol=1e-6)
+    np.testing.assert_allclose(read_layer(made)(xs), layer(xs), atol=1e-6)
+    return made
 
 
 def test_kernels_are_channels_first():
     layer = conv(strides=2)
-    made = convolution("c", layer, (7, 7, 2), 2.0)
+    made = written(nnx.Sequential(lambda xs: 2 * xs, layer), (7, 7, 2))
     expected = 2 * np.asarray(layer.kernel[...])
-    assert (
-        made.weight.shape == (3, 2, 3, 3)
-        and made.weight[2, 1, 0, 1] == (expected[0, 1, 1, 2])
-    )
+    assert made.weight.shape == (3, 2, 3, 3)
+    assert made.weight[2, 1, 0, 1] == expected[0, 1, 1, 2]
     assert made.stride == (2, 2) and made.padding == (1, 1)
     assert tuple(made.output_type["output"]) == (3, 4, 4)
 
@@ -45,53 +59,67 @@ def test_kernels_are_channels_first():
     ],
 )
 def test_convolutions_and_back(options, padding):
-    layer = conv(**options)
-    made = convolution("c", layer, (6, 6, 2), 1.0)
-    assert made.padding == padding
-    same(layer, made, (6, 6, 2))
+    assert same(conv(**options), (6, 6, 2)).padding == padding
 
 
 def test_convolutions_over_one_axis_and_back():
     layer = nnx.Conv(2, 3, 5, strides=2, padding=2, rngs=RNGS)
-    made = convolution("c", layer, (9, 2), 1.0)
+    layer.bias = nnx.Param(jnp.arange(3.0))
+    made = same(layer, (9, 2))
     assert isinstance(made, nir.Conv1d) and tuple(made.output_type["output"]) == (3, 5)
-    same(layer, made, (9, 2))
 
 
 @pytest.mark.parametrize(
     "layer",
     [
         conv(padding="SAME", strides=2),  # one row more below than above
-        conv(padding="CIRCULAR"),
         nnx.Conv(2, 2, (3, 3), feature_group_count=2, rngs=RNGS),
         nnx.Conv(2, 3, (3, 1), rngs=RNGS),
-        nnx.Conv(2, 3, (3, 3), input_dilation=2, padding="VALID", rngs=RNGS),
-        nnx.Conv(2, 3, (3, 3, 3), rngs=RNGS),
+        conv(input_dilation=2),
+        nnx.ConvTranspose(2, 2, (3, 3), strides=(2, 2), rngs=RNGS),
     ],
 )
 def test_convolutions_that_nir_has_not(layer):
-    shape = (6,) * len(layer.kernel_size) + (2,)
-    with pytest.raises(ValueError, match="to_nir: expected a convolution over 1 or 2"):
-        convolution("c", layer, shape, 1.0)
+    with pytest.raises(ValueError, match="to_nir: .* got a convolution of kernel"):
+        written(layer, (6, 6, 2))
+
+
+def test_a_convolution_with_circular_padding_is_refused():
+    with pytest.raises(ValueError, match="to_nir: expected what NIR can say"):
+        written(conv(padding="CIRCULAR"), (6, 6, 2))
 
 
 def test_weights_after_a_flattened_image_are_in_the_order_of_channels_first():
     layer = nnx.Linear(12, 5, rngs=RNGS)
-    made = linear("d", layer, (12,), (2, 2, 3), 1.0)
     image = jax.random.normal(jax.random.key(0), (1, 1, 2, 2, 3))
-    expected = layer(image.reshape(1, 1, -1))
-    np.testing.assert_allclose(
-        read_layer("d", made)(Flatten()(image)), expected, atol=1e-6
-    )
+    model = nnx.Sequential(lambda xs: xs.reshape(*xs.shape[:2], -1), layer)
+    nodes = to_nir(model, image, dt=1.0).nodes
+    ys = read_layer(nodes["layers.1"])(Flatten()(image))
+    np.testing.assert_allclose(ys, layer(image.reshape(1, 1, -1)), atol=1e-6)
 
 
 def test_linear_layers_and_back():
     layer = nnx.Linear(4, 5, use_bias=False, rngs=RNGS)
-    made = linear("d", layer, (4,), None, 3.0)
+    made = written(nnx.Sequential(lambda xs: 3 * xs, layer), (4,))
     assert isinstance(made, nir.Linear)
-    same(lambda xs: layer(3 * xs), made, (4,))
-    with pytest.raises(ValueError, match="expected a vector before the linear layer"):
-        linear("d", layer, (2, 2, 4), None, 1.0)
+    np.testing.assert_allclose(made.weight, 3 * np.asarray(layer.kernel[...]).T)
+    layer = nnx.Linear(4, 5, rngs=RNGS)
+    layer.bias = nnx.Param(jnp.arange(5.0))
+    assert isinstance(same(layer, (4,)), nir.Affine)
+    with pytest.raises(ValueError, match="got a linear layer of an input .* not a vec"):
+        written(layer, (2, 2, 4))
+
+
+def test_norms_move_into_the_weights_before_them():
+    norm = nnx.BatchNorm(3, rngs=RNGS)
+    for name, kind in [("mean", nnx.BatchStat), ("var", nnx.BatchStat)]:
+        setattr(norm, name, kind(jnp.asarray([1.0, 2.0, 0.5])))
+    norm.scale, norm.bias = nnx.Param(jnp.arange(3.0)), nnx.Param(jnp.ones(3))
+    model = nnx.Sequential(conv(), norm)
+    model.eval()
+    same(model, (6, 6, 2))
+    with pytest.raises(ValueError, match="the addition of a constant"):
+        written(nnx.Sequential(conv(), lambda xs: xs[:, :, :1] + xs, norm), (1, 1, 2))
 
 
 def test_parameters_broadcast_with_channels_last():
@@ -102,23 +130,41 @@ def test_parameters_broadcast_with_channels_last():
 
 def test_other_nodes():
     size = np.array([2, 2])
-    assert read_layer("n", nir.LI(np.ones(1), np.ones(1), np.ones(1))) is None
-    pool = read_layer("n", nir.AvgPool2d(size, size, 0 * size))
+    assert read_layer(nir.LI(np.ones(1), np.ones(1), np.ones(1))) is None
+    pool = read_layer(nir.AvgPool2d(size, size, 0 * size))
     assert isinstance(pool, Pool) and pool.mean and pool.size == (2, 2)
-    assert not read_layer("n", nir.SumPool2d(2, 2, 0)).mean
+    assert not read_layer(nir.SumPool2d(2, 2, 0)).mean
     flat = nir.Flatten({"input": np.array([2, 3, 3])}, 0, 2)
-    assert isinstance(read_layer("n", flat), Flatten)
-    assert isinstance(read_layer("n", nir.Threshold(np.ones(3))), Threshold)
-    scale = read_layer("n", nir.Scale(np.arange(3.0)))
+    assert isinstance(read_layer(flat), Flatten)
+    assert isinstance(read_layer(nir.Threshold(np.ones(3))), Threshold)
+    scale = read_layer(nir.Scale(np.arange(3.0)))
     assert isinstance(scale, Scale)
     np.testing.assert_array_equal(scale(jnp.ones((1, 1, 3)))[0, 0], [0, 1, 2])
     same_padding = nir.Conv2d(None, np.ones((3, 2, 3, 3)), 1, "same", 1, 1, np.ones(3))
-    assert read_layer("n", same_padding)(jnp.ones((1, 1, 5, 5, 2))).shape[2:4] == (5, 5)
+    assert read_layer(same_padding)(jnp.ones((1, 1, 5, 5, 2))).shape[2:4] == (5, 5)
 
 
-def test_nodes_of_other_shapes_are_refused():
-    part = nir.Flatten({"input": np.array([2, 3, 3])}, 1, 2)
-    with pytest.raises(ValueError, match="from_nir: expected 'n' to flatten all axes"):
-        read_layer("n", part)
-    with pytest.raises(ValueError, match="from_nir: expected a matrix of weights in"):
-        read_layer("n", nir.Linear(np.ones((2, 3, 4))))
+def test_nodes_of_other_shapes_are_not_layers():
+    assert read_layer(nir.Flatten({"input": np.array([2, 3, 3])}, 1, 2)) is None
+    assert read_layer(nir.Linear(np.ones((2, 3, 4)))) is None
+
+
+def test_threshold_fires_where_it_is_reached_and_has_a_gradient():
+    fires = Threshold(0.5)
+    xs = jnp.asarray([0.4, 0.5, 0.6])
+    np.testing.assert_array_equal(fires(xs), [0, 1, 1])
+    assert (jax.grad(lambda x: fires(x).sum())(xs) > 0).all()
+
+
+def test_flatten_puts_channels_first():
+    image = jnp.arange(12.0).reshape(1, 1, 2, 2, 3)
+    expected = [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11]
+    np.testing.assert_array_equal(Flatten()(image)[0, 0], expected)
+
+
+def test_pooling_counts_padding_as_zeros():
+    image = jnp.arange(16.0).reshape(1, 1, 4, 4, 1)
+    ys = Pool((2, 2), (2, 2), mean=True)(image)
+    np.testing.assert_array_equal(ys[0, 0, ..., 0], [[2.5, 4.5], [10.5, 12.5]])
+    ys = Pool((3, 3), (2, 2), (1, 1), mean=False)(image)
+    np.testing.assert_array_equal(ys[0, 0, ..., 0], [[10, 24], [51, 90]])

@@ -1,6 +1,7 @@
 """Neurons as equations of NIR: the numbers, and what each reads back as."""
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import nir
@@ -9,25 +10,27 @@ import pytest
 
 from spikejax import neurons
 from spikejax.layers import IF, LI, LIF, PLIF, MultiThreshold, Neuron
-from spikejax.neurons import NeuronParams, late_reset
+from spikejax.neurons import NeuronOptions, NeuronParams, late_reset
 from spikejax.nir.neurons import (
     EULER,
     EXPONENTIAL,
     Dialect,
+    NodeParams,
     loop,
     node,
+    node_step,
     read_neurons,
     specs,
     write,
 )
+from spikejax.nn.memory import keep_membranes
 from spikejax.nn.quant import ScaledIF
-from spikejax.nodes import NodeParams
 
 DT = 1e-3
 
 
 def part(layer, *, factor=1.0, soft_reset=loop, integration=EULER, shape=(2,)):
-    (spec,) = specs("n", layer, shape, factor)
+    (spec,) = specs("n", layer, shape, factor, integration)
     return write("n", spec, DT, integration, soft_reset)
 
 
@@ -61,7 +64,7 @@ def parameters(made):
 )
 def test_one_node_says_it_all(layer, kind, expected):
     made = part(layer)
-    assert made.entries == ("n",) and made.outputs == (("n", 1.0),)
+    assert made.entry == "n" and made.outputs == [("n", 1.0)]
     assert type(made.nodes["n"]) is kind and not made.edges
     assert parameters(made.nodes["n"]) == pytest.approx(expected, rel=1e-6)
     assert made.nodes["n"].r.shape == (2,)
@@ -85,7 +88,7 @@ def test_soft_reset_is_a_loop():
         ("n.threshold_1", "n.reset_1"),
         ("n.reset_1", "n.membrane"),
     ]
-    assert made.outputs == (("n.threshold_1", 1.0),)
+    assert made.outputs == [("n.threshold_1", 1.0)]
 
 
 def test_soft_reset_as_a_node_is_said_in_its_metadata():
@@ -117,20 +120,61 @@ def test_a_cascade_carries_each_spike_to_the_next_threshold():
 
 def test_independent_thresholds_are_a_membrane_each():
     layer = MultiThreshold((0.5, 1.0), neurons.independent, v_reset=0.0)
-    first, second = specs("n", layer, (2,), 1.0)
+    first, second = specs("n", layer, (2,), 1.0, EULER)
     assert (first.thresholds, second.thresholds) == ((0.5,), (1.0,))
 
 
 def test_several_thresholds_cannot_set_one_membrane():
-    with pytest.raises(ValueError, match="expected soft reset for the 3 thresholds of"):
+    with pytest.raises(ValueError, match="got hard reset of one membrane by several"):
         part(MultiThreshold(3, v_reset=0.0))
 
 
-def test_neurons_of_other_kinds_are_refused():
-    with pytest.raises(
-        ValueError, match="expected neurons of spikejax at 'n', got Neuron"
-    ):
-        part(Neuron(late_reset, NeuronParams(0.5)))
+class OwnParams(NamedTuple):
+    """Parameters without a leak."""
+
+    thresholds: tuple[float, ...] = (1.0,)
+
+
+def own_cell(params, v, x, options):
+    return v + x, (options.surrogate(v + x),)
+
+
+@pytest.mark.parametrize(
+    ("layer", "problem"),
+    [
+        (Neuron(own_cell, OwnParams()), "got the cell 'own_cell'"),
+        (
+            Neuron(neurons.parallel, NeuronParams(0.5, (1.0, -1.0), (1.0, -1.0))),
+            "got spikes of negative amounts",
+        ),
+        (
+            LIF(np.array([2.0, np.inf]), decay_input=False),
+            "got only some neurons with a leak",
+        ),
+    ],
+)
+def test_neurons_without_nodes_are_refused(layer, problem):
+    with pytest.raises(ValueError, match=f"to_nir: .* at 'n', {problem}"):
+        part(layer)
+
+
+def test_numbers_of_every_neuron_are_in_its_nodes():
+    layer = LIF(np.array([2.0, 4.0]), np.array([0.25, 0.5]), v_reset=0.0)
+    made = part(layer).nodes["n"]
+    np.testing.assert_allclose(made.tau, [2e-3, 4e-3])
+    np.testing.assert_allclose(made.v_threshold, [0.25, 0.5])
+    image = part(layer, shape=(3, 3, 2)).nodes["n"]
+    assert image.tau.shape == (2, 3, 3) and (image.tau[1] == made.tau[1]).all()
+    back = read_neurons("n", made, DT, Dialect())
+    assert type(back) is LIF
+    np.testing.assert_allclose(back.params.leak, [0.5, 0.25])
+
+
+def test_a_late_reset_subtracts_more_than_its_threshold():
+    params, options = NeuronParams(0.2, (0.5,)), NeuronOptions(decay_input=False)
+    made = part(Neuron(late_reset, params, options), soft_reset=node)
+    # the whole threshold leaves the membrane of the next step, after its leak
+    assert made.nodes["n.reset_1"].scale[0] == pytest.approx(-0.5)
 
 
 @pytest.mark.parametrize("integration", [EULER, EXPONENTIAL])
@@ -143,7 +187,7 @@ def test_leaks_become_time_constants_and_leaks_again(integration, leak):
 def test_exponential_decay_is_the_solution_of_the_equation():
     tau = EXPONENTIAL.tau(DT, 0.5)
     assert math.exp(-DT / tau) == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="expected neurons of tau > 1, got 1.0"):
+    with pytest.raises(ValueError, match="got tau = 1, which exponential decay"):
         part(LIF(1.0, v_reset=0.0), integration=EXPONENTIAL)
 
 
@@ -182,7 +226,7 @@ def test_a_node_is_read_by_its_text():
         v = np.where(z, v_reset, v)
         expected.append(z)
     layer = read_neurons("n", made, DT, Dialect())
-    assert layer.kind is NodeParams and 0.1 < np.mean(expected) < 0.9
+    assert layer.cell is node_step and 0.1 < np.mean(expected) < 0.9
     np.testing.assert_array_equal(layer(jnp.asarray(xs)[None])[0], expected)
 
 
@@ -195,8 +239,19 @@ def test_a_leaky_integrator_rests_where_its_node_does():
 def test_other_nodes_are_none_and_a_wrong_dt_is_told():
     assert read_neurons("n", nir.Linear(np.eye(2)), DT, Dialect()) is None
     made = part(LIF(4.0, v_reset=0.0)).nodes["n"]
-    with pytest.raises(ValueError, match="expected a positive tau of at least dt=1 s"):
+    with pytest.raises(ValueError, match="'n' with a positive tau of at least dt=1 s"):
         read_neurons("n", made, 1, Dialect())
     below = nir.IF(np.ones(1), np.ones(1), np.full(1, 1.5))
-    with pytest.raises(ValueError, match="expected v_reset below|above the reset"):
+    with pytest.raises(ValueError, match="thresholds above reset and rest, got"):
         read_neurons("n", below, DT, Dialect())
+
+
+def test_steps_of_a_node_are_the_whole():
+    params = NodeParams(0.5, 2.0, thresholds=(0.5,), amounts=(0.5,))
+    layer = Neuron(node_step, params, v_start=0.25)
+    xs = jnp.asarray([[1.0, 3.0, -2.0, 0.5]])[..., None]
+    whole = layer(xs)
+    assert 0 < whole.sum() < 4
+    keep_membranes(layer, xs)
+    steps = [layer(xs[:, t : t + 1]) for t in range(4)]
+    np.testing.assert_array_equal(jnp.concatenate(steps, 1), whole)

@@ -1,78 +1,88 @@
-"""What a model computes, as operations."""
+"""Models as operations."""
+
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from spikejax._compat import List
 from spikejax.layers import LIF
-from spikejax.nir.trace import trace
+from spikejax.nir.trace import Constant, evaluate, trace
+from spikejax.nn.recurrent import Recurrent
 
 XS = jnp.ones((1, 2, 4, 4, 3))
-WHOLE = (nnx.Conv, nnx.Linear)
+
+
+def operations(model, xs=XS):
+    """(name, inputs, parameters) of each operation; values are their numbers."""
+    closed, params, layers = trace(model, xs)
+    found = []
+
+    def handler(eqn, inputs):
+        found.append((eqn.primitive.name, inputs, eqn.params))
+        return len(found)
+
+    (output,) = evaluate(closed.jaxpr, closed.consts, [*params, 0], handler)
+    return SimpleNamespace(found=found, output=output, layers=layers)
 
 
 class Net(nnx.Module):
-    """One of what a method may do."""
+    """One of each thing that a method may do."""
 
     def __init__(self):
         rngs = nnx.Rngs(0)
-        self.conv = nnx.Conv(3, 3, (3, 3), rngs=rngs)
-        self.parts = List([LIF()])
+        self.conv = nnx.Conv(3, 3, (3, 3), use_bias=False, rngs=rngs)
+        self.parts = (
+            nnx.Dict(spikes=LIF()) if hasattr(nnx, "Dict") else {"spikes": LIF()}
+        )
         self.gain = nnx.Param(jnp.float32(2.0))
 
     def __call__(self, xs):
-        gain = jnp.exp(self.gain[...]) + 1  # of no input: worked out
-        return jax.jit(lambda x: x * gain)(self.parts[0](self.conv(xs))) + xs
+        gain = jnp.exp(self.gain[...]) + 1  # of no input: computed
+        ys = nnx.remat(lambda conv, xs: conv(xs))(self.conv, xs)
+        return jax.jit(lambda x: x * gain)(self.parts["spikes"](ys)) + xs
 
 
-def test_layers_are_whole_and_what_joins_them_is_named():
-    traced = trace(Net(), XS, WHOLE)
-    first, second, third, fourth = traced.operations
-    assert (first.name, first.params["path"], first.inputs) == ("layer", "conv", (0,))
-    assert (second.name, second.params["path"]) == ("layer", "parts/0")
-    assert third.name == "mul" and fourth.name == "add"
-    (constant,) = (i for i in third.inputs if not isinstance(i, int))
-    assert float(constant) == pytest.approx(float(jnp.exp(2.0)) + 1)
-    assert fourth.inputs == (third.output, 0) and traced.output == fourth.output
-    assert fourth.shape == XS.shape and fourth.where.startswith("test_nir_trace.py")
+def test_neurons_are_whole_and_constants_are_computed():
+    model = Net()
+    traced = operations(model)
+    names = [name for name, _, _ in traced.found if name != "reshape"]
+    assert names == ["conv_general_dilated", "neurons", "mul", "add"]
+    by_name = {name: (inputs, params) for name, inputs, params in traced.found}
+    assert by_name["conv_general_dilated"][0][1].path == "conv"
+    assert by_name["neurons"][1]["path"] == "parts/spikes"
+    assert isinstance(traced.layers["parts/spikes"], LIF)
+    (constant,) = (i for i in by_name["mul"][0] if isinstance(i, Constant))
+    assert float(constant.value) == pytest.approx(float(jnp.exp(2.0)) + 1)
+    assert by_name["add"][0][1] == 0 and traced.output == len(traced.found)
+    assert model.parts["spikes"].name == ""  # not modified
+    assert model(XS).shape == XS.shape
 
 
-def test_a_layer_may_be_the_model_and_is_left_as_it_was():
+def test_a_layer_may_be_the_model_and_is_called_as_before_afterwards():
     layer = LIF()
-    (only,) = trace(layer, XS, WHOLE).operations
-    assert only.name == "layer" and only.params["path"] == ""
-    assert layer(XS).shape == XS.shape
+    ((name, _, params),) = operations(layer).found
+    assert (name, params["path"]) == ("neurons", "LIF")
+    assert layer(2 * XS).sum() > 0 and layer(XS, trains=True).ndim == XS.ndim + 1
+
+
+def test_a_recurrent_layer_is_whole():
+    layer = nnx.Sequential(Recurrent(LIF(), 3, rngs=nnx.Rngs(0)))
+    traced = operations(layer, XS[:, :, 0, 0])
+    ((name, _, params),) = traced.found
+    assert name == "neurons"
+    assert isinstance(traced.layers[params["path"]], Recurrent)
 
 
 def test_a_layer_that_is_called_twice_is_there_twice():
-    conv = nnx.Conv(3, 3, (3, 3), rngs=nnx.Rngs(0))
-    operations = trace(nnx.Sequential(conv, conv), XS, WHOLE).operations
-    assert [op.name for op in operations] == ["layer", "layer"]
+    layer = LIF()
+    names = [name for name, _, _ in operations(nnx.Sequential(layer, layer)).found]
+    assert names == ["neurons", "neurons"]
 
 
-class Wrong(nnx.Module):
-    """Does what its function says."""
+def test_branches_by_platform_are_the_default():
+    def model(xs):
+        return jax.lax.platform_dependent(xs, cpu=jnp.sin, default=jnp.cos)
 
-    def __init__(self, does):
-        self.neurons, self.does = LIF(), does
-
-    def __call__(self, xs):
-        return self.does(self, xs)
-
-
-@pytest.mark.parametrize(
-    ("does", "message"),
-    [
-        (
-            lambda self, xs: self.neurons(xs, trains=True),
-            "trace: expected the layer 'neurons' to be called with its input alone",
-        ),
-        (lambda self, xs: (xs, xs), "trace: expected a model with one input and one"),
-        (lambda self, xs: jnp.ones(3), "trace: expected an output that depends on"),
-    ],
-)
-def test_models_that_cannot_be_traced(does, message):
-    with pytest.raises(ValueError, match=message):
-        trace(Wrong(does), XS, WHOLE)
+    assert [name for name, _, _ in operations(nnx.Sequential(model)).found] == ["cos"]

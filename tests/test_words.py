@@ -12,7 +12,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Storeys whose words comply; the others follow.
-DONE = {"tpu", "plot", "encode", "losses", "surrogate", "neurons", "unroll", "layers"}
+DONE = {
+    "tpu",
+    "plot",
+    "encode",
+    "losses",
+    "surrogate",
+    "neurons",
+    "unroll",
+    "layers",
+    "nir",
+}
 
 # A function's docstring starts with a verb ("Return the ..."), a class's with a noun.
 NEVER_FIRST = (

@@ -5,8 +5,7 @@ model = resnet18(1000, neuron=neuron, residual=sew, rngs=nnx.Rngs(0))
 load_resnet(model, torch.load("sew18.pth"))
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from flax import nnx
 from spikejax import neurons, surrogate
 from spikejax.layers import IF, LIF, Neuron
 from spikejax.models.resnet import ResNet, ms
-from spikejax.neurons import NeuronOptions, NeuronParams, late_reset
+from spikejax.neurons import NeuronOptions, NeuronParams, Number
 from spikejax.surrogate import Spike
 
 SIGMOID = surrogate.sigmoid(4.0)
@@ -31,7 +30,7 @@ def spikingjelly_neuron(
     detach_reset: bool = False,
     surrogate: Spike = SIGMOID,
 ) -> LIF:
-    """The layer that does what SpikingJelly's LIFNode does, with its defaults.
+    """Return the layer that computes what SpikingJelly's LIFNode does by default.
 
     Args:
         tau: membrane time constant in steps; None for IFNode.
@@ -47,54 +46,53 @@ def spikingjelly_neuron(
 
 
 def snntorch_neuron(
-    beta: Any,
-    threshold: Any = 1.0,
+    beta: Number,
+    threshold: Number = 1.0,
     *,
     reset_mechanism: str = "subtract",
     reset_delay: bool = True,
 ) -> Neuron:
-    """The layer that does what snnTorch's Leaky does, with its defaults.
+    """Return the layer that computes what snnTorch's Leaky does by default.
 
     u = beta v + x,  z = H(u - threshold),  leak = 1 - beta,  tau = 1 / (1 - beta)
 
-    "zero" is our hard reset to 0. "subtract" is our soft reset where reset_delay=False,
+    "zero" is our hard reset to 0. "subtract" is our soft reset with reset_delay=False,
     as long as membranes stay below two thresholds; by default it comes a step later,
     after the leak: ``neurons.late_reset``.
 
     Args:
-        beta: part of the membrane that is kept, 0 < beta <= 1 (0 too, but for the late
-            reset); a number, or an array that broadcasts with the layer.
+        beta: part of the membrane that is kept, 0 <= beta <= 1, and > 0 for the late
+            reset; a number, or an array that broadcasts with the features.
         threshold: likewise.
         reset_mechanism: "subtract" or "zero".
         reset_delay: as in snnTorch.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
-    beta, threshold = np.asarray(beta, np.float64), np.asarray(threshold, np.float64)
-    if not ((beta >= 0) & (beta <= 1)).all():
-        raise ValueError(f"snntorch_neuron: expected 0 <= beta <= 1, got {beta}.")
-    if reset_mechanism not in ("subtract", "zero"):
+    kept, soft = np.asarray(beta, np.float64), reset_mechanism == "subtract"
+    late = soft and reset_delay
+    in_range = ((kept > 0 if late else kept >= 0) & (kept <= 1)).all()
+    if not in_range or reset_mechanism not in ("subtract", "zero"):
         raise ValueError(
-            "snntorch_neuron: expected reset_mechanism 'subtract' or 'zero', got "
-            f"{reset_mechanism!r}. For a readout that never resets, take layers.LI."
+            "snntorch_neuron: expected 0 <= beta <= 1, beta > 0 with a reset that "
+            "comes one step later, and reset_mechanism 'subtract' or 'zero', got "
+            f"beta={beta} and {reset_mechanism!r}. Give reset_delay=False for beta 0, "
+            "and take layers.LI for a readout that never resets."
         )
-    late = reset_mechanism == "subtract" and reset_delay
-    if late and not beta.all():
-        raise ValueError(
-            "snntorch_neuron: expected beta > 0 with a reset that comes one step "
-            "later, got 0. Give reset_delay=False."
-        )
-    v_reset = None if reset_mechanism == "subtract" else 0.0
-    if beta.size == 1 and threshold.size == 1 and not late:
-        leak = 1 - beta.item()
-        tau = 1 / leak if leak else math.inf
-        return LIF(tau, threshold.item(), v_reset=v_reset, decay_input=False)
-    cell = late_reset if late else neurons.lif
-    leak, threshold = (n.item() if n.size == 1 else n for n in (1 - beta, threshold))
-    params = NeuronParams(leak, (threshold,))
-    return Neuron(cell, params, NeuronOptions(v_reset, decay_input=False))
+    # snnTorch saves beta and threshold as arrays, also where they are one number.
+    leak: Any
+    level: Any
+    leak, level = (
+        n.item() if np.size(n) == 1 else n for n in (1 - kept, np.asarray(threshold))
+    )
+    options = NeuronOptions(None if soft else 0.0, decay_input=False)
+    cell = neurons.late_reset if late else neurons.lif
+    return Neuron(cell, NeuronParams(leak, (level,)), options)
 
 
 def load_resnet(model: ResNet, state: Mapping[str, Any]) -> ResNet:
-    """Fills a residual network with weights by the names of torchvision.
+    """Fill a residual network with weights by the names of torchvision.
 
     SpikingJelly's sew_resnet18 to 152 and spiking_resnet18 to 152 have them. Kernels
     [out, in, H, W] become [H, W, in, out]. Where the state has w of ParametricLIFNode,
@@ -105,103 +103,108 @@ def load_resnet(model: ResNet, state: Mapping[str, Any]) -> ResNet:
         model: from ``spikejax.models.resnet``, plain or sew, with imagenet_stem and as
             many classes; it is changed and returned, in evaluation mode.
         state: the state dict: tensors or arrays by name, all of them for this model.
+
+    Raises:
+        ValueError: the model has other layers than torchvision's, or the state other
+            names or shapes than the model.
     """
     if model.residual is ms or not model.imagenet_stem or model.has_hidden:
         raise ValueError(
             "load_resnet: expected a residual network, plain or sew, with "
             "imagenet_stem and no hidden layer, got another. Take models.resnet18."
         )
-    left = {
+    arrays = {
         name: np.asarray(value)
         for name, value in state.items()
         if not name.endswith("num_batches_tracked")
     }
-    _fill(left, "conv1", "bn1", model.stem_conv, model.stem_norm)
-    model.stage_neuron = _neuron(left, "sn1", model.stage_neuron)
-    for block, name in zip(model.blocks, _block_names(left, model), strict=True):
-        units = zip(block.convs, block.norms, strict=True)
-        for k, (conv, norm) in enumerate(units, 1):
-            _fill(left, f"{name}.conv{k}", f"{name}.bn{k}", conv, norm)
-            neuron = block.neurons[k - 1]
-            block.neurons[k - 1] = _neuron(left, f"{name}.sn{k}", neuron)
-        if block.projects:
-            down = f"{name}.downsample"
-            convolution = block.shortcut_conv
-            _fill(left, f"{down}.0", f"{down}.1", convolution, block.shortcut_norm)
-        if hasattr(block, "shortcut_neuron"):
-            neuron = block.shortcut_neuron
-            block.shortcut_neuron = _neuron(left, f"{name}.downsample_sn", neuron)
-    kernel = _take(left, "fc.weight", model.head.kernel.shape[::-1])
-    model.head.kernel = nnx.Param(kernel.T)
-    bias = _take(left, "fc.bias", kernel.shape[:1])
-    model.head.bias = nnx.Param(bias)
-    if left:
+    layers, spiking = _layers(model, arrays)
+    for name, neuron in spiking.items():
+        keys = [k for k in ("w", "beta", "threshold") if f"{name}.{k}" in arrays]
+        _set(name, neuron, {key: arrays.pop(f"{name}.{key}") for key in keys})
+    targets = {
+        f"{name}.{theirs}": (layer, ours)
+        for name, layer in layers.items()
+        for theirs, ours in NAMES
+        if getattr(layer, ours, None) is not None
+    }
+    wanted = {name: _shape(*target) for name, target in targets.items()}
+    found = {name: array.shape for name, array in arrays.items()}
+    wrong = [
+        f"{name} of shape {found.get(name)} in place of {wanted.get(name)}"
+        for name in wanted | found
+        if wanted.get(name) != found.get(name)
+    ]
+    if wrong:
         raise ValueError(
-            f"load_resnet: expected the weights of this model, got {len(left)} more: "
-            f"{', '.join(sorted(left)[:4])}. Make the model as deep as theirs."
+            f"load_resnet: expected the weights of this model, got {len(wrong)} other: "
+            f"{', '.join(wrong[:4])}. Make the model as deep and wide as theirs, with "
+            "as many classes, and give model.state_dict() of torchvision's network."
         )
+    for name, (layer, ours) in targets.items():
+        array = arrays[name]
+        if ours == "kernel":
+            array = np.moveaxis(array, (0, 1), (-1, -2))
+        kind = type(getattr(layer, ours))
+        setattr(layer, ours, kind(jnp.asarray(array, jnp.float32)))
     model.eval()
     return model
 
 
-def _block_names(state, model):
-    """layer1.0, layer1.1, layer2.0, ...: as many as the model has blocks."""
-    found = {tuple(n.split(".")[:2]) for n in state if n.startswith("layer")}
-    names = [".".join(pair) for pair in sorted(found, key=lambda p: (p[0], int(p[1])))]
-    if len(names) != len(model.blocks):
+NAMES = (  # of torchvision, and ours
+    ("weight", "kernel"),
+    ("weight", "scale"),
+    ("bias", "bias"),
+    ("running_mean", "mean"),
+    ("running_var", "var"),
+)
+
+
+def _layers(
+    model: ResNet, state: Iterable[str]
+) -> tuple[dict[str, nnx.Module], dict[str, Neuron]]:
+    """Return layers by torchvision's names, and neurons by SpikingJelly's."""
+    layers: dict[str, Any] = {
+        "conv1": model.stem_conv,
+        "bn1": model.stem_norm,
+        "fc": model.head,
+    }
+    spiking: dict[str, Any] = {"sn1": model.stage_neuron}
+    # layer1.0, layer1.1, layer2.0, ...: the model does not keep its stages apart.
+    pairs = {tuple(name.split(".")[:2]) for name in state if name.startswith("layer")}
+    names = [".".join(p) for p in sorted(pairs, key=lambda p: (p[0], int(p[1])))]
+    for name, block in zip(names, model.blocks, strict=False):
+        for k, (conv, norm, neuron) in enumerate(block.units, 1):
+            layers |= {f"{name}.conv{k}": conv, f"{name}.bn{k}": norm}
+            spiking[f"{name}.sn{k}"] = neuron
+        if block.projects:
+            layers[f"{name}.downsample.0"] = block.shortcut_conv
+            layers[f"{name}.downsample.1"] = block.shortcut_norm
+            if hasattr(block, "shortcut_neuron"):
+                spiking[f"{name}.downsample_sn"] = block.shortcut_neuron
+    return layers, spiking
+
+
+def _shape(layer: nnx.Module, name: str) -> tuple[int, ...]:
+    """Return the shape that torchvision has for a variable of a layer."""
+    shape = tuple(getattr(layer, name).shape)
+    return (shape[-1], shape[-2], *shape[:-2]) if name == "kernel" else shape
+
+
+def _set(name: str, neuron: Any, given: Mapping[str, Any]) -> None:
+    """Set the parameters of a neuron to those of a state dict."""
+    if "w" in given and neuron.leak_logit is None:
         raise ValueError(
-            f"load_resnet: expected {len(model.blocks)} blocks, got {len(names)}. Make "
-            "the model as deep as theirs."
+            f"load_resnet: expected neurons that learn tau at {name!r}, got "
+            f"{type(neuron).__name__}. Give neuron=PLIF."
         )
-    return names
-
-
-def _take(state, name, shape):
-    if name not in state:
-        raise ValueError(
-            f"load_resnet: expected {name!r} in the state dict, got none of that name. "
-            "Give model.state_dict() of torchvision's or SpikingJelly's network."
-        )
-    value = state.pop(name)
-    if value.shape != tuple(shape):
-        raise ValueError(
-            f"load_resnet: expected shape {tuple(shape)} for {name!r}, got "
-            f"{value.shape}. Make the model as wide as theirs, with as many classes."
-        )
-    return jnp.asarray(value, jnp.float32)
-
-
-def _fill(state, conv_name, norm_name, conv, norm):
-    """A convolution and the norm after it."""
-    height, width, inputs, outputs = conv.kernel.shape
-    kernel = _take(state, f"{conv_name}.weight", (outputs, inputs, height, width))
-    conv.kernel = nnx.Param(kernel.transpose(2, 3, 1, 0))
-    kinds: list[tuple[str, str, Callable]] = [
-        ("scale", "weight", nnx.Param),
-        ("bias", "bias", nnx.Param),
-        ("mean", "running_mean", nnx.BatchStat),
-        ("var", "running_var", nnx.BatchStat),
-    ]
-    for ours, theirs, kind in kinds:
-        setattr(norm, ours, kind(_take(state, f"{norm_name}.{theirs}", (outputs,))))
-
-
-def _neuron(state, name, neuron):
-    """The neuron, with what the state says of it."""
-    given = {key: state.pop(key) for key in list(state) if key.startswith(f"{name}.")}
-    given = {key.removeprefix(f"{name}."): value for key, value in given.items()}
     if "w" in given:
-        if neuron.leak_logit is None:
-            raise ValueError(
-                f"load_resnet: expected neurons that learn tau at {name!r}, got "
-                f"{type(neuron).__name__}. Give neuron=PLIF."
-            )
         neuron.leak_logit = nnx.Param(jnp.asarray(given["w"], jnp.float32))
     if "beta" in given:
-        return snntorch_neuron(
+        made: Any = snntorch_neuron(
             given["beta"],
             given.get("threshold", 1.0),
             reset_mechanism="subtract" if neuron.options.v_reset is None else "zero",
-            reset_delay=neuron.cell is late_reset,
+            reset_delay=neuron.cell is neurons.late_reset,
         )
-    return neuron
+        neuron.leak, neuron.thresholds = made.leak, made.thresholds

@@ -1,6 +1,6 @@
-"""A network as a graph of named modules, in which there may be loops."""
+"""Networks as graphs of named modules, which may hold loops."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from graphlib import TopologicalSorter
 from typing import Any
 
@@ -13,18 +13,19 @@ from spikejax.layers import Memory, Neuron
 from spikejax.unroll import unroll
 
 Edge = tuple[str, str]
+Values = dict[str, jax.Array]  # by the name of the node that they come from
 
 
 class Graph(nnx.Module):
-    """Network of named modules and edges; what arrives at a module is summed.
+    """Network of named modules and edges; values that meet at a module are summed.
 
-    Modules on a common loop are run step by step, all others over the whole sequence:
-    see ``Loop``.
+    Modules on a common loop run step by step, see ``Loop``, all others over the whole
+    sequence.
 
     Args:
         nodes: modules over [B, T, ...] by name, in any order.
         edges: (from, to), where ``source`` stands for the input.
-        source, target: the names of input and output, which are not among the nodes.
+        source, target: names of input and output, which are not among the nodes.
     """
 
     def __init__(
@@ -35,47 +36,42 @@ class Graph(nnx.Module):
         target: str,
     ):
         self.edges, self.source, self.target = tuple(edges), source, target
-        groups = _groups(nodes, edges)
-        looped = [g for g in groups if len(g) > 1 or (g[0], g[0]) in self.edges]
-        self.loops = List(
-            Loop({name: nodes[name] for name in group}, edges) for group in looped
+        self.groups = _groups(tuple(nodes), edges)
+        # One part per group. A list, since Flax 0.11 has no dict of modules.
+        self.parts = List(
+            Loop({name: nodes[name] for name in group}, edges)
+            if len(group) > 1 or (group[0], group[0]) in self.edges
+            else nodes[group[0]]
+            for group in self.groups
         )
-        self.plan = tuple((group, group in looped) for group in groups)
-        self.names = tuple(g[0] for g in groups if g not in looped)
-        self.modules = List(nodes[name] for name in self.names)
 
     def __call__(self, xs: jax.Array) -> jax.Array:
-        """Outputs [B, T, ...] for inputs [B, T, ...]."""
-        nodes, loops = (
-            dict(zip(self.names, self.modules, strict=True)),
-            iter(self.loops),
-        )
+        """Return outputs [B, T, ...] for inputs [B, T, ...]."""
         values = {self.source: xs}
-        for group, is_loop in self.plan:
-            arriving = {b: _arriving(b, self.edges, values) for b in group}
-            arriving = {b: x for b, x in arriving.items() if x is not None}
-            if is_loop:
-                values |= next(loops)(arriving)
+        for group, part in zip(self.groups, self.parts, strict=True):
+            currents = {name: _total(name, self.edges, values) for name in group}
+            if isinstance(part, Loop):
+                values |= part({k: x for k, x in currents.items() if x is not None})
             else:
-                values[group[0]] = nodes[group[0]](arriving[group[0]])
-        return _arriving(self.target, self.edges, values)
+                values[group[0]] = part(currents[group[0]])
+        return _total(self.target, self.edges, values)
 
 
-def _arriving(name, edges, values) -> Any:
-    """Sum of the values that are there and have an edge to the node, else None."""
-    found = [values[a] for a, b in edges if b == name and a in values]
+def _total(name: str, edges: Iterable[Edge], *values: Values) -> Any:
+    """Return the sum of the values with an edge to a node, None if there are none."""
+    found = [given[a] for given in values for a, b in edges if b == name and a in given]
     return sum(found[1:], found[0]) if found else None
 
 
 class Loop(nnx.Module):
     """Modules that feed each other, run step by step.
 
-    Along an edge that closes a loop, seen from where currents come in, values take one
-    time step. Before the first step no neuron has fired.
+    Values take one time step along an edge that closes a loop, as seen from where
+    currents enter. Before the first step no neuron has fired.
 
     Args:
         nodes: modules over [B, T, ...] by name.
-        edges: (from, to); those from and to other nodes say where currents come in.
+        edges: (from, to); those from and to other nodes say where currents enter.
     """
 
     def __init__(self, nodes: dict[str, nnx.Module], edges: Sequence[Edge]):
@@ -88,94 +84,82 @@ class Loop(nnx.Module):
         self.modules = List(nodes[name] for name in self.names)
         self.memory = Memory()
 
-    def _run(self, arriving, late, run):
-        """Values of all nodes at one step; run(name, module, x) gives that of one."""
-        values: dict[str, Any] = {}
+    def _step(
+        self, states: dict[str, Any] | None, late: Values, currents: Values
+    ) -> tuple[tuple[dict[str, Any], Values], Values]:
+        """Return ((states, late values), values of all nodes) of one time step.
+
+        Without states neurons start, and do not fire.
+        """
+        after, values = {}, {}
         for name, module in zip(self.names, self.modules, strict=True):
             parts = [
-                arriving.get(name),
-                _arriving(name, self.early, values),
-                _arriving(name, self.late, late),
+                currents.get(name),
+                _total(name, self.early, values),
+                _total(name, self.late, late),
             ]
             parts = [part for part in parts if part is not None]
-            values[name] = run(name, module, sum(parts[1:], parts[0]))
-        return values
+            x = sum(parts[1:], parts[0])
+            if not isinstance(module, Neuron):
+                values[name] = module(x[:, None])[:, 0]
+            elif states is None:
+                after[name], values[name] = module.start(x.shape), jnp.zeros_like(x)
+            else:
+                after[name], values[name] = module.step(states[name], x)
+        return (after, {a: values[a] for a, _ in self.late}), values
 
-    def _start(self, arriving):
-        """Membranes and late values before the first step, when input was zero."""
-        membranes = {}
+    def _advance(self, params: None, state: tuple[Any, Any], x: Values) -> tuple:
+        return self._step(state[0], state[1], x)
 
-        def run(name, module, x):
-            if isinstance(module, Neuron):
-                membranes[name] = module.start(x.shape)
-                return jnp.zeros_like(x)
-            return module(x[:, None])[:, 0]
-
-        zeros = {name: jnp.zeros_like(xs[:, 0]) for name, xs in arriving.items()}
-        values = self._run(zeros, {}, run)
-        return membranes, {a: values[a] for a, _ in self.late}
-
-    def __call__(self, arriving: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Values [B, T, ...] of all nodes, for the currents from outside."""
-
-        def step(_, state, x):
-            membranes, late = state
-            membranes = dict(membranes)
-
-            def run(name, module, x):
-                if isinstance(module, Neuron):
-                    membranes[name], z = module.step(membranes[name], x)
-                    return z
-                return module(x[:, None])[:, 0]
-
-            values = self._run(x, late, run)
-            return (membranes, {a: values[a] for a, _ in self.late}), values
-
-        state = self.memory.load(self._start(arriving))
-        state, values = unroll(step, None, state, arriving)
+    def __call__(self, currents: Values) -> Values:
+        """Return the values [B, T, ...] of all nodes for the currents from outside."""
+        # A bias in the loop acts from the first step: late values are those that the
+        # modules give for an input of zero, not zeros.
+        zeros = {name: jnp.zeros_like(xs[:, 0]) for name, xs in currents.items()}
+        state = self.memory.load(self._step(None, {}, zeros)[0])
+        state, values = unroll(self._advance, None, state, currents)
         self.memory.save(state)
         return values
 
 
-def _groups(names, edges) -> tuple[Any, ...]:
-    """The nodes in an order in which they can run; those on a common loop together."""
-    edges = [(a, b) for a, b in edges if a in names and b in names]
-    after = {name: [b for a, b in edges if a == name] for name in names}
-    reached = {name: _reached(name, after) for name in names}
-    group = {
-        name: tuple(m for m in names if m == name or _meet(name, m, reached))
-        for name in names
-    }
-    before: dict[Any, set] = {g: set() for g in group.values()}
-    for a, b in edges:
-        if group[a] != group[b]:
-            before[group[b]].add(group[a])
-    return tuple(TopologicalSorter(before).static_order())
-
-
-def _reached(name, after):
-    seen, todo = set(), [name]
+def reachable(start: Hashable, edges: Iterable[tuple]) -> dict[Any, None]:
+    """Return the nodes that edges lead to; the start itself only from a loop."""
+    seen: dict[Any, None] = {}
+    todo = [start]
     while todo:
-        new = [b for b in after[todo.pop()] if b not in seen]
-        seen.update(new)
+        name = todo.pop()
+        new = [b for a, b in edges if a == name and b not in seen]
+        seen |= dict.fromkeys(new)
         todo += new
     return seen
 
 
-def _meet(a, b, reached):
-    return a in reached[b] and b in reached[a]
+def _groups(names: tuple[str, ...], edges: Sequence[Edge]) -> tuple[Any, ...]:
+    """Return the nodes in an order that can run, those on a common loop as one."""
+    edges = [(a, b) for a, b in edges if a in names and b in names]
+    after = {name: reachable(name, edges) for name in names}
+    group = {
+        a: tuple(b for b in names if b == a or (a in after[b] and b in after[a]))
+        for a in names
+    }
+    # Lists, not sets: the order names the parameters, so it must not depend on hashes.
+    before: dict[Any, list] = {own: [] for own in group.values()}
+    for a, b in edges:
+        if group[a] != group[b]:
+            before[group[b]].append(group[a])
+    return tuple(TopologicalSorter(before).static_order())
 
 
-def _closing(entries, edges) -> tuple[Edge, ...]:
-    """The edges that lead back to a node on the way from an entry to them."""
+def _closing(entries: Sequence[str], edges: Sequence[Edge]) -> tuple[Edge, ...]:
+    """Return the edges that lead back to a node on the path from an entry to them."""
     closing, done = [], set()
 
-    def visit(name, way):
+    def visit(name: str, path: tuple[str, ...]) -> None:
         for a, b in edges:
-            if a == name and b in way:
+            if a == name and b in path:
                 closing.append((a, b))
             elif a == name and b not in done:
-                visit(b, (*way, b))
+                visit(b, (*path, b))
         done.add(name)
 
     for entry in dict.fromkeys(entries):

@@ -1,108 +1,179 @@
-"""Layers without time as nodes of NIR, which is channels-first, and back."""
+"""Layers without time: modules for nodes of NIR, which is channels-first, and back."""
 
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import nir
 import numpy as np
+import numpy.typing as npt
 from flax import nnx
 
-from spikejax.nodes import Flatten, Pool, Scale, Threshold
+from spikejax import surrogate
+from spikejax.layers import Fixed
+
+Array = np.ndarray | jax.Array
+Node = Any  # a nir.NIRNode; what its classes share has no type
+
+
+class Threshold(nnx.Module):
+    """Step function of its input: 1 where x reaches the threshold, else 0.
+
+    Args:
+        threshold: number or array that broadcasts with [B, T, ...].
+    """
+
+    def __init__(self, threshold: float | Array):
+        self.threshold = Fixed(jnp.asarray(threshold, jnp.float32))
+
+    def __call__(self, xs: jax.Array) -> jax.Array:
+        return surrogate.ATAN(xs - self.threshold[...]).astype(xs.dtype)
+
+
+class Scale(nnx.Module):
+    """Elementwise product with learned numbers.
+
+    Args:
+        scale: number or array that broadcasts with [B, T, ...].
+    """
+
+    def __init__(self, scale: float | Array):
+        self.scale = nnx.Param(jnp.asarray(scale, jnp.float32))
+
+    def __call__(self, xs: jax.Array) -> jax.Array:
+        return (xs * self.scale[...]).astype(xs.dtype)
+
+
+class Flatten(nnx.Module):
+    """Map from [B, T, H, W, C] to [B, T, C H W], in this order."""
+
+    def __call__(self, xs: jax.Array) -> jax.Array:
+        # The weights that follow in the file are in the order of channels-first.
+        return jnp.moveaxis(xs, -1, 2).reshape(*xs.shape[:2], -1)
+
+
+class Pool(nnx.Module):
+    """Sum or mean over windows of [B, T, H, W, C]; padding counts as zeros.
+
+    Args:
+        size, stride, padding: two numbers each.
+        mean: divide by the size of the window.
+    """
+
+    def __init__(
+        self,
+        size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int] = (0, 0),
+        *,
+        mean: bool,
+    ):
+        self.size, self.stride, self.mean = tuple(size), tuple(stride), mean
+        self.padding = tuple(padding)
+
+    def __call__(self, xs: jax.Array) -> jax.Array:
+        pads = [(0, 0), (0, 0), *((p, p) for p in self.padding), (0, 0)]
+        window, stride = (1, 1, *self.size, 1), (1, 1, *self.stride, 1)
+        zero = np.zeros((), xs.dtype)  # a constant: a traced zero has no gradient rule
+        ys = jax.lax.reduce_window(xs, zero, jax.lax.add, window, stride, pads)
+        return ys / math.prod(self.size) if self.mean else ys
 
 
 def linear(
-    path: str,
-    layer: nnx.Linear,
+    kernel: np.ndarray,
     shape: tuple[int, ...],
-    unflat: tuple[int, ...] | None,
-    factor: float,
-) -> Any:
-    """Linear or Affine node: y = W x + b.
+    image: tuple[int, ...] | None,
+    params: Mapping[str, Any],
+) -> nir.Linear | None:
+    """Return a Linear node y = W x, or None if NIR has none.
 
     Args:
-        path: names the layer in errors.
-        shape: of the input.
-        unflat: [H, W, C] of the image that was flattened to it, or None.
-        factor: of the input, which moves into W.
+        kernel: constant operand of the product.
+        shape: of one example of the input.
+        image: [H, W, C] of the image that was flattened to the input, or None.
+        params: those of ``jax.lax.dot_general_p``.
     """
-    if len(shape) != 1:
-        raise ValueError(
-            f"to_nir: expected a vector before the linear layer {path!r}, got {shape}. "
-            "For an image, take a convolution with a kernel of (1, 1)."
-        )
-    kernel = np.asarray(layer.kernel[...], np.float32) * np.float32(factor)
-    if unflat is not None:
-        kernel = np.moveaxis(kernel.reshape(*unflat, -1), -2, 0)
-    weight = np.ascontiguousarray(kernel.reshape(-1, kernel.shape[-1]).T)
-    if layer.bias is None:
-        return nir.Linear(weight=weight)
-    return nir.Affine(weight=weight, bias=np.asarray(layer.bias[...], np.float32))
+    contracted, batch = params["dimension_numbers"]
+    if len(shape) != 1 or kernel.ndim != 2 or len(contracted[1]) != 1 or batch[0]:
+        return None
+    kernel = np.moveaxis(kernel, contracted[1][0], 0)
+    if image is not None:  # rows in the order of channels-first
+        kernel = np.moveaxis(kernel.reshape(*image, -1), -2, 0)
+    return nir.Linear(np.ascontiguousarray(kernel.reshape(-1, kernel.shape[-1]).T))
 
 
 def convolution(
-    path: str, layer: nnx.Conv, shape: tuple[int, ...], factor: float
-) -> Any:
-    """Conv1d or Conv2d node; kernels [H, W, in, out] become [out, in, H, W].
+    kernel: np.ndarray, size: Sequence[int], params: Mapping[str, Any]
+) -> nir.Conv1d | nir.Conv2d | None:
+    """Return a Conv1d or Conv2d node without bias, or None if NIR 1.0 has none.
 
     Args:
-        path: names the layer in errors.
-        shape: [H, W, C] or [L, C] of the input.
-        factor: of the input, which moves into the kernel.
+        kernel: [H, W, in, out] or [L, in, out].
+        size: [H, W] or [L] of the input.
+        params: those of ``jax.lax.conv_general_dilated_p``.
     """
-    sizes, rank = tuple(layer.kernel_size), len(layer.kernel_size)
-    strides = _numbers(layer.strides, rank)
-    dilation = _numbers(layer.kernel_dilation, rank)
-    padding = _padding(layer.padding, shape[:-1], sizes, strides, dilation)
+    rank, pads = kernel.ndim - 2, params["padding"]
+    axes = tuple(range(rank))
+    last = (0, rank + 1, *(a + 1 for a in axes))  # batch and channels of [B, H, W, C]
     if (
         rank not in (1, 2)
-        or layer.feature_group_count != 1
-        or _numbers(layer.input_dilation, rank) != (1,) * rank
-        or padding is None
-        or len(set(sizes)) > 1
+        or tuple(params["dimension_numbers"]) != (last, (rank + 1, rank, *axes), last)
+        or params["feature_group_count"] * params["batch_group_count"] != 1
+        or set(params["lhs_dilation"]) != {1}  # a transposed convolution
+        or any(a != b or a < 0 for a, b in pads)
+        or len(set(kernel.shape[:rank])) > 1  # nir 1.0 infers a wrong shape for these
     ):
-        raise ValueError(
-            f"to_nir: expected a convolution over 1 or 2 axes at {path!r}, with a "
-            "square kernel, the same zero padding on both sides, and one group, got "
-            f"kernel {sizes}, padding {layer.padding}, strides {strides}, "
-            f"{layer.feature_group_count} groups. NIR 1.0 has no other."
-        )
-    kernel = np.asarray(layer.kernel[...], np.float32) * np.float32(factor)
+        return None
     weight = np.ascontiguousarray(np.moveaxis(kernel, (-1, -2), (0, 1)))
-    bias = np.zeros(weight.shape[0], np.float32)
-    if layer.bias is not None:
-        bias = np.asarray(layer.bias[...], np.float32)
-    numbers: Any = (tuple(shape[:-1]), strides, padding, dilation)
+    bias = np.zeros(len(weight), np.float32)
+    padding = tuple(a for a, _ in pads)
+    numbers = (size, params["window_strides"], padding, params["rhs_dilation"])
     kind: Any = nir.Conv2d
     if rank == 1:
         kind, numbers = nir.Conv1d, tuple(n[0] for n in numbers)
-    size, stride, pad, reach = numbers
-    return kind(size, weight, stride, pad, reach, 1, bias)
+    shape, stride, padding, dilation = numbers
+    return kind(shape, weight, stride, padding, dilation, 1, bias)
 
 
-def _numbers(given, rank):
-    if given is None or isinstance(given, int | np.integer):
-        given = (1 if given is None else given,) * rank
-    return tuple(int(n) for n in given)
+def absorb(
+    node: Node, gain: np.ndarray, shift: np.ndarray | None, *, mean: bool
+) -> nir.NIRNode | None:
+    """Return a node that computes gain y + shift, None if no node does.
+
+    Args:
+        node: whose output y is. Linear, Affine, Conv1d, Conv2d, or SumPool2d.
+        gain, shift: in the shape of y, channels-first; no shift is None.
+        mean: let SumPool2d become AvgPool2d.
+    """
+    if isinstance(node, nir.SumPool2d):
+        fits = np.allclose(gain * math.prod(node.kernel_size), 1, rtol=1e-6, atol=0)
+        if mean and fits and shift is None:
+            return nir.AvgPool2d(node.kernel_size, node.stride, node.padding)
+        return None
+    gain, bias = (
+        np.zeros((len(gain), 1)) if array is None else array.reshape(len(array), -1)
+        for array in (gain, shift)
+    )
+    if not hasattr(node, "weight") or any((a != a[:, :1]).any() for a in (gain, bias)):
+        return None
+    gain, bias = gain[:, 0], bias[:, 0]
+    weight = node.weight * gain.reshape(-1, *(1,) * (node.weight.ndim - 1))
+    weight = weight.astype(np.float32)
+    if isinstance(node, nir.Linear) and shift is None:
+        return nir.Linear(weight)
+    bias = (getattr(node, "bias", 0) * gain + bias).astype(np.float32)
+    if isinstance(node, nir.Linear):
+        return nir.Affine(weight, bias)
+    return dataclasses.replace(node, weight=weight, bias=bias)
 
 
-def _padding(given, shape, sizes, strides, dilation):
-    """Zeros on each side of each axis, or None where sides differ or it is no zeros."""
-    if isinstance(given, str):
-        if given not in ("SAME", "VALID"):
-            return None
-        reach = [(k - 1) * d + 1 for k, d in zip(sizes, dilation, strict=True)]
-        given = jax.lax.padtype_to_pads(shape, reach, strides, given)
-    if isinstance(given, int):
-        given = (given,) * len(sizes)
-    pairs = [(p, p) if isinstance(p, int) else tuple(p) for p in given]
-    return tuple(a for a, _ in pairs) if all(a == b for a, b in pairs) else None
+def broadcastable(value: npt.ArrayLike) -> Any:
+    """Return an array of NIR, channels-first, to broadcast with channels-last.
 
-
-def broadcastable(value: Any) -> Any:
-    """An array of NIR, channels-first, as one that broadcasts with [B, T, ..., C].
-
-    A number where all its entries are equal.
+    A number, if all its entries are equal.
     """
     array = np.asarray(value, np.float64)
     if array.size and (array == array.flat[0]).all():
@@ -110,28 +181,24 @@ def broadcastable(value: Any) -> Any:
     return np.moveaxis(array, 0, -1)
 
 
-def read_layer(name: str, node: Any) -> nnx.Module | None:
-    """The layer that a node without time stands for; None for other nodes."""
-    if isinstance(node, nir.Affine | nir.Linear):
-        return _read_linear(name, node)
+def read_layer(node: Node) -> nnx.Module | None:
+    """Return the layer for a node without time, or None for any other node."""
+    if isinstance(node, nir.Affine | nir.Linear) and np.ndim(node.weight) == 2:
+        outputs, inputs = np.shape(node.weight)
+        bias = getattr(node, "bias", None)
+        layer = nnx.Linear(inputs, outputs, use_bias=bias is not None, **_unset())
+        return _filled(layer, node.weight, bias)
     if isinstance(node, nir.Conv1d | nir.Conv2d):
         return _read_convolution(node)
     if isinstance(node, nir.SumPool2d | nir.AvgPool2d):
+        numbers = (node.kernel_size, node.stride, node.padding)
+        size, stride, padding = (_numbers(n, 2) for n in numbers)
         mean = isinstance(node, nir.AvgPool2d)
-        size, stride, padding = (
-            _numbers(np.asarray(n).tolist(), 2)
-            for n in (node.kernel_size, node.stride, node.padding)
-        )
         return Pool(size, stride, padding, mean=mean)
-    if isinstance(node, nir.Flatten):
+    if isinstance(node, nir.Flatten) and int(node.start_dim) == 0:
         shape = (node.input_type or {}).get("input")
         last = -1 if shape is None else len(shape) - 1
-        if int(node.start_dim) != 0 or int(node.end_dim) not in (-1, last):
-            raise ValueError(
-                f"from_nir: expected {name!r} to flatten all axes, got axes "
-                f"{node.start_dim} to {node.end_dim}."
-            )
-        return Flatten()
+        return Flatten() if int(node.end_dim) in (-1, last) else None
     if isinstance(node, nir.Scale):
         return Scale(broadcastable(node.scale))
     if isinstance(node, nir.Threshold):
@@ -140,46 +207,42 @@ def read_layer(name: str, node: Any) -> nnx.Module | None:
 
 
 def _unset() -> dict[str, Any]:
-    """For a layer whose weights come next; random ones would compile for each shape."""
+    """Return options for a layer whose weights come next."""
+    # Random weights would compile once per shape.
     return {"kernel_init": nnx.initializers.zeros, "rngs": nnx.Rngs(0)}
 
 
-def _read_linear(name, node):
-    weight = np.asarray(node.weight)
-    if weight.ndim != 2:
-        raise ValueError(
-            f"from_nir: expected a matrix of weights in {name!r}, got {weight.shape}."
-        )
-    bias = np.asarray(node.bias) if isinstance(node, nir.Affine) else None
-    layer = nnx.Linear(
-        weight.shape[1], weight.shape[0], use_bias=bias is not None, **_unset()
-    )
-    layer.kernel = nnx.Param(jnp.asarray(weight.T, jnp.float32))
+def _filled(
+    layer: nnx.Linear | nnx.Conv, weight: np.ndarray, bias: np.ndarray | None
+) -> nnx.Module:
+    """Return the layer with weights [out, in, ...] and bias of a node."""
+    kernel = np.moveaxis(np.asarray(weight), (0, 1), (-1, -2))
+    layer.kernel = nnx.Param(jnp.asarray(kernel, jnp.float32))
     if bias is not None:
-        layer.bias = nnx.Param(jnp.asarray(bias, jnp.float32))
+        layer.bias = nnx.Param(jnp.asarray(np.asarray(bias), jnp.float32))
     return layer
 
 
-def _read_convolution(node):
-    weight = np.asarray(node.weight)
-    rank = weight.ndim - 2
-    padding = node.padding
-    if isinstance(padding, str | bytes):
+def _read_convolution(node: Node) -> nnx.Module:
+    outputs, inputs, *size = np.shape(node.weight)
+    padding, groups = node.padding, int(node.groups)
+    if isinstance(padding, str | bytes):  # bytes where the node comes from a file
         padding = (padding if isinstance(padding, str) else padding.decode()).upper()
     else:
-        padding = tuple((p, p) for p in _numbers(np.asarray(padding).tolist(), rank))
-    groups = int(node.groups)
+        padding = tuple((p, p) for p in _numbers(padding, len(size)))
     layer = nnx.Conv(
-        weight.shape[1] * groups,
-        weight.shape[0],
-        weight.shape[2:],
-        strides=_numbers(np.asarray(node.stride).tolist(), rank),
+        inputs * groups,
+        outputs,
+        size,
+        strides=_numbers(node.stride, len(size)),
         padding=padding,
-        kernel_dilation=_numbers(np.asarray(node.dilation).tolist(), rank),
+        kernel_dilation=_numbers(node.dilation, len(size)),
         feature_group_count=groups,
         **_unset(),
     )
-    kernel = np.moveaxis(weight, (0, 1), (-1, -2))
-    layer.kernel = nnx.Param(jnp.asarray(kernel, jnp.float32))
-    layer.bias = nnx.Param(jnp.asarray(np.asarray(node.bias), jnp.float32))
-    return layer
+    return _filled(layer, node.weight, node.bias)
+
+
+def _numbers(value: npt.ArrayLike, rank: int) -> tuple[int, ...]:
+    """Return one integer per axis, for a number or a sequence of them."""
+    return tuple(np.broadcast_to(np.asarray(value), rank).astype(int).tolist())

@@ -5,7 +5,7 @@ Time is in seconds here: ``dt`` is the length of one time step. With forward Eul
     tau dv/dt = v_leak - v + r I   becomes   u = v + (dt / tau) (v_leak - v + r I)
         dv/dt = r I                becomes   u = v + dt r I
 
-so the first steps of our cells, ``charge``, are these nodes exactly:
+so ``charge``, the first phase of our cells, is these nodes exactly:
 
     LIF, decay_input         tau = tau dt,  r = 1,    v_leak = v_reset or 0
     LIF, decay_input=False   tau = tau dt,  r = tau,  v_leak = v_reset or 0
@@ -19,40 +19,79 @@ v_threshold, which differs only where the two are equal.
 Reference: Pedersen et al. 2024, arXiv:2311.14641.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import nir
 import numpy as np
 
 from spikejax import neurons
 from spikejax.layers import IF, LI, LIF, Neuron
-from spikejax.neurons import integrate
-from spikejax.nir.layers import broadcastable
-from spikejax.nodes import NodeParams, node_neuron
+from spikejax.neurons import Cell, NeuronOptions, NeuronParams
+from spikejax.nir.layers import Node, broadcastable
+
+Numbers = Any  # a number, or an array that broadcasts with the features
 
 
 class Integration(NamedTuple):
-    """How a time constant in seconds becomes a leak each time step, and back."""
+    """Rule by which a time constant in seconds becomes a leak per step, and back."""
 
-    leak: Callable[[float, Any], Any]  # (dt, tau) -> leak
-    tau: Callable[[float, Any], Any]  # (dt, leak) -> tau
-
-
-def _decay_time(dt, leak):
-    if not leak < 1:
-        raise ValueError(
-            f"to_nir: expected neurons of tau > 1, got {1 / leak}. Exponential decay "
-            "never forgets all in one step; integration=EULER can."
-        )
-    return -dt / math.log1p(-leak)
+    leak: Callable[[float, Numbers], Numbers]  # (dt, tau) -> leak
+    tau: Callable[[float, Numbers], Numbers]  # (dt, leak) -> tau
 
 
 # leak = dt / tau: SpikingJelly, snnTorch and Norse.
 EULER = Integration(lambda dt, tau: dt / tau, lambda dt, leak: dt / leak)
 # leak = 1 - exp(-dt / tau), exact for a constant current in each step: Sinabs.
-EXPONENTIAL = Integration(lambda dt, tau: -np.expm1(-dt / tau), _decay_time)
+EXPONENTIAL = Integration(
+    lambda dt, tau: -np.expm1(-dt / tau), lambda dt, leak: -dt / np.log1p(-leak)
+)
+
+
+class NodeParams(NamedTuple):
+    """Parameters of ``node_step``: numbers, or arrays that broadcast with the features.
+
+    leak: dt / tau, 0 without a leak. gain: of the current. v_leak: membrane at rest.
+    thresholds: one, or none for an integrator.
+    amounts: what a spike takes away (soft reset), or None.
+    v_reset: the membrane after a spike (hard reset), or None.
+    """
+
+    leak: Numbers
+    gain: Numbers
+    v_leak: Numbers = 0.0
+    thresholds: tuple[Numbers, ...] = ()
+    amounts: tuple[Numbers, ...] | None = None
+    v_reset: Numbers = None
+
+
+def node_step(
+    params: NodeParams,
+    v: jax.Array,
+    x: jax.Array,
+    options: NeuronOptions = neurons.DEFAULT,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Compute one step of a node I, LI, IF or LIF whose parameters have any value.
+
+    u = v + leak (v_leak - v) + gain x,  z = H(u - threshold)
+    v' = u - amount z  (soft)   or   v_reset where z = 1
+
+    Args:
+        params: see ``NodeParams``.
+        v, x: membrane and current, as in ``neurons.lif``.
+        options: only detach_reset and surrogate count.
+
+    Returns:
+        v', and one spike train, or none for an integrator.
+    """
+    u = v + params.leak * (params.v_leak - v) + params.gain * x
+    if not len(params.thresholds):
+        return u, ()
+    z = options.surrogate(u - params.thresholds[0])
+    amount = z if params.amounts is None else params.amounts[0] * z
+    options = options._replace(v_reset=params.v_reset)
+    return neurons.reset(u, z, amount, options), (z,)
 
 
 class Spec(NamedTuple):
@@ -60,134 +99,173 @@ class Spec(NamedTuple):
 
     Each threshold that u reaches adds its weight to the output; with soft reset
     (v_reset None) it takes its amount from u, where ``chained`` before the next one is
-    compared. N = 0 is an integrator, whose output is u.
+    compared. N = 0 is an integrator, whose output is u. Numbers may be arrays that
+    broadcast with the shape of one example, channels-last.
     """
 
-    shape: tuple[int, ...]  # channels-first
-    leak: float
-    gain: float
-    v_leak: float
-    thresholds: tuple[float, ...]
-    amounts: tuple[float, ...]
-    weights: tuple[float, ...]
+    shape: tuple[int, ...]
+    leak: Numbers
+    gain: Numbers
+    v_leak: Numbers
+    thresholds: tuple[Numbers, ...]
+    amounts: tuple[Numbers, ...]
+    weights: tuple[Numbers, ...]
     chained: bool
-    v_reset: float | None
-    v_start: float
+    v_reset: Numbers
+    v_start: Numbers
 
-    def full(self, value: float) -> np.ndarray:
-        """The value for every neuron."""
-        return np.full(self.shape, value, np.float64)
+    def full(self, value: Numbers) -> np.ndarray:
+        """Return the value for every neuron, channels-first."""
+        array = np.broadcast_to(np.asarray(value, np.float64), self.shape)
+        return np.ascontiguousarray(np.moveaxis(array, -1, 0))
 
 
 class Part(NamedTuple):
     """Nodes of a graph: where currents enter, and the outputs with their weights."""
 
-    nodes: dict[str, Any]
+    nodes: dict[str, nir.NIRNode]
     edges: list[tuple[str, str]]
-    entries: tuple[str, ...]
-    outputs: tuple[tuple[str, float], ...]
+    entry: str
+    outputs: list[tuple[str, Numbers]]
 
 
 def specs(
-    path: str, layer: Neuron, shape: tuple[int, ...], factor: float
+    path: str,
+    layer: Neuron,
+    shape: tuple[int, ...],
+    factor: float,
+    integration: Integration,
 ) -> list[Spec]:
-    """The neurons of a layer in numbers: one Spec, or one a membrane.
+    """Return the neurons of a layer in numbers, one Spec per membrane.
 
     Args:
-        path: names the layer in errors.
-        layer: from ``spikejax.layers``, ``quant``, ``recurrent``, or ``nodes.LI``.
-        shape: one example at one step, channels-first.
+        path: of the layer, for errors.
+        layer: with a cell of ``spikejax.neurons``, or ``node_step``.
+        shape: of one example at one step, channels-last.
         factor: of the current that arrives.
+        integration: of the reader.
+
+    Raises:
+        ValueError: NIR has no nodes for these neurons.
     """
-    params = layer.params
-    leak, thresholds = float(params.leak), [float(t) for t in params.thresholds]
-    unit = 1.0 if layer.unit is None else float(layer.unit[...])
-    thresholds = [t * unit for t in thresholds]
-    amounts, chained = thresholds, layer.cell is neurons.cascade
-    if layer.cell is neurons.parallel:
-        amounts = [b - a for a, b in zip([0.0, *thresholds], thresholds, strict=False)]
-    if layer.cell is integrate:
-        thresholds = amounts = []
-    several = len(thresholds) > 1 and layer.cell is not neurons.independent
-    if several and layer.options.v_reset is not None:
+    found = _specs(layer, shape, factor) if layer.cell in CELLS else []
+    problem = f"the cell {getattr(layer.cell, '__name__', layer.cell)!r}"
+    if found:
+        problem = _problem(found[0], integration)
+    if problem:
         raise ValueError(
-            f"to_nir: expected soft reset for the {len(thresholds)} thresholds of "
-            f"{path!r}, got v_reset={layer.options.v_reset}. NIR can subtract from a "
-            "membrane what several thresholds say, and set it only in a node of one."
+            f"to_nir: expected neurons that NIR has nodes for at {path!r}, got "
+            f"{problem}. Take a cell of spikejax.neurons with soft reset, and "
+            "integration=EULER."
         )
-    known = neurons.lif, neurons.parallel, neurons.cascade, neurons.independent
-    if layer.cell not in (*known, integrate) or layer.kind is NodeParams:
-        raise ValueError(
-            f"to_nir: expected neurons of spikejax at {path!r}, got "
-            f"{type(layer).__name__} with the cell {layer.cell.__name__}."
-        )
+    return found
+
+
+def _specs(layer: Neuron, shape: tuple[int, ...], factor: float) -> list[Spec]:
+    cell, params, v_reset = layer.cell, layer.params, layer.options.v_reset
+    unit = layer.bind()[1][1]
+    unit = np.asarray(1.0 if unit is None else unit, np.float64)
+    leak = np.asarray(params.leak, np.float64)
+    gain, v_leak = leak if layer.options.decay_input else 1.0, v_reset or 0.0
+    if cell is node_step:
+        gain, v_leak, v_reset = params.gain, params.v_leak, params.v_reset
+    numbers: tuple[Any, ...] = ((), (), ())
+    if cell is not neurons.integrate:
+        amounts = neurons.spike_amounts(cell, params)
+        numbers = params.thresholds, amounts, neurons.spike_weights(cell, params)
+    thresholds, amounts, weights = (
+        tuple(np.asarray(n) * unit for n in ns) for ns in numbers
+    )
+    if cell is neurons.late_reset:  # the leak of the next step is in its amounts
+        amounts = tuple(a / (1 - leak) for a in amounts)
+    start = np.asarray(jax.tree.leaves(layer.start((1, *shape)))[0])
     spec = Spec(
-        shape=shape,
-        leak=leak,
-        gain=factor * (leak if layer.options.decay_input else 1.0),
-        v_leak=layer.options.v_reset or 0.0,
-        thresholds=tuple(thresholds),
-        amounts=tuple(amounts),
-        weights=tuple(a / amounts[0] * unit for a in amounts),
-        chained=chained,
-        v_reset=layer.options.v_reset,
-        v_start=float(layer.v_start) * unit,
+        shape,
+        leak,
+        np.asarray(gain) * factor,
+        v_leak,
+        thresholds,
+        amounts,
+        weights,
+        chained=cell is neurons.cascade,
+        v_reset=v_reset,
+        v_start=start.reshape(-1, *shape)[0] * unit,
     )
-    if layer.cell is not neurons.independent:
-        return [spec]
-    return [
-        spec._replace(thresholds=(t,), amounts=(t,), weights=(1.0,)) for t in thresholds
-    ]
+    found = [spec]
+    if cell is neurons.independent:
+        alone = zip(thresholds, weights, strict=True)
+        found = [
+            spec._replace(thresholds=(t,), amounts=(t,), weights=(w,)) for t, w in alone
+        ]
+    return found
 
 
-def _membrane(spec, dt, integration, v_leak):
-    """LI, or I where nothing leaks."""
-    if not spec.leak:
-        return nir.I(r=spec.full(spec.gain / dt))
-    return nir.LI(
-        tau=spec.full(integration.tau(dt, spec.leak)),
-        r=spec.full(spec.gain / spec.leak),
-        v_leak=spec.full(v_leak),
-    )
+def _problem(spec: Spec, integration: Integration) -> str:
+    """Return the reason why NIR has no nodes for neurons, or nothing."""
+    with np.errstate(divide="ignore"):
+        tau = integration.tau(1.0, spec.leak)
+    if len(spec.thresholds) > 1 and spec.v_reset is not None:
+        return "hard reset of one membrane by several thresholds"
+    if any((a < 0).any() for a in spec.amounts):
+        return "spikes of negative amounts"
+    if (spec.leak == 0).any() and (spec.leak != 0).any():
+        return "only some neurons with a leak"
+    return "" if np.all(tau > 0) else "tau = 1, which exponential decay cannot have"
 
 
-def _fires(spec, dt, integration, metadata):
-    """LIF, or IF where nothing leaks, of one threshold."""
-    rest = {
-        "v_threshold": spec.full(spec.thresholds[0]),
-        "v_reset": spec.full(spec.v_reset or 0.0),
-        "metadata": metadata,
-    }
-    if not spec.leak:
-        return nir.IF(r=spec.full(spec.gain / dt), **rest)
-    return nir.LIF(
-        tau=spec.full(integration.tau(dt, spec.leak)),
-        r=spec.full(spec.gain / spec.leak),
-        v_leak=spec.full(spec.v_leak),
-        **rest,
-    )
+CELLS = (
+    neurons.lif,
+    neurons.parallel,
+    neurons.cascade,
+    neurons.independent,
+    neurons.late_reset,
+    neurons.integrate,
+    node_step,
+)
+
+
+def _node(
+    spec: Spec, dt: float, integration: Integration, metadata: dict[str, Any]
+) -> nir.NIRNode:
+    """Return LIF or LI, or IF or I where nothing leaks."""
+    leaks, kinds = bool(np.any(spec.leak)), (nir.LI, nir.I)
+    numbers: dict[str, Any] = {"r": spec.full(spec.gain / (spec.leak if leaks else dt))}
+    starts = spec.v_leak if leaks else 0.0  # of readers, unless the metadata say more
+    if leaks:
+        numbers["tau"] = spec.full(integration.tau(dt, spec.leak))
+        numbers["v_leak"] = spec.full(spec.v_leak)
+    if spec.thresholds:
+        kinds = nir.LIF, nir.IF
+        numbers["v_threshold"] = spec.full(spec.thresholds[0])
+        numbers["v_reset"] = spec.full(0.0 if spec.v_reset is None else spec.v_reset)
+    if spec.v_reset is not None:
+        starts = spec.v_reset
+    start = spec.full(spec.v_start)
+    if (start != spec.full(starts)).any():
+        uniform = (start == start.flat[0]).all()
+        metadata = metadata | {"v_start": float(start.flat[0]) if uniform else start}
+    return kinds[0 if leaks else 1](**numbers, metadata=metadata)
 
 
 def node(name: str, spec: Spec, dt: float, integration: Integration) -> Part:
-    """Soft reset for readers that subtract: one LIF or IF, as for hard reset.
+    """Return soft reset for readers that subtract: one LIF or IF, as for hard reset.
 
-    Sinabs subtracts the threshold, whatever NIR's text says; others (SpikingJelly,
-    Norse, snnTorch) set the membrane to 0 and answer something else. The node's
-    metadata say {"reset": "subtract"} and, for neurons that do not start from 0, as
-    those of ``convert``, {"v_start": value}; ``from_nir`` follows both, other readers
-    neither.
+    Sinabs subtracts the threshold, in spite of NIR's text; others (SpikingJelly, Norse,
+    snnTorch) set the membrane to 0 and answer something else. The node's metadata are
+    {"reset": "subtract"} and, for neurons that do not start from rest, such as those of
+    ``convert``, {"v_start": value}; ``from_nir`` follows both, other readers neither.
+
+    Neurons with several thresholds, or that subtract something else, become a ``loop``.
     """
-    if len(spec.thresholds) > 1:
+    subtracts = zip(spec.thresholds, spec.amounts, strict=True)
+    if len(spec.thresholds) > 1 or any(np.any(t != a) for t, a in subtracts):
         return loop(name, spec, dt, integration)
-    metadata: dict[str, Any] = {"reset": "subtract"}
-    if spec.v_start:
-        metadata["v_start"] = spec.v_start
-    made = _fires(spec, dt, integration, metadata)
-    return Part({name: made}, [], (name,), ((name, spec.weights[0]),))
+    made = _node(spec, dt, integration, {"reset": "subtract"})
+    return Part({name: made}, [], name, [(name, spec.weights[0])])
 
 
 def loop(name: str, spec: Spec, dt: float, integration: Integration) -> Part:
-    """Soft reset in NIR's own terms, with any number of thresholds on one membrane.
+    """Return soft reset in NIR's own terms, with any number of thresholds.
 
         membrane    LI or I: u[t] = v[t-1] - leak (v[t-1] - v_leak) + gain I
         threshold_k Threshold on u (cascade: on u - sum_(j<k) amount_j z_j): z_k
@@ -195,20 +273,18 @@ def loop(name: str, spec: Spec, dt: float, integration: Integration) -> Part:
                     membrane, where it arrives one time step later
 
     so v[t] = u[t] - sum_k amount_k z_k[t], exactly. The output is the sum of z_k, each
-    by a Scale if its weight is not that of the first. A membrane that starts from v0
+    with a Scale if its weight is not that of the first. A membrane that starts from v0
     instead of 0 is written as v - v0, which moves its thresholds. All this is our
     choice: NIR has no node for it.
     """
-    membrane = f"{name}.membrane"
-    nodes: dict[str, Any] = {
-        membrane: _membrane(spec, dt, integration, spec.v_leak - spec.v_start)
-    }
-    edges, outputs = [], []
-    carried: list[str] = []
+    membrane, v0 = f"{name}.membrane", spec.v_start
+    moved = spec._replace(v_leak=spec.v_leak - v0, thresholds=(), v_start=0.0)
+    nodes: dict[str, Any] = {membrane: _node(moved, dt, integration, {})}
+    edges, outputs, carried = [], [], []
     for k, threshold in enumerate(spec.thresholds, 1):
         fires, resets = f"{name}.threshold_{k}", f"{name}.reset_{k}"
         amount = spec.amounts[k - 1]
-        nodes[fires] = nir.Threshold(threshold=spec.full(threshold - spec.v_start))
+        nodes[fires] = nir.Threshold(threshold=spec.full(threshold - v0))
         back = -(1 - spec.leak) * amount / spec.gain
         nodes[resets] = nir.Scale(scale=spec.full(back))
         edges += [(source, fires) for source in (membrane, *carried)]
@@ -218,113 +294,118 @@ def loop(name: str, spec: Spec, dt: float, integration: Integration) -> Part:
             carried.append(f"{name}.carry_{k}")
             nodes[carried[-1]] = nir.Scale(scale=spec.full(-amount))
             edges.append((fires, carried[-1]))
-    return Part(nodes, edges, (membrane,), tuple(outputs))
+    return Part(nodes, edges, membrane, outputs)
 
 
 SoftReset = Callable[[str, Spec, float, Integration], Part]
 
 
 def write(
-    name: str,
-    spec: Spec,
-    dt: float,
-    integration: Integration = EULER,
-    soft_reset: SoftReset = loop,
+    name: str, spec: Spec, dt: float, integration: Integration, soft_reset: SoftReset
 ) -> Part:
-    """Nodes of NIR for neurons: LIF or IF, LI or I, or what ``soft_reset`` makes."""
-    if not spec.thresholds:
-        made = _membrane(spec, dt, integration, spec.v_leak)
-        return Part({name: made}, [], (name,), ((name, 1.0),))
-    if spec.v_reset is None:
+    """Return nodes for neurons: LIF, IF, LI or I, or what ``soft_reset`` makes."""
+    if spec.thresholds and spec.v_reset is None:
         return soft_reset(name, spec, dt, integration)
-    made = _fires(spec, dt, integration, {})
-    return Part({name: made}, [], (name,), ((name, spec.weights[0]),))
+    made = _node(spec, dt, integration, {})
+    weight = spec.weights[0] if spec.weights else 1.0
+    return Part({name: made}, [], name, [(name, weight)])
 
 
 class Dialect(NamedTuple):
-    """What a library means by the IF, LIF, I and LI that it writes.
+    """Meaning of the IF, LIF, I and LI that a library writes.
 
-    integration: from its time constants to its leaks. soft_reset: the cell of neurons
-    that subtract their threshold, or None where they set their membrane as NIR says.
-    per_step: its r of IF and I counts a time step and not a second.
+    integration: from its time constants to its leaks.
+    soft_reset: lif or late_reset for neurons that subtract their threshold; None where
+        they set their membrane, as NIR says.
+    per_step: r of IF and I counts per time step, not per second.
     """
 
     integration: Integration = EULER
-    soft_reset: neurons.Cell | None = None
+    soft_reset: Cell | None = None
     per_step: bool = False
 
 
-def read_neurons(name: str, node: Any, dt: float, dialect: Dialect) -> Neuron | None:
-    """The neurons that I, LI, IF or LIF stands for; None for other nodes.
+def read_neurons(name: str, node: Node, dt: float, dialect: Dialect) -> Neuron | None:
+    """Return the neurons for I, LI, IF or LIF, or None for any other node.
 
-    IF, LIF or LI where these have the same equations, else a cell of its own, whose
-    membrane is counted from its reset (hard reset) or rest (soft reset, LI).
+    IF, LIF, LI or ``late_reset`` if these have the same equations, else ``node_step``.
+
+    Args:
+        name: of the node, for errors.
+        node: from a graph; its arrays are channels-first.
+        dt: seconds per time step.
+        dialect: of the library that wrote it.
+
+    Raises:
+        ValueError: a time constant or a threshold is out of its range.
     """
     if not isinstance(node, nir.I | nir.LI | nir.IF | nir.LIF):
         return None
-    leak, gain = _step(name, node, dt, dialect)
-    cell, soft = integrate, True
-    if isinstance(node, nir.IF | nir.LIF):
-        subtracts = node.metadata.get("reset") in ("subtract", b"subtract")
-        cell = dialect.soft_reset or neurons.lif
-        soft = subtracts or dialect.soft_reset is not None
-    rest = np.asarray(getattr(node, "v_leak", 0.0), np.float64)
-    base = rest if soft else np.asarray(getattr(node, "v_reset", 0.0), np.float64)
-    threshold = np.asarray(getattr(node, "v_threshold", base + 1), np.float64)
-    start = float(node.metadata.get("v_start", 0.0))
-    decays = bool(np.allclose(gain, leak, rtol=1e-9, atol=0))
-    if decays:
-        gain, offset = 1.0, rest - base
-    else:
-        gain = np.where(np.isclose(gain, 1, rtol=1e-9, atol=0), 1.0, gain)
-        offset = leak * (rest - base)
-    numbers = {"leak": leak, "threshold": threshold - base, "gain": gain}
-    numbers |= {"offset": offset, "base": base}
-    numbers = {key: broadcastable(value) for key, value in numbers.items()}
-    plain = _plain(cell, numbers, decays, soft) if not start else None
+    params = _read(node, dt, dialect)
+    rest = params.v_leak if params.v_reset is None else params.v_reset
+    leaks = isinstance(node, nir.LI | nir.LIF)
+    in_range = (params.leak > 0) & (params.leak <= 1) if leaks else np.True_
+    levels = (*params.thresholds, *(params.amounts or ()))
+    above = all(((level > rest) & np.isfinite(level)).all() for level in levels)
+    if not (in_range.all() and above):
+        raise ValueError(
+            f"from_nir: expected neurons {name!r} with a positive tau of at least "
+            f"dt={dt} s, and thresholds above reset and rest, got tau "
+            f"{np.min(getattr(node, 'tau', np.inf))} s and thresholds from "
+            f"{np.min(params.thresholds or 0.0)}. Give the dt of the library that "
+            "wrote the graph."
+        )
+    start = np.asarray(node.metadata.get("v_start", rest))
+    late = params.amounts is not None and dialect.soft_reset is neurons.late_reset
+    plain = _plain(params, start, late)
     if plain is not None:
         return plain
-    if np.min(numbers["threshold"]) <= 0:
-        raise ValueError(
-            f"from_nir: expected thresholds above the reset and rest of {name!r}, got "
-            f"one that is {np.min(numbers['threshold'])} above."
-        )
-    return node_neuron(
-        cell,
-        **numbers,
-        v_reset=None if soft else 0.0,
-        decay_input=decays,
-        v_start=start,
-    )
+    params = jax.tree.map(broadcastable, params)
+    return Neuron(node_step, params, v_start=broadcastable(start))
 
 
-def _step(name, node, dt, dialect):
-    """Leak a step, and what a step adds for a current of 1."""
-    r = np.asarray(node.r, np.float64)
-    if isinstance(node, nir.I | nir.IF):
-        return np.float64(0), r * (1.0 if dialect.per_step else dt)
-    tau = np.asarray(node.tau, np.float64)
-    leak = dialect.integration.leak(dt, tau)
-    if not ((leak > 0) & (leak <= 1)).all():
-        raise ValueError(
-            f"from_nir: expected a positive tau of at least dt={dt} s in {name!r}, got "
-            f"{tau.min()} s. Give the dt of the library that wrote the graph."
-        )
-    return leak, leak * r
+def _read(node: Node, dt: float, dialect: Dialect) -> NodeParams:
+    """Return the numbers of a node, channels-first."""
+
+    def get(name: str, default: float | np.ndarray = 0.0) -> np.ndarray:
+        return np.asarray(getattr(node, name, default), np.float64)
+
+    leak, gain = np.zeros(()), get("r") * (1.0 if dialect.per_step else dt)
+    if isinstance(node, nir.LI | nir.LIF):
+        leak = dialect.integration.leak(dt, get("tau"))
+        gain = leak * get("r")
+    if isinstance(node, nir.I | nir.LI):
+        return NodeParams(leak, gain, get("v_leak"))
+    threshold = get("v_threshold")
+    subtracts = node.metadata.get("reset") in ("subtract", b"subtract")
+    if subtracts or dialect.soft_reset is not None:
+        amount = threshold
+        if dialect.soft_reset is neurons.late_reset:
+            with np.errstate(divide="ignore"):  # beta = 0 is out of range
+                amount = threshold / (1 - leak)
+        return NodeParams(leak, gain, get("v_leak"), (threshold,), (amount,))
+    v_reset = get("v_reset")
+    v_leak = get("v_leak", v_reset)  # IF has none
+    return NodeParams(leak, gain, v_leak, (threshold,), None, v_reset)
 
 
-def _plain(cell, numbers, decays, soft) -> Neuron | None:
-    """IF, LIF or LI, where they have the same equations."""
-    if any(np.ndim(v) for v in numbers.values()) or numbers["gain"] != 1:
+def _plain(params: NodeParams, start: np.ndarray, late: bool) -> Neuron | None:
+    """Return IF, LIF, LI or neurons with a late reset, if they have these equations."""
+    v_reset = np.zeros(()) if params.v_reset is None else params.v_reset
+    decays = np.allclose(params.gain, params.leak, rtol=1e-9, atol=0)
+    same = np.ptp(v_reset) == 0  # options have one for all neurons
+    same &= (params.v_leak == v_reset).all() and (start == v_reset).all()
+    if not same or not (decays or np.allclose(params.gain, 1, rtol=1e-9, atol=0)):
         return None
-    leak, base = numbers["leak"], numbers["base"]
-    if numbers["offset"] or (soft and base) or cell not in (integrate, neurons.lif):
-        return None
-    tau = 1 / leak if leak else math.inf
-    if cell is integrate:
+    reset = None if params.v_reset is None else float(v_reset.flat[0])
+    leak = broadcastable(params.leak)
+    tau = 1 / leak if np.any(leak) else np.inf
+    if not params.thresholds:
         return LI(tau, decay_input=decays)
-    reset = None if soft else base
-    threshold = numbers["threshold"] + base
-    if not leak:
+    threshold = broadcastable(params.thresholds[0])
+    if late:
+        plain = NeuronParams(leak, (threshold,))
+        return Neuron(neurons.late_reset, plain, NeuronOptions(decay_input=decays))
+    if not np.any(leak):
         return IF(threshold, v_reset=reset)
     return LIF(tau, threshold, v_reset=reset, decay_input=decays)

@@ -3,7 +3,7 @@
     model = from_nir("network.nir", dt=1e-4, dialect=SNNTORCH)
 
 NIR's text leaves open how its equations become steps and how neurons reset, and the
-libraries differ: a ``Dialect`` says what a library means by what it writes.
+libraries differ: a ``Dialect`` says how a library means its nodes.
 """
 
 import math
@@ -12,65 +12,74 @@ from pathlib import Path
 import nir
 
 from spikejax import neurons
-from spikejax.neurons import late_reset
-from spikejax.nir.graph import Edge, Graph
+from spikejax.nir.graph import Edge, Graph, reachable
 from spikejax.nir.layers import read_layer
 from spikejax.nir.neurons import EXPONENTIAL, Dialect, read_neurons
 
-# As NIR's text has it, and to_nir and SpikingJelly write it.
+# As in NIR's text, and as to_nir and SpikingJelly write it.
 STANDARD = Dialect()
 # Leaky with reset_mechanism="subtract", which acts one step later; its dt is 1e-4.
-SNNTORCH = Dialect(soft_reset=late_reset)
+SNNTORCH = Dialect(soft_reset=neurons.late_reset)
 # LIFBox, LIBox and IAF. to_nir(..., dt=1.0) of Norse 1.1 writes true time constants;
-# its default writes them 1000 times too small, and wants dt=1e-6 here.
+# its default writes them 1000 times too small, and needs dt=1e-6 here.
 NORSE = Dialect(per_step=True)
-# IAF, LIF and ExpLeak with one spike a step. Its unit of time is the step: dt=1.
+# IAF, LIF and ExpLeak with one spike per step. Its unit of time is the step: dt=1.
 SINABS = Dialect(EXPONENTIAL, neurons.lif, per_step=True)
 
 
 def from_nir(
     graph: nir.NIRGraph | str | Path, *, dt: float, dialect: Dialect = STANDARD
 ) -> Graph:
-    """A network [B, T, H, W, C] -> [B, T, K] that answers as the graph does.
+    """Return the network [B, T, H, W, C] -> [B, T, K] that a graph describes.
 
     Images are channels-last here, also where the graph's input is [C, H, W]. Neurons
-    become IF, LIF or LI, or neurons of NIR's own where parameters differ from neuron to
-    neuron; they start from their reset value or from rest, and where edges close a loop
-    the values in it take one time step. A graph inside of a graph becomes part of it.
+    become IF, LIF or LI where these have their equations; parameters may differ from
+    neuron to neuron. They start from their reset value or from rest. Where edges close
+    a loop, values take one time step. A graph inside of a graph becomes part of it.
 
     Args:
         graph: with one input and one output, or the file that holds it.
-        dt: seconds in a time step, > 0; that of the library that wrote the graph.
-        dialect: STANDARD, SNNTORCH, NORSE, SINABS, or what you know of the writer.
+        dt: seconds per time step, > 0; that of the library that wrote the graph.
+        dialect: STANDARD, SNNTORCH, NORSE, SINABS, or your own for another writer.
+
+    Raises:
+        ValueError: an argument is out of its range, or the graph has nodes, edges or
+            numbers that spikejax cannot run.
     """
-    if not 0 < dt < math.inf:
-        raise ValueError(f"from_nir: expected dt > 0 in seconds, got {dt}.")
-    if not isinstance(dialect, Dialect):
+    if not (0 < dt < math.inf and isinstance(dialect, Dialect)):
         raise ValueError(
-            "from_nir: expected a dialect such as spikejax.nir.SINABS, got "
-            f"{dialect!r}."
+            "from_nir: expected dt > 0 in seconds, and a dialect such as "
+            f"spikejax.nir.SINABS, got dt={dt} and dialect={dialect!r}."
         )
     if isinstance(graph, str | Path):
+        # Its check of types refuses graphs of other libraries, and loops.
         graph = nir.read(graph, type_check=False)
     nodes, edges = _flat(graph, "")
     source, target = (_only(kind, nodes) for kind in (nir.Input, nir.Output))
-    _check_reached(nodes, edges, source, target)
+    named = {name for edge in edges for name in edge}
+    lost = (set(nodes) | named) - ({source, *reachable(source, edges)} & set(nodes))
+    if lost:
+        raise ValueError(
+            f"from_nir: expected edges that lead from {source!r} to every node and on "
+            f"to {target!r}, got none to {', '.join(map(repr, sorted(lost)))}."
+        )
     modules = {}
     for name, node in nodes.items():
         if name in (source, target):
             continue
-        module = read_layer(name, node) or read_neurons(name, node, dt, dialect)
+        module = read_layer(node) or read_neurons(name, node, dt, dialect)
         if module is None:
             raise ValueError(
                 f"from_nir: expected nodes that spikejax has, got {name!r}, a "
-                f"{type(node).__name__}. It has Affine, Linear, Scale, Conv1d, Conv2d, "
-                "SumPool2d, AvgPool2d, Flatten, Threshold, I, IF, LI and LIF."
+                f"{type(node).__name__}. It has Affine and Linear of a matrix, Scale, "
+                "Conv1d, Conv2d, SumPool2d, AvgPool2d, Flatten of all axes, Threshold, "
+                "I, IF, LI and LIF."
             )
         modules[name] = module
     return Graph(modules, edges, source, target)
 
 
-def _only(kind, nodes) -> str:
+def _only(kind: type[nir.NIRNode], nodes: dict[str, nir.NIRNode]) -> str:
     found = [name for name, node in nodes.items() if isinstance(node, kind)]
     if len(found) != 1:
         raise ValueError(
@@ -80,8 +89,10 @@ def _only(kind, nodes) -> str:
     return found[0]
 
 
-def _flat(graph, prefix) -> tuple[dict[str, nir.NIRNode], tuple[Edge, ...]]:
-    """Nodes and edges of a graph, with those of the graphs in it in their place."""
+def _flat(
+    graph: nir.NIRGraph, prefix: str
+) -> tuple[dict[str, nir.NIRNode], tuple[Edge, ...]]:
+    """Return nodes and edges of a graph, those of the graphs in it in their place."""
     nodes: dict[str, nir.NIRNode] = {}
     edges = [(prefix + str(a), prefix + str(b)) for a, b in graph.edges]
     for key, node in graph.nodes.items():
@@ -95,25 +106,8 @@ def _flat(graph, prefix) -> tuple[dict[str, nir.NIRNode], tuple[Edge, ...]]:
         ends = [a for a, b in links if b == last]
         into = [(a, s) for a, b in edges if b == name for s in starts]
         out = [(e, b) for a, b in edges if a == name for e in ends]
-        kept = [edge for edge in edges if name not in edge]
-        kept += [edge for edge in links if first not in edge and last not in edge]
-        edges = [*kept, *into, *out]
+        others = [edge for edge in edges if name not in edge]
+        links = [edge for edge in links if first not in edge and last not in edge]
+        edges = [*others, *links, *into, *out]
         nodes |= {k: n for k, n in inside.items() if k not in (first, last)}
     return nodes, tuple(dict.fromkeys(edges))
-
-
-def _check_reached(nodes, edges, source, target):
-    """ValueError unless edges join nodes that exist, all of which the input reaches."""
-    unknown = {name for edge in edges for name in edge} - set(nodes)
-    reached, todo = {source}, [source]
-    while todo:
-        name = todo.pop()
-        new = {b for a, b in edges if a == name} - reached
-        reached |= new
-        todo += new
-    lost = (set(nodes) - reached) | unknown
-    if lost:
-        raise ValueError(
-            f"from_nir: expected edges that lead from {source!r} to every node and on "
-            f"to {target!r}, got none to {', '.join(map(repr, sorted(lost)))}."
-        )

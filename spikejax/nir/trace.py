@@ -1,167 +1,146 @@
-"""What a model computes: its layers, and the operations that join them.
+"""A model as the operations that it computes, with neurons whole and constants known.
 
-The model is traced once, as ``jax.jit`` does. Its layers stay whole in the trace; what
-its methods do between them (sums, pooling, means, reshaping) are primitives of JAX.
+The model is traced as ``jax.jit`` does. A layer of neurons is one operation of the
+trace, since NIR has nodes for it; all else is primitives of JAX, so layers and
+functions of any library come out alike.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.core import ShapedArray
-from jax.extend import source_info_util
-from jax.extend.core import Literal, Primitive
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var
 
-from spikejax.conversion.surgery import places
+from spikejax._compat import iter_modules
 from spikejax.layers import Neuron
+from spikejax.nn.recurrent import Recurrent
+from spikejax.trace import CALLS
 
-INLINED = {  # calls of functions, and the parameter that holds what they compute
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-}
+Layers = dict[str, Neuron | Recurrent]  # by path in the model
 
-_layer = Primitive("layer")
-_layer.def_abstract_eval(lambda x, *, place, shape, dtype: ShapedArray(shape, dtype))
+_neurons = Primitive("neurons")
+_neurons.def_abstract_eval(lambda xs, *, path: xs)  # spikes have the type of currents
 
 
-class Operation(NamedTuple):
-    """One operation of a model.
+class Constant(NamedTuple):
+    """Value that does not depend on the input, and the path of a parameter in it."""
 
-    name: "layer", or the primitive. inputs: the numbers of its inputs, or arrays where
-    they do not depend on the input of the model. output: the number of what it gives.
-    shape: the output's. params: the primitive's, or path and layer. where: file and
-    line.
-    """
-
-    name: str
-    inputs: tuple[Any, ...]
-    output: int
-    shape: tuple[int, ...]
-    params: dict[str, Any]
-    where: str
+    value: jax.Array | np.ndarray
+    path: str = ""
 
 
-class Traced(NamedTuple):
-    """The operations of a model in order; values are numbers, and 0 is the input."""
-
-    operations: tuple[Operation, ...]
-    output: int
-
-
-class _Opaque(nnx.Module):
-    """Stands for a layer, and appears in a trace as one operation."""
-
-    def __init__(self, inner, place):
-        self.inner, self.place = inner, place
-
-    def __call__(self, x, *args, **options):
-        if args or options:
-            raise ValueError(
-                f"trace: expected the layer {self.place!r} to be called with its input "
-                f"alone, got {len(args) + len(options)} arguments more."
-            )
-        y = jax.eval_shape(self.inner, x)
-        return _layer.bind(x, place=self.place, shape=y.shape, dtype=y.dtype)
+Handler = Callable[[JaxprEqn, list], Any]
 
 
 def trace(
-    model: nnx.Module, xs: jax.Array, layers: tuple[type, ...], who: str = "trace"
-) -> Traced:
-    """What a model in evaluation mode computes.
+    model: nnx.Module, xs: jax.Array
+) -> tuple[ClosedJaxpr, list[Constant], Layers]:
+    """Return a model in evaluation mode as a jaxpr, its parameters, and its neurons.
+
+    The jaxpr takes the parameters and then xs. A layer of neurons is an equation of the
+    primitive ``neurons``, with its path in the model.
 
     Args:
-        model: stays as it is. Layers must hang in attributes, lists or dicts of it.
+        model: it is not modified.
         xs: an input of the model; only its shape and type count.
-        layers: the modules that stay whole, besides neurons.
-        who: the name that errors start with.
     """
-    top = nnx.Sequential(nnx.clone(model))  # so that the model itself may be a layer
-    top.eval()
-    whole = {}
-    for place in list(places(top)):
-        if isinstance(place.value, (Neuron, *layers)):
-            path = place.path.removeprefix("layers/0").removeprefix("/")
-            whole[path] = place.value
-            place.put(_Opaque(place.value, path))
-    jaxpr = jax.make_jaxpr(top)(xs)
-    return _Reader(who, whole).read(jaxpr)
+    model = nnx.clone(model)
+    model.eval()
+    layers: Layers = {}
+    # The longest path first: a Recurrent holds a Neuron, and gives it its own path.
+    for path, module in sorted(iter_modules(model), key=lambda item: -len(item[0])):
+        if isinstance(module, Neuron | Recurrent):
+            name = "/".join(map(str, path)) or type(module).__name__
+            _neuron(module).name = name
+            layers[name] = module
+    graphdef, state = nnx.split(model)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
+
+    def run(values: list[jax.Array], xs: jax.Array) -> Any:
+        return nnx.merge(graphdef, jax.tree.unflatten(structure, values))(xs)
+
+    with _whole(layers):
+        closed = jax.make_jaxpr(run)([value for _, value in leaves], xs)
+    keys = [[str(key.key) for key in path[:-1]] for path, _ in leaves]
+    params = [
+        Constant(leaf[1], ".".join(k)) for leaf, k in zip(leaves, keys, strict=True)
+    ]
+    return closed, params, layers
 
 
-class _Reader:
-    """Numbers the values of a jaxpr, and works out those that are constant."""
+def _neuron(layer: Neuron | Recurrent) -> Neuron:
+    return layer.neuron if isinstance(layer, Recurrent) else layer
 
-    def __init__(self, who: str, layers: dict[str, nnx.Module]):
-        self.who, self.layers = who, layers
-        self.count = 0
 
-    def read(self, closed) -> Traced:
-        env: dict[Any, Any] = {}
-        outputs = closed.jaxpr.outvars
-        if len(closed.jaxpr.invars) != 1 or len(outputs) != 1:
-            raise ValueError(
-                f"{self.who}: expected a model with one input and one output, got "
-                f"{len(closed.jaxpr.invars)} and {len(outputs)}."
-            )
-        env[closed.jaxpr.invars[0]] = 0
-        env |= zip(closed.jaxpr.constvars, closed.consts, strict=True)
-        operations = tuple(self._walk(closed.jaxpr, env))
-        output = env.get(outputs[0]) if not isinstance(outputs[0], Literal) else None
-        if not isinstance(output, int):
-            raise ValueError(
-                f"{self.who}: expected an output that depends on the input, got a "
-                "constant."
-            )
-        return Traced(operations, output)
+@contextmanager
+def _whole(layers: Layers) -> Iterator[None]:
+    """Make each of the layers one operation in what is traced meanwhile."""
+    # Nothing overrides a call of these two classes. Replacing modules in the model
+    # would miss those in tuples and dicts, and Flax 0.11 has no function for it.
+    calls: dict[Any, Callable] = {k: k.__call__ for k in (Neuron, Recurrent)}
 
-    def _walk(self, jaxpr, env) -> Iterator[Operation]:
-        for eqn in jaxpr.eqns:
-            inputs = [
-                np.asarray(v.val) if isinstance(v, Literal) else env[v]
-                for v in eqn.invars
-            ]
-            name = eqn.primitive.name
-            if name in INLINED:
-                yield from self._inline(eqn.params[INLINED[name]], inputs, eqn, env)
-            elif not any(isinstance(value, int) for value in inputs):
-                answers = eqn.primitive.bind(*inputs, **eqn.params)
-                answers = answers if eqn.primitive.multiple_results else [answers]
-                env.update(zip(eqn.outvars, answers, strict=True))
-            else:
-                yield self._operation(eqn, inputs, env)
+    def call(self: Neuron | Recurrent, xs: jax.Array, **options: Any) -> jax.Array:
+        path = _neuron(self).name
+        if options or path not in layers:  # other models run in other threads
+            kind = Recurrent if isinstance(self, Recurrent) else Neuron
+            return calls[kind](self, xs, **options)
+        return _neurons.bind(xs, path=path)
 
-    def _inline(self, inner, inputs, eqn, env):
-        jaxpr = getattr(inner, "jaxpr", inner)
-        inside = dict(zip(jaxpr.constvars, getattr(inner, "consts", ()), strict=True))
-        inside.update(zip(jaxpr.invars, inputs, strict=True))
-        yield from self._walk(jaxpr, inside)
-        for outer, var in zip(eqn.outvars, jaxpr.outvars, strict=True):
-            literal = isinstance(var, Literal)
-            env[outer] = np.asarray(var.val) if literal else inside[var]
+    try:
+        for kind in calls:
+            kind.__call__ = call
+        yield
+    finally:
+        for kind, original in calls.items():
+            kind.__call__ = original
 
-    def _operation(self, eqn, inputs, env):
-        numbers = []
-        for var in eqn.outvars:
-            self.count += 1
-            env[var] = self.count
-            numbers.append(self.count)
-        params = eqn.params
-        if eqn.primitive is _layer:
-            path = params["place"]
-            params = {"path": path, "layer": self.layers[path]}
-        return Operation(
-            eqn.primitive.name,
-            tuple(inputs),
-            numbers[0],
-            eqn.outvars[0].aval.shape,
-            params,
-            source_info_util.summarize(eqn.source_info).rpartition("/")[-1],
-        )
+
+def evaluate(
+    jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Any], handler: Handler
+) -> list[Any]:
+    """Return the outputs of a jaxpr, equation by equation.
+
+    What depends on constants alone is computed; calls are entered.
+
+    Args:
+        jaxpr: of a model.
+        consts: arrays.
+        inputs: constants and values of the handler's own.
+        handler: (equation, inputs) -> value of its first output.
+    """
+    env: dict[Any, Any] = dict(zip(jaxpr.invars, inputs, strict=True))
+    env.update(zip(jaxpr.constvars, map(Constant, consts), strict=True))
+
+    def read(var: Var | Literal) -> Any:
+        return Constant(np.asarray(var.val)) if isinstance(var, Literal) else env[var]
+
+    for eqn in jaxpr.eqns:
+        values, name = [read(var) for var in eqn.invars], eqn.primitive.name
+        known = [value for value in values if isinstance(value, Constant)]
+        if name == "platform_index":
+            outputs = [Constant(np.asarray(-1))]  # the last branch is the default
+        elif name in CALLS:  # of a jaxpr, closed or not
+            inner = eqn.params[CALLS[name]]
+            body, inside = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+            outputs = evaluate(body, inside, values, handler)
+        elif name == "cond" and isinstance(values[0], Constant):
+            branch = eqn.params["branches"][int(values[0].value)]
+            outputs = evaluate(branch.jaxpr, branch.consts, values[1:], handler)
+        elif len(known) == len(values):
+            path = next((path for _, path in known if path), "")
+            ys = eqn.primitive.bind(*(value for value, _ in known), **eqn.params)
+            ys = ys if eqn.primitive.multiple_results else [ys]
+            outputs = [Constant(y, path) for y in ys]
+        else:
+            outputs = [handler(eqn, values)] * len(eqn.outvars)
+        env.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(var) for var in jaxpr.outvars]
+
+
+def shape_of(eqn: JaxprEqn) -> tuple[int, ...]:
+    """Return the shape of the first output of an equation."""
+    aval: Any = eqn.outvars[0].aval
+    return aval.shape
