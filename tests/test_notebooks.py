@@ -32,8 +32,11 @@ def test_the_notebooks_are_found():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path):
     pytest.importorskip("matplotlib")
-    # One device, as a user has it; pictures are drawn, but shown to nobody.
-    environment = os.environ | {"MPLBACKEND": "Agg", "XLA_FLAGS": ""}
+    # One device, as a user has it, but quick to compile. The notebook must import this
+    # checkout, also where another one is installed.
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    environment = os.environ | {"MPLBACKEND": "Agg", "XLA_FLAGS": flags}
+    environment["PYTHONPATH"] = str(NOTEBOOKS.parent)
     command = [sys.executable, "-c", RUN, str(path)]
     run = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True
