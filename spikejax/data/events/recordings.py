@@ -27,7 +27,7 @@ EVENTS = np.dtype([("x", np.int16), ("y", np.int16), ("t", np.int64), ("p", np.b
 Size = tuple[int, int]  # (height, width) in pixels
 
 # What struct, numpy, zipfile, XML and LZ4 (RuntimeError) raise on damaged bytes, found
-# by fuzzing every format with 10,000 inputs.
+# by fuzzing: 2,500 inputs per format raised nothing else.
 DAMAGE = (ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError)
 DAMAGE += (SyntaxError, TypeError, ValueError, lzma.LZMAError, struct.error)
 DAMAGE += (tokenize.TokenError, zipfile.BadZipFile, zlib.error)
