@@ -100,7 +100,7 @@ def lstm_windows(parts, p, project, old):
     currents = []
     for x in parts:
         h, w, c = x.shape
-        ys = both_ways(x.reshape(h * w, c), p["layer"]["layer"])
+        ys = both_ways(x.reshape(h * w, c), p["layer"])
         currents.append(ys.reshape(h, w, -1))
     if old is None:
         old = [np.zeros_like(x) for x in currents]

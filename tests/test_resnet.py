@@ -181,25 +181,6 @@ def number_of_parameters(make, **options):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
 
 
-KNOWN = {
-    "cifar_resnet18": (10, 11_173_962),
-    "resnet19": (10, 12_630_858),
-    "resnet20": (10, 272_474),
-    "resnet18": (1000, 11_689_512),
-    "resnet34": (1000, 21_797_672),
-    "resnet50": (1000, 25_557_032),
-    "resnet101": (1000, 44_549_160),
-    "resnet152": (1000, 60_192_808),
-}
-
-
-@pytest.mark.parametrize("name", KNOWN)
-def test_known_numbers_of_parameters(name):
-    classes, number = KNOWN[name]
-    make = getattr(resnet, name)
-    assert number_of_parameters(make, num_classes=classes) == number
-
-
 def test_the_relu_twin_has_the_same_parameters():
     twin, spiking = (
         nnx.to_pure_dict(nnx.state(abstract(resnet.resnet20, num_classes=10, neuron=n)))

@@ -44,7 +44,7 @@ def make(kind="conv", channels=3, *, neuron=general_lif, options=None, **more):
     rngs = nnx.Rngs(0)
     network = KINDS[kind](channels, neuron, rngs=rngs, **(options or {}))
     if kind == "lstm":  # or hardly a neuron would fire
-        for direction in (network.layer.layer.forwards, network.layer.layer.backwards):
+        for direction in (network.layer.forwards, network.layer.backwards):
             for linear in (direction.inputs, direction.recurrent):
                 linear.kernel[...] = linear.kernel[...] * 4
     return Mixer(channels, network, rngs=rngs, **{"binarise": half} | more)

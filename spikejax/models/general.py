@@ -187,11 +187,10 @@ def cnn(
         options: of ``General``.
     """
     network = partial(conv_network, conv=conv)
-    variant: dict[str, Any] = {}
     if num_classes > 10:
         network = partial(network, projection=mean)
-        variant = {"region_threshold": REGION}
-    return General(num_classes, network=network, conv=conv, **variant | options)
+        options = {"region_threshold": REGION} | options
+    return General(num_classes, network=network, conv=conv, **options)
 
 
 def lstm(num_classes: int, **options: Any) -> General:
@@ -200,10 +199,9 @@ def lstm(num_classes: int, **options: Any) -> General:
     Arguments are those of ``cnn``; ``conv`` makes the stem.
     """
     # With more classes the authors cut windows, and give the network the whole map.
-    variant: dict[str, Any] = {}
     if num_classes > 10:
-        variant = {"windows": (whole, whole), "region_threshold": REGION}
-    return General(num_classes, network=lstm_network, **variant | options)
+        options = {"windows": (whole, whole), "region_threshold": REGION} | options
+    return General(num_classes, network=lstm_network, **options)
 
 
 def plain(

@@ -24,10 +24,11 @@ def plain(block: "Block", xs: jax.Array) -> jax.Array:
     Reference: He et al. 2015, arXiv:1512.03385; spiking: Zheng et al. 2021,
     arXiv:2011.05280.
     """
-    *inner, (conv, norm, neuron) = block.units
+    *inner, last = block.units
     ys = xs
-    for inner_conv, inner_norm, inner_neuron in inner:
-        ys = inner_neuron(inner_norm(inner_conv(ys)))
+    for conv, norm, neuron in inner:
+        ys = neuron(norm(conv(ys)))
+    conv, norm, neuron = last
     return neuron(norm(conv(ys)) + block.shortcut(xs))
 
 
@@ -79,13 +80,9 @@ class Block(nnx.Module):
     """A residual block: convolutions with norms and neurons, and a shortcut.
 
     Args:
-        inputs, width: channels of the input, and inside.
-        stride: of the first 3x3 convolution and of the shortcut.
+        inputs, width, stride: channels of the input and inside, stride of the block.
         bottleneck: 1x1, 3x3, 1x1 to four times the width, else two 3x3.
-        residual: plain, sew or ms.
-        neuron: factory of the activation.
-        conv: as nnx.Conv; dtype and rngs are bound.
-        norm: ``norm(features, alpha=...)``; rngs are bound.
+        residual, neuron, conv, norm: those of ResNet, with dtype and rngs bound.
     """
 
     def __init__(

@@ -59,13 +59,10 @@ def split(xs: jax.Array, window: Window) -> jax.Array:
     Args:
         xs: maps.
         window: tile, overlap, whole, or any (side of a map) -> side of a window, from
-            half the side to all of it.
-
-    Returns:
-        windows; G is 4, or less where a window has a whole side.
+            half the side to all of it. G is 4, or less where it is all of it.
 
     Raises:
-        ValueError: if the windows do not cover the map, or exceed it.
+        ValueError: the windows do not cover the map, or exceed it.
     """
     height, width, corners = _layout(xs.shape[-3:-1], window)
     parts = [xs[..., y : y + height, x : x + width, :] for y, x in corners]
@@ -92,13 +89,11 @@ def stitch(parts: jax.Array, sides: tuple[int, int], window: Window) -> jax.Arra
     return total * jnp.asarray(1 / covered, parts.dtype)  # 1, 1/2 and 1/4 are exact
 
 
-def _layout(
-    sides: tuple[int, ...], window: Window
-) -> tuple[int, int, list[tuple[int, int]]]:
-    """Return height and width of a window, and the top left pixel of each."""
-    height, width = (window(side) for side in sides)
+def _layout(sides: tuple[int, ...], window: Window) -> tuple[int, int, list]:
+    """Return height and width of a window, and the top left pixel (y, x) of each."""
+    height, width = map(window, sides)
     for side, length in zip(sides, (height, width), strict=True):
-        if not (side + 1) // 2 <= length <= side:
+        if not side <= 2 * length <= 2 * side:
             raise ValueError(
                 f"windows: expected windows from half the map to all of it, got "
                 f"{length} for a map of side {side}. Take images whose sides stay even "
@@ -202,7 +197,8 @@ class PersistentState(nnx.Module):
     start[g] = F(M[g], M'[g-1])  for g = 3, 4
 
     With one window for the whole map, start = M. The first block starts from rest.
-    Arguments are those of ``Stacked``, for one layer.
+    Arguments are those of ``Stacked``, but the layer sees sequences [..., h w, C] of
+    pixels, row by row.
     """
 
     def __init__(
@@ -221,7 +217,9 @@ class PersistentState(nnx.Module):
 
     def __call__(self, xs: jax.Array, carried: State = None) -> tuple[jax.Array, State]:
         """Return spikes [B, T, G, h, w, features] and M' of windows and their M."""
-        currents, neuron = self.layer(xs), self.neuron
+        pixels = xs.reshape(*xs.shape[:3], -1, xs.shape[-1])
+        currents, neuron = self.layer(pixels), self.neuron
+        currents = currents.reshape(*xs.shape[:-1], -1)
         if not isinstance(neuron, Neuron):
             return neuron(currents), None
         project = partial(jax.tree.map, self.projection)
@@ -300,8 +298,7 @@ class Mixer(nnx.Module):
             kernel_init=nnx.initializers.xavier_uniform(),
             rngs=rngs,
         )
-        # A stream per layer: one that layers share would depend on their order, and
-        # be a variable of all of them, which nnx.remat and copies would have to split.
+        # A stream of its own: draws of one layer do not depend on those of others.
         self.rngs = rngs["noise"].fork()
 
     def __call__(self, xs: jax.Array, carried: State = None) -> tuple[jax.Array, State]:
@@ -334,19 +331,6 @@ class Mixer(nnx.Module):
         return self.linear(ys), carried
 
 
-class Tokens(nnx.Module):
-    """A layer of sequences [..., L, C] over maps [..., h, w, C], row by row."""
-
-    def __init__(self, layer: Layer):
-        self.layer = layer
-
-    def __call__(self, xs: jax.Array) -> jax.Array:
-        """Return [..., h, w, C'] for maps [..., h, w, C]."""
-        *lead, height, width, channels = xs.shape
-        ys = self.layer(xs.reshape(*lead, height * width, channels))
-        return ys.reshape(*lead, height, width, -1)
-
-
 def conv_network(
     channels: int,
     neuron: Callable[[], Layer] = general_lif,
@@ -368,5 +352,5 @@ def lstm_network(
     rngs: nnx.Rngs,
 ) -> PersistentState:
     """Make a bidirectional LSTM over the pixels of a window, then neurons: 2 C."""
-    layer = Tokens(Bidirectional(channels, channels, rngs=rngs))
+    layer = Bidirectional(channels, channels, rngs=rngs)
     return PersistentState(layer, neuron(), 2 * channels, projection=projection)
