@@ -281,7 +281,7 @@ def test_sigterm_before_a_finished_run_costs_no_metrics(whole, tmp_path, monkeyp
 
 def test_a_checkpoint_of_another_network_is_told_from_damage(whole, tmp_path):
     shutil.copytree(whole["sgd"][0], tmp_path, dirs_exist_ok=True)
-    message = r"checkpoint 12 in .* got another one: .*\[16\]' and is 'float32\[24\]'"
+    message = r"checkpoint 12 in .* got another one: .*\[16\] and is float32\[24\]"
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, model=Net(width=24))
 

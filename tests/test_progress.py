@@ -173,7 +173,7 @@ def test_the_last_step_has_its_line(tmp_path, capsys, clock):
             clock.now += 0.25
     assert capsys.readouterr().out.splitlines() == [
         "step 1/3  loss 0.500",
-        "step 3/3  loss 0.500  4 steps/s  0:00:00 left",
+        "step 3/3  loss 0.500  4 steps/s  4 images/s  0:00:00 left",
     ]
 
 
@@ -187,7 +187,7 @@ def test_the_rate_leaves_evaluations_out(tmp_path, capsys, clock):
             clock.now += 0.5
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "step 1/10  evaluation: accuracy 0.1235"
-    assert lines[-1] == "step 10/10  loss 0.500  2 steps/s  0:00:00 left"
+    assert lines[-1] == "step 10/10  loss 0.500  2 steps/s  2 images/s  0:00:00 left"
 
 
 def test_other_processes_neither_record_nor_print(tmp_path, capsys, monkeypatch):

@@ -24,8 +24,6 @@ from spikejax.train.checksum import (
     by_path,
     find_corruption,
     first_difference,
-    key_data,
-    key_like,
     signatures,
     write_checksums,
 )
@@ -71,9 +69,10 @@ class Checkpoints:
             n=1,
             keep_checkpoints_without_metrics=False,
         )
-        keep = policies.AnyPreservationPolicy([policies.LatestN(self._keep), best])
+        latest = policies.LatestN(self._keep)
+        keep: Any = policies.AnyPreservationPolicy([latest, best])
         return ocp.training.Checkpointer(
-            self.directory,
+            str(self.directory),
             preservation_policy=keep,
             cleanup_tmp_directories=True,  # of saves that a kill interrupted
         )
@@ -110,7 +109,7 @@ class Checkpoints:
         self._finish()
         saving = self._manager.save_checkpointables_async(
             step,
-            {"state": {path: key_data(leaf) for path, leaf in by_path(state).items()}},
+            {"state": by_path(state)},
             # By default Orbax skips a save while another one is in progress.
             force=True,
             metrics=None
@@ -211,9 +210,8 @@ class Checkpoints:
                 "that it was saved with, or another folder."
             )
         targets = by_path(abstract_state)
-        structs = {path: _struct(leaf) for path, leaf in targets.items()}
-        found = self._manager.load_checkpointables(step, {"state": structs})["state"]
-        leaves = [key_like(leaf, found[path]) for path, leaf in targets.items()]
+        found = self._manager.load_checkpointables(step, {"state": targets})["state"]
+        leaves = [found[path] for path in targets]
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
         index, count = processes.shard()
         positions = notes["data"]
@@ -230,9 +228,3 @@ class Checkpoints:
                 stacklevel=3,
             )
         return step, state, notes["clock"]
-
-
-def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Return shape, dtype and sharding of a leaf; of a random key, of its numbers."""
-    data = jax.eval_shape(key_data, leaf)
-    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)

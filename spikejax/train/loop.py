@@ -56,16 +56,12 @@ def evaluate(
     """
     sums = []
     for batch in batches:
-        size = len(batch["label"])
-        weight = np.ones(size, np.float32)
+        weight = np.ones(len(batch["label"]), np.float32)
         batch = {"image": batch["image"], "label": batch["label"], "weight": weight}
-        if size < batch_size:  # padded, so that the step is compiled for one shape only
-            batch = {
-                name: np.concatenate(
-                    [a, np.zeros((batch_size - size, *a.shape[1:]), a.dtype)]
-                )
-                for name, a in batch.items()
-            }
+        # Padded, so that the step is compiled for one shape only.
+        missing = batch_size - len(weight)
+        for name, a in batch.items():
+            batch[name] = np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1))
         sums.append(eval_step(state, sharding.shard_batch(batch, mesh)))
     total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
     examples = total.pop("examples")
@@ -132,7 +128,14 @@ def fit(
     graphdef, eval_graphdef = graphs(model)
     del model  # it holds all parameters on one device
     train_step = jit_train_step(config, graphdef, loss, encode, optimizer, state, mesh)
-    score = _jit_score(eval_graphdef, loss, encode, eval_data, config.batch_size, mesh)
+    predict = make_predict(eval_graphdef, encode, sharding.replicate(mesh))
+    eval_step = jax.jit(
+        make_eval_step(predict, loss),
+        out_shardings=sharding.replicated(mesh),
+        compiler_options=_options(mesh),
+    )
+    size = config.batch_size // jax.process_count()
+    score = partial(evaluate, eval_step, batches=eval_data, batch_size=size, mesh=mesh)
     run = _Run(config, steps, steps_per_epoch, train_step, score, mesh, workdir)
     state, metrics = _train(run, state, train_data, profile)
     return _fitted(eval_graphdef, state, metrics, steps)
@@ -180,24 +183,6 @@ def jit_train_step(
     return jax.jit(
         step, donate_argnums=0, out_shardings=out, compiler_options=_options(mesh)
     )
-
-
-def _jit_score(
-    graphdef: nnx.GraphDef,
-    loss: Loss,
-    encode: Encode,
-    eval_data: Iterable[HostBatch],
-    batch_size: int,
-    mesh: Mesh,
-) -> Callable[[State], dict[str, float]]:
-    predict = make_predict(graphdef, encode, sharding.replicate(mesh))
-    eval_step = jax.jit(
-        make_eval_step(predict, loss),
-        out_shardings=sharding.replicated(mesh),
-        compiler_options=_options(mesh),
-    )
-    size = batch_size // jax.process_count()
-    return partial(evaluate, eval_step, batches=eval_data, batch_size=size, mesh=mesh)
 
 
 def _options(mesh: Mesh) -> dict[str, Any]:

@@ -33,8 +33,7 @@ def check_finite(step: int, loss: float, gradient_norms: Mapping[str, float]) ->
 
     Args:
         step: number of the training step, for the message.
-        loss: of that step.
-        gradient_norms: {path of the parameter: norm of its gradient}.
+        loss, gradient_norms: of that step; the norms by path of the parameter.
 
     Raises:
         NonFinite: one of them is not.
@@ -68,16 +67,10 @@ class Progress:
     """
 
     def __init__(
-        self,
-        workdir: str | Path,
-        total_steps: int,
-        *,
-        start: int = 0,
-        batch_size: int | None = None,
+        self, workdir: Path, total_steps: int, *, start: int = 0, batch_size: int = 1
     ):
-        self._workdir = Path(workdir)
+        self._workdir, self._batch_size = workdir, batch_size
         self._total, self._start = total_steps, start
-        self._batch_size = batch_size
         self._primary = processes.is_primary()
         self._bar: Bar | None = None
         self._next_line = 0.0
@@ -106,7 +99,7 @@ class Progress:
         """Record the metrics of a training step; "loss" among them is shown."""
         now = time.monotonic()
         self._recent.append((now, step))
-        self._record(step, "train", metrics, metrics)
+        self._record(step, "train", metrics)
         if self._bar is not None:
             text = self._describe(step, metrics)
             self._bar.update(self._task, completed=step, text=text)
@@ -119,9 +112,7 @@ class Progress:
 
         "seconds", which is about the run, keeps its name.
         """
-        names = {name: f"eval_{name}" for name in metrics if name != "seconds"}
-        entry = {names.get(name, name): value for name, value in metrics.items()}
-        self._record(step, "eval", entry, metrics)
+        self._record(step, "eval", metrics)
         values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         if self._primary:
             self._print(f"step {step}/{self._total}  evaluation: {values}")
@@ -138,9 +129,8 @@ class Progress:
         temporary.write_text("".join(kept), "utf-8")
         os.replace(temporary, path)  # a kill leaves the old file or the new one
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(
-            str(self._workdir / "tensorboard"), purge_step=self._start + 1
-        )
+        board = str(self._workdir / "tensorboard")
+        self._board = SummaryWriter(board, purge_step=self._start + 1)
 
     def _is_before_start(self, line: str) -> bool:
         try:
@@ -148,21 +138,16 @@ class Progress:
         except ValueError:  # half written when the run was killed
             return False
 
-    def _record(
-        self,
-        step: int,
-        kind: str,
-        entry: Mapping[str, float],
-        scalars: Mapping[str, float],
-    ) -> None:
+    def _record(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
         if not self._primary:
             return
-        # JSON has no NaN and no infinity.
-        finite = {k: float(v) if math.isfinite(v) else None for k, v in entry.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
-        for name, value in scalars.items():
+        entry: dict[str, float | None] = {"step": step}
+        for name, value in metrics.items():
             self._board.add_scalar(f"{kind}/{name}", float(value), step)
+            key = f"eval_{name}" if kind == "eval" and name != "seconds" else name
+            entry[key] = float(value) if math.isfinite(value) else None  # not in JSON
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
 
     def _describe(self, step: int, metrics: Mapping[str, float]) -> str:
         """Return such as "loss 0.123  3.21 steps/s  411 images/s  0:04:35 left"."""
@@ -170,11 +155,9 @@ class Progress:
         (began, first), (now, _) = self._recent[0], self._recent[-1]
         if step > first and now > began:
             rate = (step - first) / (now - began)
-            parts.append(f"{rate:.3g} steps/s")
-            if self._batch_size is not None:
-                parts.append(f"{rate * self._batch_size:.0f} images/s")
             left = timedelta(seconds=round((self._total - step) / rate))
-            parts.append(f"{left} left")
+            images = f"{rate * self._batch_size:.0f} images/s"
+            parts += [f"{rate:.3g} steps/s", images, f"{left} left"]
         return "  ".join(parts)
 
     def _print(self, line: str) -> None:
@@ -204,7 +187,7 @@ class Trace:
             self.close()
 
     def close(self) -> None:
-        """Stop the trace if the run ended before its last step."""
+        """Stop the trace if it is active."""
         if self._active:
             jax.profiler.stop_trace()
             self._active = False
@@ -216,8 +199,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     from rich.table import Table
 
     grid = Table(title=escape(title), title_justify="left")
-    for index, column in enumerate(columns):
-        side = "right" if index else "left"
+    for column in columns:
+        side = "right" if grid.columns else "left"
         grid.add_column(escape(column), justify=side, no_wrap=True)
     for row in rows:
         grid.add_row(*map(escape, row))

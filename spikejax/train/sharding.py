@@ -12,10 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from spikejax.train.checksum import key_data, key_like
 
-
-def data_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mesh:
+def data_mesh(devices: Sequence[Any] | None = None, fsdp: int = 1) -> Mesh:
     """Return a mesh of the devices with the axes 'data' and 'fsdp'.
 
     Args:
@@ -96,9 +94,12 @@ def place_state(state: Any, mesh: Mesh) -> Any:
     """
 
     def place(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
-        host = np.asarray(key_data(leaf))
-        data = jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
-        return key_like(leaf, data)
+        # jax.device_put takes no random keys for devices of other processes.
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = place(jax.random.key_data(leaf), sharding)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 
     placed = jax.tree.map(place, state, state_shardings(state, mesh))
     # On a CPU several devices, and the given state, may still share their memory, and
@@ -124,7 +125,7 @@ def to_local_device(tree: Any) -> Any:
     Every process must call it, as the processes exchange their parts.
     """
 
-    def fetch(leaf: jax.Array) -> jax.Array:
+    def fetch(leaf: Any) -> jax.Array:
         if not leaf.is_fully_replicated:
             everywhere = replicated(leaf.sharding.mesh)
             leaf = jax.jit(jnp.copy, out_shardings=everywhere)(leaf)
