@@ -224,10 +224,9 @@ def _train(
         for step in range(start + 1, run.steps + 1):
             batch = _checked(next(train_data, {}), config.batch_size)
             batch |= stop.flag(len(batch["label"]))
+            batch = sharding.shard_batch(batch, run.mesh)
             trace.before(step - start, state)
-            state, metrics = run.train_step(
-                state, sharding.shard_batch(batch, run.mesh)
-            )
+            state, metrics = run.train_step(state, batch)
             # The metrics of a step are read while the next one runs: reading its own
             # would leave the device idle between two steps.
             stops = _report(run, progress, stop, pending)
