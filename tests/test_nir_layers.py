@@ -84,6 +84,15 @@ def test_convolutions_that_nir_has_not(layer):
         written(layer, (6, 6, 2))
 
 
+def test_weights_over_time_are_refused():
+    over_time = nnx.Conv(2, 2, 3, rngs=RNGS)  # [B, T, C]
+    with pytest.raises(ValueError, match="to_nir: .* got a convolution of kernel"):
+        written(over_time, (2,))
+    product = nnx.Sequential(lambda xs: jnp.einsum("btc,tk->bck", xs, jnp.ones((2, 2))))
+    with pytest.raises(ValueError, match="to_nir: .* not of the last axis of a vector"):
+        written(product, (2,))
+
+
 def test_a_convolution_with_circular_padding_is_refused():
     with pytest.raises(ValueError, match="to_nir: expected what NIR can say"):
         written(conv(padding="CIRCULAR"), (6, 6, 2))
@@ -106,7 +115,9 @@ def test_linear_layers_and_back():
     layer = nnx.Linear(4, 5, rngs=RNGS)
     layer.bias = nnx.Param(jnp.arange(5.0))
     assert isinstance(same(layer, (4,)), nir.Affine)
-    with pytest.raises(ValueError, match="got a linear layer of an input .* not a vec"):
+    with pytest.raises(
+        ValueError, match="got a linear layer of an input .* not of the"
+    ):
         written(layer, (2, 2, 4))
 
 

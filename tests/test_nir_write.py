@@ -11,10 +11,11 @@ from flax import nnx
 
 from spikejax import neurons
 from spikejax.conversion import calibrate, convert
-from spikejax.layers import IF, LI, LIF, MultiThreshold
+from spikejax.layers import IF, LI, LIF, MultiThreshold, Neuron
 from spikejax.models.resnet import ResNet, ms, plain, sew
 from spikejax.models.vgg import POOL, VGG
-from spikejax.nir.neurons import EXPONENTIAL, Dialect, node
+from spikejax.neurons import NeuronOptions, NeuronParams
+from spikejax.nir.neurons import EXPONENTIAL, Dialect, loop, node
 from spikejax.nir.read import from_nir
 from spikejax.nir.write import to_nir
 from spikejax.nn.recurrent import Recurrent
@@ -188,6 +189,26 @@ def test_exponential_integration_is_read_so():
     back = from_nir(graph, dt=DT, dialect=Dialect(EXPONENTIAL))
     assert model(xs).sum() > 1
     np.testing.assert_array_equal(back(xs), model(xs))
+
+
+def test_units_and_starts_of_neurons_are_in_their_nodes():
+    unit = np.array([0.5, 2.0, 1.0])
+    layers = [
+        Neuron(neurons.lif, NeuronParams(0.5), NeuronOptions(-0.25), unit=unit),
+        Neuron(neurons.lif, NeuronParams(0.25), unit=unit, v_start=0.5),
+        LIF(v_start=0.25, v_reset=0.0),
+        Neuron(neurons.late_reset, NeuronParams(0.25)),
+        Neuron(neurons.parallel, NeuronParams(0.2, (0.3, 0.9), (0.6, 0.6))),
+        LIF(np.array([2.0, 3.0, 4.0]), np.array([0.4, 0.6, 0.8])),
+    ]
+    xs = 4 * jax.random.uniform(jax.random.key(1), (2, 6, 3)) - 1
+    for layer in layers:
+        ys = layer(xs)
+        assert 0.05 < (ys > 0).mean() < 0.95
+        for soft_reset in (loop, node):
+            graph = to_nir(layer, xs, dt=DT, soft_reset=soft_reset)
+            np.testing.assert_allclose(simulate(graph, xs), ys, atol=1e-5)
+            np.testing.assert_allclose(from_nir(graph, dt=DT)(xs), ys, atol=1e-5)
 
 
 class Does(nnx.Module):

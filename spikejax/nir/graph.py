@@ -84,13 +84,12 @@ class Loop(nnx.Module):
         self.modules = List(nodes[name] for name in self.names)
         self.memory = Memory()
 
-    def _step(
-        self, states: dict[str, Any] | None, late: Values, currents: Values
-    ) -> tuple[tuple[dict[str, Any], Values], Values]:
+    def _step(self, params: None, state: tuple, currents: Values) -> tuple:
         """Return ((states, late values), values of all nodes) of one time step.
 
         Without states neurons start, and do not fire.
         """
+        states, late = state
         after, values = {}, {}
         for name, module in zip(self.names, self.modules, strict=True):
             parts = [
@@ -108,16 +107,13 @@ class Loop(nnx.Module):
                 after[name], values[name] = module.step(states[name], x)
         return (after, {a: values[a] for a, _ in self.late}), values
 
-    def _advance(self, params: None, state: tuple[Any, Any], x: Values) -> tuple:
-        return self._step(state[0], state[1], x)
-
     def __call__(self, currents: Values) -> Values:
         """Return the values [B, T, ...] of all nodes for the currents from outside."""
         # A bias in the loop acts from the first step: late values are those that the
         # modules give for an input of zero, not zeros.
         zeros = {name: jnp.zeros_like(xs[:, 0]) for name, xs in currents.items()}
-        state = self.memory.load(self._step(None, {}, zeros)[0])
-        state, values = unroll(self._advance, None, state, currents)
+        state = self.memory.load(self._step(None, (None, {}), zeros)[0])
+        state, values = unroll(self._step, None, state, currents)
         self.memory.save(state)
         return values
 

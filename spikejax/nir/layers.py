@@ -84,7 +84,7 @@ class Pool(nnx.Module):
 
 def linear(
     kernel: np.ndarray,
-    shape: tuple[int, ...],
+    rank: int,
     image: tuple[int, ...] | None,
     params: Mapping[str, Any],
 ) -> nir.Linear | None:
@@ -92,14 +92,15 @@ def linear(
 
     Args:
         kernel: constant operand of the product.
-        shape: of one example of the input.
+        rank: of the input with its leading axes, the last of which is contracted.
         image: [H, W, C] of the image that was flattened to the input, or None.
         params: those of ``jax.lax.dot_general_p``.
     """
-    contracted, batch = params["dimension_numbers"]
-    if len(shape) != 1 or kernel.ndim != 2 or len(contracted[1]) != 1 or batch[0]:
+    (ours, theirs), batch = params["dimension_numbers"]
+    # Over any other axis of the input it would be a sum over steps or examples.
+    if tuple(ours) != (rank - 1,) or kernel.ndim != 2 or batch[0]:
         return None
-    kernel = np.moveaxis(kernel, contracted[1][0], 0)
+    kernel = np.moveaxis(kernel, theirs[0], 0)
     if image is not None:  # rows in the order of channels-first
         kernel = np.moveaxis(kernel.reshape(*image, -1), -2, 0)
     return nir.Linear(np.ascontiguousarray(kernel.reshape(-1, kernel.shape[-1]).T))
@@ -120,6 +121,7 @@ def convolution(
     last = (0, rank + 1, *(a + 1 for a in axes))  # batch and channels of [B, H, W, C]
     if (
         rank not in (1, 2)
+        or len(size) != rank  # else it is over time
         or tuple(params["dimension_numbers"]) != (last, (rank + 1, rank, *axes), last)
         or params["feature_group_count"] * params["batch_group_count"] != 1
         or set(params["lhs_dilation"]) != {1}  # a transposed convolution

@@ -169,6 +169,8 @@ def _specs(layer: Neuron, shape: tuple[int, ...], factor: float) -> list[Spec]:
     gain, v_leak = leak if layer.options.decay_input else 1.0, v_reset or 0.0
     if cell is node_step:
         gain, v_leak, v_reset = params.gain, params.v_leak, params.v_reset
+    if v_reset is not None:  # the cell counts membranes in units of a spike
+        v_reset = np.asarray(v_reset) * unit
     numbers: tuple[Any, ...] = ((), (), ())
     if cell is not neurons.integrate:
         amounts = neurons.spike_amounts(cell, params)
@@ -182,8 +184,8 @@ def _specs(layer: Neuron, shape: tuple[int, ...], factor: float) -> list[Spec]:
     spec = Spec(
         shape,
         leak,
-        np.asarray(gain) * factor,
-        v_leak,
+        np.asarray(gain) * factor / (unit if cell is neurons.integrate else 1.0),
+        np.asarray(v_leak) * unit,
         thresholds,
         amounts,
         weights,

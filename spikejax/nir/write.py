@@ -209,10 +209,12 @@ class _Writer:
                 "padding with zeros on both sides)"
             )
         else:
-            node = layers.linear(kernel, value.shape, value.unflat, eqn.params)
+            rank, vector = len(value.full), len(value.shape) == 1
+            node = layers.linear(kernel, rank, value.unflat, eqn.params)
+            node = node if vector else None
             what = (
-                f"a linear layer of an input {value.shape}, not a vector (for an "
-                "image, take a convolution with a kernel of (1, 1))"
+                f"a linear layer of an input {value.shape}, not of the last axis of a "
+                "vector (for an image, take a convolution with a kernel of (1, 1))"
             )
         if node is None:
             refuse(what, eqn)
