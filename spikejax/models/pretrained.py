@@ -18,7 +18,7 @@ from spikejax.models.resnet import ResNet, ms
 from spikejax.neurons import NeuronOptions, NeuronParams, Number
 from spikejax.surrogate import Spike
 
-SIGMOID = surrogate.sigmoid(4.0)
+SIGMOID = surrogate.sigmoid(4.0)  # SpikingJelly's default
 
 
 def spikingjelly_neuron(
@@ -116,7 +116,7 @@ def load_resnet(model: ResNet, state: Mapping[str, Any]) -> ResNet:
     arrays = {
         name: np.asarray(value)
         for name, value in state.items()
-        if not name.endswith("num_batches_tracked")
+        if not name.endswith("num_batches_tracked")  # used by no layer in evaluation
     }
     layers, spiking = _layers(model, arrays)
     for name, neuron in spiking.items():
@@ -143,7 +143,7 @@ def load_resnet(model: ResNet, state: Mapping[str, Any]) -> ResNet:
         )
     for name, (layer, ours) in targets.items():
         array = arrays[name]
-        if ours == "kernel":
+        if ours == "kernel":  # channels last, here also of linear layers
             array = np.moveaxis(array, (0, 1), (-1, -2))
         kind = type(getattr(layer, ours))
         setattr(layer, ours, kind(jnp.asarray(array, jnp.float32)))

@@ -148,6 +148,7 @@ def _groups(names: tuple[str, ...], edges: Sequence[Edge]) -> tuple[Any, ...]:
 
 def _closing(entries: Sequence[str], edges: Sequence[Edge]) -> tuple[Edge, ...]:
     """Return the edges that lead back to a node on the path from an entry to them."""
+    # Depth first: from the first entry, the last edge of each loop is the late one.
     closing, done = [], set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:

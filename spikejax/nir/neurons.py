@@ -242,6 +242,7 @@ def _node(
         numbers["v_reset"] = spec.full(0.0 if spec.v_reset is None else spec.v_reset)
     if spec.v_reset is not None:
         starts = spec.v_reset
+    # NIR has no membrane before the first step, and no name for it in its text.
     start = spec.full(spec.v_start)
     if (start != spec.full(starts)).any():
         uniform = (start == start.flat[0]).all()
@@ -279,6 +280,7 @@ def loop(name: str, spec: Spec, dt: float, integration: Integration) -> Part:
     instead of 0 is written as v - v0, which moves its thresholds. All this is our
     choice: NIR has no node for it.
     """
+    # A chip has no node for a membrane that starts elsewhere than at 0.
     membrane, v0 = f"{name}.membrane", spec.v_start
     moved = spec._replace(v_leak=spec.v_leak - v0, thresholds=(), v_start=0.0)
     nodes: dict[str, Any] = {membrane: _node(moved, dt, integration, {})}
@@ -347,6 +349,7 @@ def read_neurons(name: str, node: Node, dt: float, dialect: Dialect) -> Neuron |
     rest = params.v_leak if params.v_reset is None else params.v_reset
     leaks = isinstance(node, nir.LI | nir.LIF)
     in_range = (params.leak > 0) & (params.leak <= 1) if leaks else np.True_
+    # A threshold at or below rest fires at every step, whatever comes in.
     levels = (*params.thresholds, *(params.amounts or ()))
     above = all(((level > rest) & np.isfinite(level)).all() for level in levels)
     if not (in_range.all() and above):
@@ -394,6 +397,7 @@ def _read(node: Node, dt: float, dialect: Dialect) -> NodeParams:
 def _plain(params: NodeParams, start: np.ndarray, late: bool) -> Neuron | None:
     """Return IF, LIF, LI or neurons with a late reset, if they have these equations."""
     v_reset = np.zeros(()) if params.v_reset is None else params.v_reset
+    # gain is leak r, so it equals leak up to float64's rounding where r is 1.
     decays = np.allclose(params.gain, params.leak, rtol=1e-9, atol=0)
     same = np.ptp(v_reset) == 0  # options have one for all neurons
     same &= (params.v_leak == v_reset).all() and (start == v_reset).all()

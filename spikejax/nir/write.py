@@ -148,6 +148,7 @@ class _Writer:
 
     def graph(self, output: int) -> nir.NIRGraph:
         """Return the nodes that lead to the output, each with a name of its own."""
+        # Nodes that were changed have copies, so the first of them has no use left.
         used = reachable(output, [(b, a) for a, b in self.edges])
         names: dict[int, str] = {}
         for number, (name, _) in enumerate(self.nodes):
@@ -248,7 +249,7 @@ class _Writer:
         flattened = value.unflat is not None and not uniform
         if flattened or (shift is not None and shift.any()):
             refuse("the addition of a constant, or factors of a flattened image", eqn)
-        if not uniform or not gain.any():
+        if not uniform or not gain.any():  # a factor of 0 could not be divided out
             return self.plain(value, gain)
         return value._replace(factor=value.factor * float(gain.flat[0]))
 
@@ -331,6 +332,7 @@ class _Writer:
         if name == "reduce_window_max":
             if not value.binary or value.factor < 0:
                 refuse("a maximum of what is not spikes (pool by the mean)", eqn)
+            # A sum of 0s and 1s is above 1/2 where one of them is 1.
             half = nir.Threshold(np.full(_channels_first(shape), 0.5))
             return pooled._replace(sources=(self.add("or", half, pooled),))
         pooled = pooled._replace(binary=False)
@@ -361,6 +363,7 @@ class _Writer:
         if isinstance(layer, Recurrent):
             if value.unflat is not None:
                 refuse("a flattened image before recurrent neurons", eqn)
+            # Spikes come without their factor, and r holds that of the currents.
             weights = np.asarray(layer.recurrent.kernel[...]).T * unit / value.factor
             back = nir.Linear(weight=weights.astype(np.float32))
             number = self.add(f"{name}.recurrent", back, fired)
