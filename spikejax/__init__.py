@@ -1,7 +1,7 @@
 """Multi-threshold spiking neural networks in JAX and Flax."""
 
 from spikejax import encode, losses, neurons, surrogate
-from spikejax.conversion.spiking import calibrate, convert, fold_norms
+from spikejax.conversion import calibrate, convert, fold_norms
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold, neuron_layers
 from spikejax.neurons import NeuronParams, cascade, independent, lif, parallel
 from spikejax.nn.cpu import convolve, max_pool

@@ -5,24 +5,27 @@ that meets a weight is an accumulate (AC), any other activation a multiply-accum
 (MAC).
 """
 
+import math
 import warnings
-from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.extend.core import JaxprEqn
 
-from spikejax._compat import iter_modules
-from spikejax.layers import Neuron
+from spikejax import trace
+from spikejax.layers import neuron_layers
 from spikejax.nn.memory import drop_membranes
+from spikejax.trace import Match, Site, Value
 
 # Of float32 in 45 nm: Horowitz 2014, doi:10.1109/ISSCC.2014.6757323
 AC_PJ, MAC_PJ = 0.9, 4.6
-CONNECTIONS = (nnx.Conv, nnx.Linear)
-KNOWN = (*CONNECTIONS, nnx.Embed)  # which looks its rows up and multiplies nothing
+PRODUCTS = ("dot_general", "conv_general_dilated")
+REAL = 2  # level of values that are no spikes, even where they are whole numbers
 
 
 @dataclass(frozen=True)
@@ -96,208 +99,205 @@ class Report:
 
 
 def measure(model: nnx.Module, xs: jax.Array) -> Report:
-    """Count the spikes and effective operations of a model, in evaluation mode.
+    """Count the spikes and effective operations of a model in evaluation mode.
 
     ACs = sum over spikes of the nonzero weights that each meets
     MACs = the same sum over nonzero activations that are not spikes
 
-    All N binary trains of a neuron count, whatever their weights, through sums of
-    layers and max-pooling (which takes the largest count). An input counts as spikes
-    where it holds whole numbers only: averages of spikes cost MACs. Norms (they fold
-    into weights), biases and the neurons' own updates are not counted. A layer that
-    holds an nnx.Linear named ``recurrent`` feeds its own output back: each element of
-    its sequence [..., L, features] but the last meets those weights.
+    Counted are all matrix products and convolutions that depend on the input, wherever
+    the model computes them. All N binary trains of a neuron count, whatever their
+    weights, through sums of layers and max-pooling (which takes the largest count). An
+    input counts as spikes where it holds whole numbers only: averages of spikes cost
+    MACs. In a product of two activations, such as attention, spikes meet the nonzero
+    values of the other operand. Norms (they fold into weights), biases, elementwise
+    products and the neurons' own updates are not counted.
 
     Args:
-        model: nnx model of nnx.Conv, nnx.Linear and spikejax neurons; stays as it is.
+        model: module over sequences; for Linen or a function of your own,
+            ``trace.Function(net.apply, variables)``. Not modified. Membranes that it
+            keeps between calls are ignored: it is measured from rest.
         xs: input [B, T, ...] as the model takes it; the report is the mean over B.
+
+    Returns:
+        one row per layer of neurons and per product, in the order of the computation.
+        A product is named by the path of its parameters, or else by file and line.
+
+    Raises:
+        ValueError: xs has no batch or no time steps; a product is inside of a loop of
+            unknown length.
 
     Reference: Yik et al. 2023, arXiv:2304.04640 (NeuroBench), where a binary activation
     is the only spike; energies Horowitz 2014, doi:10.1109/ISSCC.2014.6757323.
     """
-    if not isinstance(model, nnx.Module):
-        raise ValueError(
-            "measure: expected a module of Flax NNX, whose layers can be found, got "
-            f"{type(model).__name__}. A network of Linen has to be written in NNX."
-        )
     if xs.ndim < 2 or 0 in xs.shape[:2]:
         raise ValueError(
             f"measure: expected input [B, T, ...], B and T >= 1, got {xs.shape}. "
             "For images without time, add the axis: images[:, None]."
         )
-    _warn_of_uncounted(model)
-    model = drop_membranes(nnx.clone(model))  # kept ones have another batch size
-    graphdef, state = nnx.split(model)
-    found = jax.device_get(jax.jit(partial(_count, graphdef))(state, xs))
-    batch, steps = xs.shape[:2]
-
-    def per_image(values):
-        return float(np.sum(values, dtype=np.float64)) / batch
-
-    neurons = []
-    for path, (spikes, places) in found["neurons"].items():
-        spikes = per_image(spikes)
-        neurons.append(Firing(path, spikes / (steps * float(places)), spikes))
-    connections = [
-        Operations(path, per_image(acs), per_image(macs), float(dense))
-        for path, (acs, macs, dense) in found["connections"].items()
-    ]
-    return Report(tuple(neurons), tuple(connections))
-
-
-def _count(graphdef, state, xs):
-    """Runs the model with its own outputs, then with spike counts in their place."""
-    real, counted, trains = OrderedDict(), OrderedDict(), OrderedDict()
-    _listen(nnx.merge(graphdef, state), real, _recorded_spikes, trains)(xs)
-    replay = {path: iter(calls) for path, calls in trains.items()}
-    _listen(nnx.merge(graphdef, state), counted, _replayed_spikes, replay)(xs)
-
-    layers = dict(_named_modules(nnx.merge(graphdef, state)))
-    neurons, connections = OrderedDict(), OrderedDict()
-    for path, calls in trains.items():
-        spikes = sum(_sum_rows(z) for z in calls)
-        neurons[path] = spikes, sum(z[0, 0, ..., 0].size for z in calls)
-    for path, calls in real.items():
-        counts = [
-            _operations(layers[path], *inputs, time_steps=xs.shape[:2])
-            for inputs in zip(calls, counted[path], strict=True)
-        ]
-        connections[path] = tuple(sum(values) for values in zip(*counts, strict=True))
-    return {"neurons": neurons, "connections": connections}
-
-
-def _operations(layer, x, counts, *, time_steps):
-    """(ACs, MACs) of each row, and dense MACs, for one call of a layer.
-
-    x is the input, counts the same with spike counts for the outputs of neurons.
-    """
-    axes = 1 + (len(layer.kernel_size) if isinstance(layer, nnx.Conv) else 0)
-    shape = x.shape[-axes:]
-    weights = layer.kernel[...]
-    meets = _fan_out(layer, weights != 0, shape)
-    spikes = jnp.all(counts == jnp.round(counts))
-    acs = _sum_rows(jnp.abs(counts) * meets)
-    macs = _sum_rows((x != 0) * meets)
-    calls = x.size / np.prod(shape) / np.prod(time_steps)  # 1, or more for tokens
-    dense = _fan_out(layer, jnp.ones_like(weights), shape).sum() * max(1, calls)
-    return jnp.where(spikes, acs, 0), jnp.where(spikes, 0, macs), dense
-
-
-def _fan_out(layer, weights, shape):
-    """How many of the weights (0 or 1) each element of an input meets: a gradient."""
-    # JAX 0.10.2 on CPU computes nonsense from a kernel that it knows to be constant.
-    weights = jax.lax.optimization_barrier(weights.astype(jnp.float32))
-    kernel, layer.kernel = layer.kernel, nnx.Param(weights)
-    layer.dtype = jnp.float32
-    meets = jax.grad(lambda x: layer(x).sum())(jnp.zeros(shape))
-    layer.kernel = kernel
-    return meets
-
-
-def _sum_rows(values):
-    return values.astype(jnp.float32).reshape(values.shape[0], -1).sum(1)
-
-
-# A layer is made to listen by a subclass of its own class, on a copy of the model:
-# nothing to pay for when off, and it reaches layers in lists and shared layers.
-
-
-def _note(layer, value):
-    log, path = layer.listener
-    log.setdefault(path, []).append(value)
-
-
-def _recorded_input(kind):
-    """Connections that note their inputs."""
-
-    def call(self, x, *args, **options):
-        _note(self, x)
-        return kind.__call__(self, x, *args, **options)
-
-    return {"__call__": call}
-
-
-def _recorded_spikes(kind):
-    """Neurons that note their binary trains."""
-
-    def call(self, xs, *, trains=False):
-        _note(self, kind.__call__(self, xs, trains=True))
-        return kind.__call__(self, xs, trains=trains)
-
-    def step(self, v, xs, *, trains=False):
-        _note(self, kind.step(self, v, xs, trains=True)[1])
-        return kind.step(self, v, xs, trains=trains)
-
-    return {"__call__": call, "step": step}
-
-
-def _replayed_spikes(kind):
-    """Neurons that ignore their input and give the number of spikes noted before."""
-
-    def call(self, xs, *, trains=False):
-        log, path = self.listener
-        spikes = next(log[path])
-        return spikes if trains else spikes.sum(-1)
-
-    def step(self, v, xs, *, trains=False):
-        return v, call(self, xs, trains=trains)
-
-    return {"__call__": call, "step": step}
-
-
-def _recorded_output(kind):
-    """Layers with recurrent weights, which all outputs but the last one meet."""
-
-    def call(self, xs, *args, **options):
-        ys = kind.__call__(self, xs, *args, **options)
-        log, path = self.loop
-        log.setdefault(path, []).append(ys[..., :-1, :])
-        return ys
-
-    return {"__call__": call}
-
-
-@cache
-def _subclass(listener, kind):
-    return type(kind.__name__, (kind,), listener(kind))
-
-
-def _listen(model, inputs, neuron, trains):
-    """The model in evaluation mode, its layers noting what they get and give."""
-    model.eval()
-    for path, module in list(_named_modules(model)):
-        kind = type(module)
-        if isinstance(module, Neuron):
-            kind = _subclass(neuron, kind)
-            object.__setattr__(module, "listener", (trains, path))
-        elif isinstance(module, CONNECTIONS):
-            kind = _subclass(_recorded_input, kind)
-            object.__setattr__(module, "listener", (inputs, path))
-        if isinstance(getattr(module, "recurrent", None), nnx.Linear):
-            kind = _subclass(_recorded_output, kind)
-            inner = f"{path}/recurrent".lstrip("/")
-            object.__setattr__(module, "loop", (inputs, inner))
-        if kind is not type(module):
-            object.__setattr__(module, "__class__", kind)
-    return model
-
-
-def _named_modules(model):
-    for path, module in iter_modules(model):
-        yield "/".join(map(str, path)), module
-
-
-def _warn_of_uncounted(model):
-    found = [
-        f"{type(module).__name__} at {path!r}"
-        for path, module in _named_modules(model)
-        if not isinstance(module, KNOWN)
-        and any(isinstance(v, nnx.Param) and v.ndim > 1 for v in vars(module).values())
-    ]
-    if found:
+    model = _named(model)
+    f, state = trace.functional(model)
+    traced = trace.trace(f, state, xs, _Operations())
+    if not traced.sites:
         warnings.warn(
-            "measure: expected only nnx.Conv and nnx.Linear to hold matrices, got "
-            f"{', '.join(found)}. Their operations, and products of activations as in "
-            "attention, are not counted: the energy is too low.",
-            stacklevel=3,
+            "measure: expected matrix products, convolutions or spiking neurons that "
+            "depend on the input, found none: there is nothing to count.",
+            stacklevel=2,
         )
+    dense: dict[int, tuple[float, float]] = {}
+    counts = jax.jit(partial(_count, traced, dense))(state, xs)
+    return _report(traced.sites, jax.device_get(counts), dense, *xs.shape[:2])
+
+
+def _named(model: nnx.Module) -> nnx.Module:
+    """Return a copy in evaluation mode, at rest, whose neurons have their paths."""
+    model = nnx.clone(model)
+    model.eval()
+    for path, neuron in neuron_layers(model).items():
+        neuron.name = neuron.name or trace.as_scope(path)
+    return drop_membranes(model)
+
+
+class _Operations:
+    """Rule of the tracer: sites are products, and the outputs of spiking neurons.
+
+    The level is 1 where values may be spikes, and REAL where they cannot be.
+    """
+
+    def match(self, eqn: JaxprEqn, values: Sequence[Value]) -> Match | None:
+        """Return the kind of operation."""
+        name, called = eqn.primitive.name, trace.call_name(eqn)
+        data = [v for v in values if v.level]
+        if called == "spiking_output":
+            return Match(called, trace.scope(eqn))
+        if (
+            called == "quantised_relu" and data
+        ):  # levels at a scale of 1 look like spikes
+            return Match(called, None, level=REAL)
+        if name not in PRODUCTS or not data:
+            return None
+        # Products of spike counts are whole numbers too.
+        level = 1 if len(data) == 1 else REAL
+        return Match(
+            name, trace.last_label(values) if level == 1 else None, level=level
+        )
+
+    def level(self, eqn: JaxprEqn, values: Sequence[Value]) -> int:
+        """Return 1 for comparisons, which make spikes of anything."""
+        is_comparison = eqn.outvars[0].aval.dtype == jnp.bool
+        return 1 if is_comparison else max(v.level for v in values)
+
+
+def _count(
+    traced: trace.Traced, dense: dict, state: trace.Pytree, xs: jax.Array
+) -> tuple[trace.Kept, trace.Kept]:
+    """Run the model with its own outputs, then with spike counts in their place."""
+
+    def real(
+        n: int, site: Site, values: list, given: None, eqn: JaxprEqn
+    ) -> tuple[jax.Array, jax.Array | None]:
+        (y,) = trace.bind(eqn, values)
+        if site.kind == "spiking_output":
+            return y, values[1]
+        if site.kind not in PRODUCTS:
+            return y, None
+        dense[n] = _dense(site, eqn)
+        return y, _product(eqn, [v != 0 for v in values])
+
+    def counted(
+        n: int, site: Site, values: list, given: jax.Array, eqn: JaxprEqn
+    ) -> tuple[jax.Array, tuple | None]:
+        if site.kind == "spiking_output":
+            return given.astype(values[0].dtype), _rows(given)
+        (y,) = trace.bind(eqn, values)
+        if site.kind not in PRODUCTS:
+            return y, None
+        whole = [
+            (level == 1) & jnp.all(v == jnp.round(v))
+            for v, level in zip(values, site.levels, strict=True)
+        ]
+        pairs = zip(values, whole, strict=True)
+        met = [jnp.where(spikes, abs(v), v != 0) for v, spikes in pairs]
+        return y, (whole[0] | whole[1], _product(eqn, met))
+
+    kept = trace.run(traced, state, xs, real)[1]
+    return kept, trace.run(traced, state, xs, counted, kept)[1]
+
+
+def _rows(values: jax.Array) -> jax.Array:
+    # Float32 is exact up to 16 million: sum up rows here, and all of them on the host.
+    return values.astype(jnp.float32).reshape(len(values), -1).sum(1)
+
+
+def _product(eqn: JaxprEqn, operands: Sequence[jax.Array]) -> jax.Array:
+    """Return the sums over each row of a product of numbers of spikes or nonzeros."""
+    # JAX 0.10.2 on CPU computes nonsense from a kernel that it knows to be constant.
+    operands = jax.lax.optimization_barrier([v.astype(jnp.float32) for v in operands])
+    params = eqn.params | {"preferred_element_type": jnp.dtype("float32")}
+    return _rows(eqn.primitive.bind(*operands, **params))
+
+
+def _dense(site: Site, eqn: JaxprEqn) -> tuple[float, float]:
+    """Return the MACs of a product of which nothing is zero, and its number of calls.
+
+    A call is one time step of an image, or one token of it. Shapes alone count.
+    """
+    (lhs, rhs), out = (v.aval for v in eqn.invars), eqn.outvars[0].aval
+    if site.kind == "dot_general":
+        contracted, _ = eqn.params["dimension_numbers"]
+        size = math.prod(lhs.shape[k] for k in contracted[0])
+        return out.size * size, (lhs if site.levels[0] else rhs).size / size
+    dims = eqn.params["dimension_numbers"]
+    calls, *_ = (lhs.shape[k] for k in dims.lhs_spec)
+    outputs, inputs, *kernel = (rhs.shape[k] for k in dims.rhs_spec)
+    macs = calls * outputs * inputs / eqn.params["batch_group_count"]
+    for k, size in enumerate(kernel):  # padding meets no weight
+        pixels, positions = (
+            array.shape[spec[k + 2]]
+            for array, spec in ((lhs, dims.lhs_spec), (out, dims.out_spec))
+        )
+        stride, (pad, _), holes, spread = (
+            eqn.params[name][k]
+            for name in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
+        )
+        at = stride * np.arange(positions)[:, None] + spread * np.arange(size) - pad
+        macs *= ((at >= 0) & (at % holes == 0) & (at <= holes * (pixels - 1))).sum()
+    return float(macs), calls
+
+
+def _report(
+    sites: Sequence[Site], counts: tuple, dense: dict, batch: int, steps: int
+) -> Report:
+    """Return the report: the sites of one name make one row."""
+
+    def per_image(values: np.ndarray) -> float:
+        return np.sum(values, dtype=np.float64) / batch
+
+    neurons: dict[str, np.ndarray] = {}
+    products: dict[str, np.ndarray] = {}
+    for n, site in enumerate(sites):
+        repeats = math.prod(site.repeats) / batch
+        if site.kind == "spiking_output":
+            row = [per_image(counts[1][n]), math.prod(site.shape) * repeats]
+            neurons[site.name] = neurons.get(site.name, np.zeros(2)) + row
+        elif site.kind in PRODUCTS:
+            spikes, acs = counts[1][n]
+            is_ac = bool(np.all(spikes))
+            macs, calls = dense[n]
+            row = [
+                per_image(acs) * is_ac,
+                per_image(counts[0][n]) * (not is_ac),
+                macs * repeats,
+                calls * repeats,
+            ]
+            products[site.name] = products.get(site.name, np.zeros(4)) + row
+    firing = [
+        # neurons: of all time steps, as a loop over time has a site for each
+        Firing(name, float(spikes / neurons), float(spikes))
+        for name, (spikes, neurons) in neurons.items()
+    ]
+    operations = [
+        # A layer behind a mean over time is called once, others once per time step.
+        Operations(name, float(acs), float(macs), float(all_ / min(steps, calls)))
+        for name, (acs, macs, all_, calls) in products.items()
+    ]
+    return Report(tuple(firing), tuple(operations))

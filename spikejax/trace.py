@@ -194,9 +194,14 @@ def bind(eqn: JaxprEqn, values: Sequence[jax.Array]) -> list[jax.Array]:
     return jax.core.eval_jaxpr(one, (), *known.values())
 
 
+def as_scope(path: str) -> str:
+    """Return a path as the name of a jax.named_scope, which must not have a slash."""
+    return path.replace("/", "|")
+
+
 def scope(eqn: JaxprEqn) -> str:
-    """Return the innermost jax.named_scope of an equation, or nothing."""
-    return str(eqn.source_info.name_stack).rpartition("/")[-1]
+    """Return the path of the innermost jax.named_scope of an equation, or nothing."""
+    return str(eqn.source_info.name_stack).rpartition("/")[-1].replace("|", "/")
 
 
 def where(eqn: JaxprEqn) -> str:
@@ -299,7 +304,7 @@ class _Walk:
             if match:
                 plan[k] = len(self.sites)
                 outs = [self.site(eqn, values, match, repeats, custom)]
-            elif _inner_jaxprs(eqn):
+            elif inner_jaxprs(eqn):
                 inner, outs = self.inner(eqn, values, repeats, custom)
                 if inner.plan:
                     plan[k] = inner
@@ -362,7 +367,7 @@ class _Walk:
             plan, outs = self.jaxpr(jaxpr, values, repeats, custom)
             # silu is reported, and not the logistic in it, which is on the same line.
             if len(self.others) > marks and not plan and all(
-                line == where(eqn) for _, line in self.others[marks:]
+                line in ("", where(eqn)) for _, line in self.others[marks:]
             ):  # fmt: skip
                 self.others[marks:] = [(call_name(eqn), where(eqn))]
             return Inner(plan), outs
@@ -373,7 +378,7 @@ class _Walk:
             plan, outs = self.jaxpr(branches[-1].jaxpr, values[1:], repeats, custom)
             return Inner(plan, len(branches) - 1), outs
         found = len(self.sites)
-        for jaxpr in _inner_jaxprs(eqn):
+        for jaxpr in inner_jaxprs(eqn):
             self.jaxpr(jaxpr, [Value(1)] * len(jaxpr.invars), repeats, custom)
         if len(self.sites) > found:
             site = self.sites[found]
@@ -415,7 +420,8 @@ def last_label(values: Sequence[Value]) -> str | None:
     return labels[0] if labels else None
 
 
-def _inner_jaxprs(eqn: JaxprEqn) -> list[Jaxpr]:
+def inner_jaxprs(eqn: JaxprEqn) -> list[Jaxpr]:
+    """Return the jaxprs in the parameters of an equation."""
     params = list(eqn.params.values())
     leaves = jax.tree.leaves(params, is_leaf=lambda v: hasattr(v, "eqns"))
     found = [getattr(leaf, "jaxpr", leaf) for leaf in leaves]

@@ -23,7 +23,7 @@ STOREYS = {
     "data": set(),
     "train": NEURON | {"nn"},
     "cache": {"train"},
-    "conversion": NEURON | {"nn"},
+    "conversion": NEURON | {"nn", "trace"},
     "nir": NEURON | {"nn", "trace"},
     "plot": NEURON | {"nn", "energy"},
     "tpu": {"train"},

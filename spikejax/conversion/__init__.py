@@ -1,10 +1,11 @@
 """ANN to SNN: calibrate a ReLU network, convert it, and count its steps."""
 
+from spikejax.conversion.fold import fold_norms
 from spikejax.conversion.spiking import (
     Converted,
+    Replaced,
     calibrate,
     convert,
-    fold_norms,
     least_error,
     maximum,
     percentile,
@@ -12,6 +13,7 @@ from spikejax.conversion.spiking import (
 
 __all__ = [
     "Converted",
+    "Replaced",
     "calibrate",
     "convert",
     "fold_norms",

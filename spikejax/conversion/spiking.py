@@ -1,50 +1,264 @@
-"""Turns trained networks into spiking ones: quantised activations become IF neurons.
+"""Trained networks turned into spiking ones: quantised activations become IF neurons.
 
     ann = calibrate(relu_network, images).model  # or train one with QuantReLU
-    snn, swaps = convert(fold_norms(ann, images))
+    snn, swaps = convert(fold_norms(ann, images), images)
 
-Weights stay as they are. Pooling stays too and acts on spikes, step by step: the mean
-is exact; the maximum of spikes is their OR, which is the maximum of the rates only
-where the strongest input covers the spikes of the others.
+Both work on the traced function of the network, so it does not matter how its ReLUs are
+called. Weights are not modified. Pooling acts on spikes, step by step: the mean is
+exact; the maximum of spikes is their OR, which is the maximum of the rates only where
+the strongest input covers the spikes of the others.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from flax.traverse_util import unflatten_dict
+from jax.extend.core import JaxprEqn
 
-from spikejax.conversion.surgery import Spy, activations, check_model, check_run, places
+from spikejax import trace
+from spikejax._compat import List, iter_modules
+from spikejax.conversion.relus import Relus
 from spikejax.nn.quant import QuantReLU, ScaledIF
+from spikejax.trace import Site, Traced
 
 Rule = Callable[[jax.Array, int], jax.Array]  # (ReLU activations, levels) -> threshold
+BELOW = 1 - 1e-6  # see calibrate
 
 
 class Swap(NamedTuple):
-    """One activation that was replaced, and the threshold that it had or was given."""
+    """Activation that was replaced, and the threshold that it had or was given.
+
+    In a scan over layers v_threshold is an array, one threshold per layer.
+    """
 
     path: str
     levels: int
-    v_threshold: float
+    v_threshold: float | np.ndarray
 
 
 class Converted(NamedTuple):
-    """A new model, in evaluation mode, and what was swapped in it."""
+    """New model in evaluation mode, and the activations that were replaced in it."""
 
-    model: Any
+    model: "Replaced"
     swaps: tuple[Swap, ...]
 
 
-def _copy(who, model):
-    check_model(who, model)
+class Seen(NamedTuple):
+    """Input and output of one activation, and its spikes per image [B].
+
+    In a scan over layers all have its length as their first axis.
+    """
+
+    x: jax.Array
+    y: jax.Array
+    spikes: jax.Array
+
+
+class Replaced(nnx.Module):
+    """Network over sequences whose ReLUs are computed by modules that are held here.
+
+    ``sites[k]`` is the QuantReLU or ScaledIF in the place of the activation
+    ``names[k]``. Another module put there is called with the input of the activation,
+    which for one time step is [B, 1, ...] in networks that keep the axis of time.
+
+    Args:
+        model: the network.
+        sites: one module per site of the network.
+        found: the sites of the network in evaluation mode.
+
+    A call raises a ValueError if the network has other ReLUs than when it was converted.
+    """
+
+    def __init__(
+        self, model: nnx.Module, sites: Sequence[nnx.Module], found: Sequence[Site]
+    ):
+        self.model = model
+        self.sites = List(sites)
+        self.names = tuple(site.name for site in found)
+        self.places = tuple(site.where for site in found)
+
+    def __call__(self, xs: jax.Array) -> jax.Array:
+        """Return the answer [B, T, ...] to xs [B, T, ...]."""
+        if not isinstance(self.sites[0], ScaledIF) or xs.shape[1] == 1:
+            return self.observe(xs)[0]
+        # Spiking networks run step by step: a network that folds time into the batch,
+        # or was made for images, has no axis of time where its activations are.
+        compute, states = self._traced(xs[:, :1])
+
+        def step(states: list, x: jax.Array) -> tuple[list, jax.Array]:
+            states, ys, *_ = compute(states, x[:, None])
+            return states, ys[:, 0]
+
+        states, ys = jax.lax.scan(step, states, jnp.moveaxis(xs, 1, 0))
+        self._save(states)
+        return jnp.moveaxis(ys, 0, 1)
+
+    def observe(self, xs: jax.Array) -> tuple[jax.Array, dict[str, Seen]]:
+        """Return the answer to one time step [B, 1, ...], and what was activated."""
+        compute, states = self._traced(xs)
+        states, ys, changed, seen = compute(states, xs)
+        if changed:  # statistics of norms in training
+            nnx.update(self.model, unflatten_dict(changed))
+        self._save(states)
+        return ys, dict(zip(self.names, seen, strict=True))
+
+    def _save(self, states: list) -> None:
+        for module, state in zip(self.sites, states, strict=True):
+            if state is not None:
+                module.memory.save(state)
+
+    def _traced(self, xs: jax.Array) -> tuple[Callable, list]:
+        """Return (states, xs) -> (states, ys, changed variables, seen), and states."""
+        f, params = trace.functional(self.model)
+        traced = trace.trace(f, params, xs, Relus(self.places))
+        if len(traced.sites) != len(self.sites):
+            raise ValueError(
+                f"Replaced: expected the ReLUs {', '.join(self.places)}, got "
+                f"{', '.join(site.where for site in traced.sites)}. Convert it again."
+            )
+        pairs = list(zip(self.sites, traced.sites, strict=True))
+        given = [_given(module, site) for module, site in pairs]
+        handler = partial(_activate, self.sites, len(xs))
+
+        def compute(states: list, xs: jax.Array) -> tuple:
+            both = dict(enumerate(zip(given, states, strict=True)))
+            (ys, after), kept = trace.run(traced, params, xs, handler, both)
+            kept = [kept[n] for n in range(len(given))]
+            leaves = jax.tree_util.tree_leaves_with_path(after)
+            changed = {
+                tuple(key.key for key in path): leaf
+                for (path, leaf), same in zip(leaves, traced.same[1:], strict=True)
+                if not same
+            }
+            return [state for state, _ in kept], ys, changed, [seen for _, seen in kept]
+
+        return compute, [_start(module, site) for module, site in pairs]
+
+
+def _given(module: nnx.Module, site: Site) -> Any:
+    """Return the arrays that a module needs at a site, [*repeats, ...]."""
+    if isinstance(module, QuantReLU):
+        key = module.key()
+        split = site.repeats and key is not None
+        return module.scale[...], jax.random.split(key, site.repeats) if split else key
+    return module.unit[...] if isinstance(module, ScaledIF) else None
+
+
+def _start(module: nnx.Module, site: Site) -> jax.Array | None:
+    """Return the membranes of a site before the first step, in float32."""
+    if not isinstance(module, ScaledIF):
+        return None
+    return module.memory.load(module.start((*site.repeats, *site.shape)))
+
+
+def _activate(
+    modules: Sequence[nnx.Module],
+    batch: int,
+    n: int,
+    site: Site,
+    values: list,
+    given: tuple,
+    eqn: JaxprEqn,
+) -> tuple[jax.Array, tuple]:
+    """Compute one activation: the handler of the tracer."""
+    x, module, (arrays, state) = _input(site, values), modules[n], given
+    spikes = jnp.zeros(batch)
+    if isinstance(module, QuantReLU):
+        y = module.quantise(x, *arrays)
+    elif isinstance(module, ScaledIF):
+        step, (params, _) = module.bind()
+        state, y = step((params, arrays), state, x)
+        spikes = jnp.round(y.astype(jnp.float32) / arrays).reshape(batch, -1).sum(1)
+    else:
+        y = module(x)
+    return y, (state, Seen(x, y, spikes))
+
+
+def _input(site: Site, values: list) -> jax.Array:
+    """Return the operand of a ReLU that depends on the input of the network."""
+    return next(v for v, level in zip(values, site.levels, strict=True) if level)
+
+
+def _sites(
+    who: str, model: nnx.Module, xs: jax.Array, *, plain: bool
+) -> tuple[nnx.Module, Traced, list[QuantReLU | None]]:
+    """Return a copy of a network, its sites, and the QuantReLU that each one is.
+
+    Raises:
+        ValueError: the network is not one of ReLUs, or forgets the axis of time.
+    """
     model = nnx.clone(model)
     model.eval()
-    return model
+    held = list(model.sites) if isinstance(model, Replaced) else None
+    model = model.model if isinstance(model, Replaced) else model
+    f, params = trace.functional(model)
+    traced = trace.trace(f, params, xs, Relus())
+    by_path = {"/".join(map(str, path)): module for path, module in iter_modules(model)}
+    found = held or [
+        by_path[site.name] if site.kind == "quantised_relu" else None
+        for site in traced.sites
+    ]
+    problems = [f"{name} at {line}" for name, line in traced.others]
+    problems += [
+        f"{site.kind} at {site.where} in a function with its own gradient"
+        for site in traced.sites
+        if site.custom
+    ]
+    if not plain:
+        pairs = zip(found, traced.sites, strict=True)
+        problems += [
+            f"a plain {site.kind} at {site.where}: call calibrate(model, images) first"
+            for quant, site in pairs
+            if quant is None
+        ]
+    if not traced.sites:
+        problems.append("no ReLU that depends on the input")
+    shape = traced.closed.out_avals[0].shape
+    if shape[:2] != xs.shape[:2]:
+        problems.append(
+            f"an answer of shape {shape} to an input {xs.shape}. Images get an axis of "
+            "time, images[:, None], which the model keeps: x.mean((-3, -2))"
+        )
+    if problems:
+        raise ValueError(
+            f"{who}: expected a network [B, T, ...] to [B, T, K] of affine operations, "
+            f"pooling and ReLUs, got {'; '.join(problems)}."
+        )
+    return model, traced, found
 
 
-def convert(model: nnx.Module, num_thresholds: int = 1) -> Converted:
-    """Spiking copy of a model: each QuantReLU becomes a ``ScaledIF``.
+def quantised(who: str, model: nnx.Module, xs: jax.Array) -> Replaced:
+    """Return a network of QuantReLU with its activations held apart, in a copy.
+
+    Raises:
+        ValueError: something in the model is neither affine nor a QuantReLU.
+    """
+    model, traced, found = _sites(who, model, xs, plain=False)
+    return Replaced(model, [quant for quant in found if quant], traced.sites)
+
+
+def _swap(path: str, levels: int, v_threshold: jax.Array) -> Swap:
+    """Return the row of an activation.
+
+    Raises:
+        ValueError: its threshold is not positive.
+    """
+    value = np.asarray(v_threshold)
+    if not ((value > 0) & np.isfinite(value)).all():
+        raise ValueError(
+            f"conversion: expected a positive threshold at {path!r}, got {value}. The "
+            "model is untrained, diverged, or this layer is dead."
+        )
+    return Swap(path, levels, value if value.ndim else float(value))
+
+
+def convert(model: nnx.Module, xs: jax.Array, num_thresholds: int = 1) -> Converted:
+    """Return a spiking copy of a model: each QuantReLU becomes a ``ScaledIF``.
 
     v_threshold = s p,  V[0] = v_threshold / 2,  soft reset, spikes of v_threshold
 
@@ -53,43 +267,53 @@ def convert(model: nnx.Module, num_thresholds: int = 1) -> Converted:
     mean of its logits. At T = p its levels are those of the quantised network.
 
     Args:
-        model: of modules whose activations are QuantReLU attributes; stays as it is.
+        model: from ``calibrate``, or with QuantReLU for activations; not modified.
+        xs: an example of the input [B, T, ...]; its values do not count.
         num_thresholds: N thresholds do in T / N steps what one does in T.
 
     Returns:
-        the spiking model, and one row for each activation.
+        the spiking model, and one row per activation.
+
+    Raises:
+        ValueError: something in the model is neither affine nor a QuantReLU, with file
+            and line, or a scale is not positive.
 
     Reference: Li et al. 2024, arXiv:2411.17431; Bu et al. 2023, arXiv:2303.04347.
     """
-    model = _copy("convert", model)
-    swaps = []
-    for place in activations("convert", model, relu=False):
-        quant = place.value
-        scale = _checked("convert", place.path, "scale", quant.scale[...])
-        v_threshold = scale * quant.levels
-        place.put(ScaledIF(v_threshold, num_thresholds))
-        swaps.append(Swap(place.path, quant.levels, v_threshold))
-    return Converted(model, tuple(swaps))
-
-
-def _checked(who, path, what, value):
-    value = float(value)
-    if not 0 < value < float("inf"):
-        raise ValueError(
-            f"{who}: expected a positive {what} at {path!r}, got {value}. The model is "
-            "untrained, diverged, or this layer is dead."
-        )
-    return value
+    ann = quantised("convert", model, xs)
+    swaps, neurons = [], []
+    for path, quant in zip(ann.names, ann.sites, strict=True):
+        swap = _swap(path, quant.levels, quant.scale[...] * quant.levels)
+        neuron = ScaledIF(swap.v_threshold, num_thresholds)
+        neuron.name = trace.as_scope(path)
+        swaps.append(swap)
+        neurons.append(neuron)
+    ann.sites = List(neurons)
+    return Converted(ann, tuple(swaps))
 
 
 def maximum(x: jax.Array, levels: int) -> jax.Array:
-    """The largest activation. Diehl et al. 2015, doi:10.1109/IJCNN.2015.7280696."""
+    """Return the largest activation.
+
+    Args:
+        x: ReLU activations, any shape.
+        levels: of the quantised activation, not used.
+
+    Reference: Diehl et al. 2015, doi:10.1109/IJCNN.2015.7280696.
+    """
     return x.max()
 
 
 def percentile(q: float = 99.9) -> Rule:
-    """The q-th percentile of the activations. Rueckauer et al. 2017,
-    doi:10.3389/fnins.2017.00682.
+    """Return a rule: the q-th percentile of the activations.
+
+    Args:
+        q: in percent, above 1 up to 100.
+
+    Raises:
+        ValueError: q is out of its range, such as a fraction.
+
+    Reference: Rueckauer et al. 2017, doi:10.3389/fnins.2017.00682.
     """
     if not 1 < q <= 100:
         raise ValueError(
@@ -99,32 +323,21 @@ def percentile(q: float = 99.9) -> Rule:
 
 
 def least_error(x: jax.Array, levels: int) -> jax.Array:
-    """The threshold, in hundredths of the maximum, of least squared error at p levels.
+    """Return the threshold, in hundredths of the maximum, of least squared error.
+
+    Args:
+        x: ReLU activations, any shape.
+        levels: p of the quantised activation.
 
     Our choice, in the spirit of Li et al. 2021, arXiv:2106.06984.
     """
     candidates = x.max() * jnp.arange(1, 101) / 100
 
-    def error(v_threshold):
+    def error(v_threshold: jax.Array) -> jax.Array:
         step = v_threshold / levels
         return ((step * jnp.clip(jnp.round(x / step), 0, levels) - x) ** 2).mean()
 
     return candidates[jax.lax.map(error, candidates).argmin()]
-
-
-class _Calibrated(nnx.Module):
-    """Stands for an activation during calibration, and sets its scale."""
-
-    def __init__(self, path, quant, rule, layerwise):
-        self.path, self.quant, self.rule = path, quant, rule
-        self.layerwise = layerwise
-
-    def __call__(self, xs):
-        ys = nnx.relu(xs)
-        v_threshold = self.rule(ys, self.quant.levels)
-        _checked("calibrate", self.path, "threshold", v_threshold)
-        self.quant.scale = nnx.Param(jnp.float32(v_threshold / self.quant.levels))
-        return self.quant(xs) if self.layerwise else ys
 
 
 def calibrate(
@@ -132,127 +345,45 @@ def calibrate(
     xs: jax.Array,
     *,
     rule: Rule = maximum,
-    layerwise: bool = False,
     neuron: Callable[[], QuantReLU] = QuantReLU,
 ) -> Converted:
-    """Quantised copy of a ReLU network, its thresholds found on a batch, no training.
+    """Return a quantised copy of a ReLU network, thresholds found on a batch.
 
-    ``convert`` it for the training-free baseline, or train on from it. Layers that are
-    QuantReLU already stay, and get a new scale.
+    ``convert`` it for the training-free baseline, or train on from it. The activations
+    are those of the ReLU network, not of the quantised one.
 
     Args:
-        model: network with nnx.relu or QuantReLU for attributes; stays as it is.
+        model: network of ReLUs, however they are called; for Linen or a function of
+            your own, ``trace.Function(net.apply, variables)``. A QuantReLU in it gets a
+            new scale. Not modified.
         xs: input [B, T, ...] as the model takes it.
         rule: from the activations of a layer to its threshold: maximum,
             percentile(99.9), least_error.
-        layerwise: each layer sees what the quantised layers before it give, instead of
-            what the ReLU network does.
-        neuron: makes the QuantReLU that takes the place of nnx.relu.
+        neuron: makes the QuantReLU in the place of a ReLU.
 
     Returns:
-        the quantised model, and one row for each activation.
+        the quantised model, and one row per activation.
+
+    Raises:
+        ValueError: something in the model is neither affine nor a ReLU, with file and
+            line, or a layer is dead.
     """
-    if 0 in xs.shape:
-        raise ValueError(f"calibrate: expected at least one image, got {xs.shape}.")
-    if not callable(rule) or rule is percentile:
-        raise ValueError(
-            "calibrate: expected a rule such as conversion.maximum or percentile(99.9),"
-            f" got {rule!r}."
-        )
-    model = _copy("calibrate", model)
-    swapped = activations("calibrate", model, relu=True)
-    check_run("calibrate", model, xs)
-    found = []
-    for place in swapped:
-        quant = place.value if isinstance(place.value, QuantReLU) else _made(neuron)
+    model, traced, found = _sites("calibrate", model, xs, plain=True)
+    quants = [quant or neuron() for quant in found]
+
+    def handler(
+        n: int, site: Site, values: list, given: None, eqn: JaxprEqn
+    ) -> tuple[jax.Array, jax.Array]:
+        y = jnp.minimum(nnx.relu(_input(site, values)), site.cap)
+        # The largest activation must not be at the clip exactly, where the last bit
+        # decides on its gradient.
+        return y, BELOW * jnp.asarray(rule(y, quants[n].levels), jnp.float32)
+
+    _, params = trace.functional(model)
+    _, thresholds = trace.run(traced, params, xs, handler)
+    swaps = []
+    for n, (quant, site) in enumerate(zip(quants, traced.sites, strict=True)):
+        swaps.append(_swap(site.name, quant.levels, thresholds[n]))
+        quant.scale = nnx.Param(thresholds[n] / quant.levels)
         quant.deterministic = True
-        place.put(_Calibrated(place.path, quant, rule, layerwise))
-        found.append((place, quant))
-    model(xs)
-    for place, quant in found:
-        place.put(quant)
-    swaps = [
-        Swap(place.path, quant.levels, float(quant.scale[...]) * quant.levels)
-        for place, quant in found
-    ]
-    return Converted(model, tuple(swaps))
-
-
-def _made(neuron) -> QuantReLU:
-    quant = "one made already" if isinstance(neuron, nnx.Module) else neuron()
-    if not isinstance(quant, QuantReLU):
-        raise ValueError(
-            "calibrate: expected neuron() to make a QuantReLU, as with "
-            f"partial(QuantReLU, 8), got {quant}."
-        )
-    return quant
-
-
-class Folded(nnx.Module):
-    """What is left of a norm that was folded into weights: y = x."""
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """The input."""
-        return x
-
-
-def fold_norms(model: nnx.Module, xs: jax.Array) -> nnx.Module:
-    """Copy of a model, each BatchNorm folded into the layer whose output it takes.
-
-    g = scale / sqrt(var + eps),  w' = w g,  b' = (b - mean) g + bias
-
-    The answers are those of evaluation mode, up to rounding. Nothing but the norm may
-    use the output of its convolution.
-
-    Args:
-        model: network in which an nnx.Conv or nnx.Linear stands before every
-            nnx.BatchNorm; stays as it is.
-        xs: input [B, T, ...], to see what follows what; only its shape counts.
-    """
-    pairs = _layers_before_norms(_copy("fold_norms", model), xs)
-    model = _copy("fold_norms", model)
-    by_path = {place.path: place for place in places(model)}
-    for norm_path, layer_path in pairs.items():
-        _fold(by_path[layer_path].value, by_path[norm_path].value)
-        by_path[norm_path].put(Folded())
-    return model
-
-
-def _layers_before_norms(model, xs):
-    """{path of a norm: path of the layer whose output it takes}."""
-    calls: list[tuple] = []
-    norms = []
-    for place in list(places(model)):
-        if isinstance(place.value, nnx.BatchNorm):
-            norms.append(place.path)
-        if isinstance(place.value, nnx.BatchNorm | nnx.Conv | nnx.Linear):
-            place.put(Spy(place.value, place.path, calls.append))
-    jax.eval_shape(model, xs)
-    pairs = {}
-    for path in norms:
-        inputs = [x for p, x, _ in calls if p == path]
-        before = [
-            p for p, _, y in calls if p not in norms and any(y is i for i in inputs)
-        ]
-        if len(inputs) != 1 or len(before) != 1:
-            raise ValueError(
-                f"fold_norms: expected one convolution or linear layer right before "
-                f"the norm {path!r}, found {', '.join(before) or 'none'} in "
-                f"{len(inputs)} calls. Leave its norms: convert takes them too."
-            )
-        pairs[path] = before[0]
-    return pairs
-
-
-def _fold(layer, norm):
-    gain = jax.lax.rsqrt(norm.var[...] + norm.epsilon)
-    if norm.scale is not None:
-        gain = gain * norm.scale[...]
-    bias = -norm.mean[...] * gain
-    if layer.bias is not None:
-        bias = bias + layer.bias[...] * gain
-    if norm.bias is not None:
-        bias = bias + norm.bias[...]
-    layer.kernel = nnx.Param(layer.kernel[...] * gain)
-    layer.bias = nnx.data(nnx.Param(bias))
-    layer.use_bias = True
+    return Converted(Replaced(model, quants, traced.sites), tuple(swaps))

@@ -4,105 +4,89 @@ One run gives all T. A step is compiled once, and only membranes are kept betwee
 so memory does not grow with T.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spikejax.conversion.surgery import Spy, check_answer, check_model, places
+from spikejax.conversion.spiking import Replaced, Seen, quantised
 from spikejax.layers import Membrane
 from spikejax.nn.memory import keep_membranes
-from spikejax.nn.quant import QuantReLU, ScaledIF
+from spikejax.nn.quant import ScaledIF
+
+Batch = Mapping[str, np.ndarray]
+Step = tuple[jax.Array, jax.Array, dict[str, Seen]]
 
 
 class Streamed(NamedTuple):
     """Answers after t = 1..T steps.
 
-    logits: [T, B, K], the mean over the steps so far. spikes: [T, B], the spikes of all
-    neurons so far.
+    logits: [T, B, K] in float32, the mean over the steps so far. spikes: [T, B], the
+    spikes of all neurons so far.
     """
 
     logits: jax.Array
     spikes: jax.Array
 
 
-def _spied(model, kind):
-    """Runs the model on x; returns the output and {path: (input, output)} of a kind."""
-    found = [place for place in places(model) if isinstance(place.value, kind)]
-
-    def run(x):
-        calls: list[tuple] = []
-        for place in found:
-            place.put(Spy(place.value, place.path, calls.append))
-        y = model(x)
-        for place in found:
-            place.put(place.value)
-        return y, {path: (x, y) for path, x, y in calls}
-
-    return run
-
-
 @partial(jax.jit, static_argnums=(0, 1))
-def _step(graphdef, watched, membranes, rest, x):
-    """One step: membranes, (logits [B, 1, K], spikes [B], {path: (input, output)}).
+def _step(
+    graphdef: nnx.GraphDef,
+    watched: bool,
+    membranes: nnx.State,
+    rest: nnx.State,
+    xs: jax.Array,
+) -> tuple[nnx.State, Step]:
+    """Return membranes, and (logits [B, K], spikes [B], activations) of one step.
 
-    The last is empty unless the layers are watched.
+    There are no activations unless they are watched.
     """
     model = nnx.merge(graphdef, membranes, rest)
-    amplitudes = {path: n.unit[...] for path, n in _spiking(model).items()}
-    logits, seen = _spied(model, ScaledIF)(x)
-    spikes = sum(
-        jnp.round(z / amplitudes[path]).reshape(len(z), -1).sum(1)
-        for path, (_, z) in seen.items()
-    )
+    ys, seen = model.observe(xs)
+    # A scan over layers has its length as the first axis.
+    spikes = sum(s.spikes.reshape(-1, len(xs)).sum(0) for s in seen.values())
+    # Sums over time need more digits than bfloat16 has.
+    logits = ys[:, 0].astype(jnp.float32)
     return nnx.state(model, Membrane), (logits, spikes, seen if watched else {})
 
 
-def _spiking(model) -> dict[str, ScaledIF]:
-    return {
-        place.path: place.value
-        for place in places(model)
-        if isinstance(place.value, ScaledIF)
-    }
+def _steps(
+    who: str, model: Replaced, xs: jax.Array, time_steps: int, *, watched: bool = False
+) -> Iterator[Step]:
+    """Yield (logits, spikes, activations) of each step on the same input.
 
-
-def _steps(who, model, xs, time_steps, *, watched=False):
-    """Yields (logits, spikes, seen) of each step on the same input."""
-    if time_steps < 1:
-        raise ValueError(f"{who}: expected at least 1 time step, got {time_steps}.")
-    check_model(who, model)
-    if not _spiking(model):
+    Raises:
+        ValueError: the model is not from convert, or the input has no axis of time.
+    """
+    spiking = isinstance(model, Replaced) and isinstance(model.sites[0], ScaledIF)
+    if not spiking or time_steps < 1 or xs.shape[1:2] != (1,):
         raise ValueError(
-            f"{who}: expected a model from convert, got {type(model).__name__} "
-            "without ScaledIF neurons."
-        )
-    if xs.ndim < 2 or xs.shape[1] != 1 or not xs.shape[0]:
-        raise ValueError(
-            f"{who}: expected input [B, 1, ...], which is shown at every step, got "
-            f"shape {xs.shape}. Add the axis: images[:, None]."
+            f"{who}: expected convert(...).model, input [B, 1, ...] that is shown at "
+            f"every step, and at least 1 time step, got {type(model).__name__}, shape "
+            f"{xs.shape} and {time_steps}. For images, add the axis: images[:, None]."
         )
     model = nnx.clone(model)
     model.eval()
     graphdef, membranes, rest = nnx.split(keep_membranes(model, xs), Membrane, ...)
-    step = partial(_step, graphdef, watched)
-    _, (logits, *_) = jax.eval_shape(step, membranes, rest, xs)
-    check_answer(who, logits.shape, xs.shape)
     for _ in range(time_steps):
-        membranes, (logits, spikes, seen) = step(membranes, rest, xs)
-        yield logits[:, 0], spikes, seen
+        membranes, seen = _step(graphdef, watched, membranes, rest, xs)
+        yield seen
 
 
-def stream(model: nnx.Module, xs: jax.Array, time_steps: int) -> Streamed:
-    """Answers of a converted network after each of 1..T steps on the same input.
+def stream(model: Replaced, xs: jax.Array, time_steps: int) -> Streamed:
+    """Return the answers of a converted network after each of 1..T steps.
 
     Args:
-        model: from ``convert``; stays as it is.
+        model: from ``convert``; not modified.
         xs: input [B, 1, ...], shown at every step.
         time_steps: T.
+
+    Raises:
+        ValueError: the model is not from ``convert``, or xs has no axis of time.
     """
     logits, spikes = [], []
     for z, count, _ in _steps("stream", model, xs, time_steps):
@@ -113,14 +97,14 @@ def stream(model: nnx.Module, xs: jax.Array, time_steps: int) -> Streamed:
 
 
 class Exit(NamedTuple):
-    """Classes [B] that a network answered, and steps [B] after which it did."""
+    """Classes [B] that a network answers, and steps [B] after which it does."""
 
     classes: jax.Array
     steps: jax.Array
 
 
 def early_exit(logits: jax.Array, confidence: float) -> Exit:
-    """Each image stops at the first step whose largest probability is above confidence.
+    """Stop each image at the first step with a probability above a confidence.
 
     p_t = softmax(mean of the logits up to t);  stop where max p_t > confidence, or at T
 
@@ -137,7 +121,7 @@ def early_exit(logits: jax.Array, confidence: float) -> Exit:
 
 
 class BySteps(NamedTuple):
-    """What a converted network does after t = 1..T steps.
+    """Accuracy and cost of a converted network after t = 1..T steps.
 
     accuracy: [T], 0 to 1. spikes: [T], of all neurons, per image. exit_accuracy,
     exit_steps: accuracy and mean number of steps with early exits.
@@ -150,13 +134,13 @@ class BySteps(NamedTuple):
 
 
 def evaluate_steps(
-    model: nnx.Module,
-    batches: Iterable[Any],
-    encode: Callable,
+    model: Replaced,
+    batches: Iterable[Batch],
+    encode: Callable[[jax.Array, jax.Array], jax.Array],
     time_steps: int,
     confidence: float = 1.0,
 ) -> BySteps:
-    """Accuracy and spikes of a converted network at every T up to ``time_steps``.
+    """Return accuracy and spikes of a converted network at every T.
 
     Args:
         model: from ``convert``.
@@ -164,6 +148,9 @@ def evaluate_steps(
         encode: (images, rng) -> xs [B, 1, ...].
         time_steps: the largest T.
         confidence: of the early exits, 0 to 1; 1 never stops early.
+
+    Raises:
+        ValueError: as ``stream``.
     """
     correct, spikes, exits, steps, count = 0.0, 0.0, 0.0, 0.0, 0
     for batch in batches:
@@ -177,8 +164,6 @@ def evaluate_steps(
         exits += float((exit.classes == labels).sum())
         steps += float(exit.steps.sum())
         count += len(labels)
-    if not count:
-        raise ValueError("evaluate_steps: expected at least one image, got none.")
     return BySteps(
         np.asarray(correct) / count,
         np.asarray(spikes) / count,
@@ -190,15 +175,18 @@ def evaluate_steps(
 def confidence_front(
     logits: jax.Array, labels: jax.Array, candidates: Iterable[float] | None = None
 ) -> list[tuple[float, float, float]]:
-    """The confidences worth having: (confidence, accuracy, mean steps), fast to slow.
+    """Return the confidences worth having, fast to slow.
 
-    None is both less accurate and slower than another. Choose on images that are not
+    No one is both less accurate and slower than another. Choose on images that are not
     the test images.
 
     Args:
         logits: [T, B, K] from ``stream``.
         labels: [B].
         candidates: confidences to try, by default 0 to 1 in hundredths.
+
+    Returns:
+        rows of (confidence, accuracy, mean steps).
     """
     rows = []
     for confidence in np.linspace(0, 1, 101) if candidates is None else candidates:
@@ -213,7 +201,7 @@ def confidence_front(
 
 
 class Agreement(NamedTuple):
-    """How far the rates of one layer are from the ANN, as parts of v_threshold.
+    """Distance of the rates of one layer from the ANN, as parts of v_threshold.
 
     error: mean |rate - ANN activation|. The parts look at the layer's own mean input z:
     clipping |clip(z) - relu(z)|, quantisation |expected - clip(z)| and unevenness
@@ -230,41 +218,50 @@ class Agreement(NamedTuple):
 
 
 def agreement(
-    ann: nnx.Module, snn: nnx.Module, xs: jax.Array, time_steps: int
+    ann: nnx.Module, snn: Replaced, xs: jax.Array, time_steps: int
 ) -> list[Agreement]:
     """Compare the layers of a converted network with those that they came from.
 
     Args:
         ann: network of QuantReLU.
-        snn: ``convert(ann).model``.
+        snn: ``convert(ann, xs).model``.
         xs: input [B, 1, ...].
         time_steps: T.
 
+    Returns:
+        one row per activation.
+
+    Raises:
+        ValueError: the networks have different activations.
+
     Reference: the three errors, Bu et al. 2023, arXiv:2303.04347.
     """
-    ann = nnx.clone(ann)
-    ann.eval()
-    _, activations = _spied(ann, QuantReLU)(xs)
-    neurons = _spiking(snn)
-    total: Any = None
-    for _, _, seen in _steps("agreement", snn, xs, time_steps, watched=True):
+    _, activations = quantised("agreement", ann, xs).observe(xs)
+    steps = _steps("agreement", snn, xs, time_steps, watched=True)
+    total: dict[str, Seen] = {}
+    for _, _, seen in steps:
         total = jax.tree.map(jnp.add, total, seen) if total else seen
     if set(activations) != set(total):
         raise ValueError(
-            "agreement: expected a network and its conversion, got different layers."
+            "agreement: expected a network and its conversion, got activations at "
+            f"{sorted(activations)} and {sorted(total)}."
         )
     rows = []
-    for path, (z, rate) in total.items():
-        top = neurons[path].unit[...] * neurons[path].num_thresholds
-        levels = time_steps * neurons[path].num_thresholds
+    for path, neuron in zip(snn.names, snn.sites, strict=True):
+        z, rate = total[path].x / time_steps, total[path].y / time_steps
+        top, levels = neuron.unit[...], time_steps * neuron.num_thresholds
+        # A scan over layers has one threshold per layer.
+        top = jnp.reshape(top, top.shape + (1,) * (z.ndim - top.ndim))
         parts = _errors(
-            z / time_steps, rate / time_steps, activations[path][1], top, levels
+            z, rate, activations[path].y, top * neuron.num_thresholds, levels
         )
         rows.append(Agreement(path, *map(float, parts)))
     return rows
 
 
-def _errors(z, rate, activation, top, levels):
+def _errors(
+    z: jax.Array, rate: jax.Array, activation: jax.Array, top: jax.Array, levels: int
+) -> list[jax.Array]:
     clipped = jnp.clip(z, 0, top)
     expected = jnp.clip(jnp.floor(z * levels / top + 0.5), 0, levels) * top / levels
     pairs = [
@@ -274,4 +271,4 @@ def _errors(z, rate, activation, top, levels):
         (rate, expected),
     ]
     occasional = (rate * (activation == 0)).sum() / jnp.maximum(rate.sum(), 1e-9)
-    return [jnp.abs(a - b).mean() / top for a, b in pairs] + [occasional]
+    return [(jnp.abs(a - b) / top).mean() for a, b in pairs] + [occasional]

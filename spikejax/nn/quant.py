@@ -1,7 +1,7 @@
 """Quantised ReLU that is trained with noise, and the spiking neuron that it becomes.
 
 A network with ``QuantReLU`` for its activation has the answers of a spiking network at
-2^bits - 1 time steps, but for the order in which spikes arrive. Noise in training
+2^bits - 1 time steps, except for the order in which spikes arrive. Noise in training
 stands for that order: Noise Adaptor, Li et al. 2024, arXiv:2411.17431.
 """
 
@@ -15,105 +15,128 @@ from flax import nnx
 
 from spikejax import neurons
 from spikejax.layers import Neuron
-from spikejax.neurons import NeuronOptions, NeuronParams
+from spikejax.neurons import NeuronOptions, NeuronParams, Number
 
-Law = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # (rng, shape) -> noise
 Rounding = Callable[[jax.Array], jax.Array]
 
 INITIAL_THRESHOLD = 1.5  # standard deviations of a normalised input; our choice
 
 
-def uniform(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Noise from U(-1/2, 1/2): one level wide at amplitude 1."""
-    return jax.random.uniform(rng, shape, minval=-0.5, maxval=0.5)
-
-
-def gaussian(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Noise from N(0, 1)."""
-    return jax.random.normal(rng, shape)
-
-
 def half_up(x: jax.Array) -> jax.Array:
-    """floor(x + 1/2): ties go up, as in a neuron that starts at half its threshold."""
+    """Return floor(x + 1/2): ties go up, as in a neuron started at half a threshold.
+
+    Args:
+        x: any shape.
+    """
     return jnp.floor(x + 0.5)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def quantise(
     x: jax.Array,
-    scale: jax.Array,
-    noise: jax.Array | float,
-    levels: int,
+    scale: Number,
+    noise: Number,
+    levels: Number,
     rounding: Rounding | None = jnp.round,
     scale_gradient: float = 1.0,
 ) -> jax.Array:
-    """Quantised ReLU with a straight-through gradient.
+    """Return a quantised ReLU of x, with a straight-through gradient.
 
     u = x / s + noise,  q = round(clip(u, 0, p)),  y = s q
     dy/dx = [0 < u < p]
     dy/ds = c d,  d = q - u where 0 < u < p,  p above,  0 below
 
-    The gradient takes the noise for a part of the input.
+    The gradient treats the noise as a part of the input.
 
     Args:
         x: any shape, float32.
         scale: s > 0, a scalar.
         noise: a number, or an array in the shape of x; gets no gradient.
-        levels: p, the highest level.
-        rounding: function to whole numbers; None leaves clip(u, 0, p) as it is.
+        levels: p, the highest level, a float; gets no gradient.
+        rounding: function to whole numbers; None does not round.
         scale_gradient: c.
+
+    Returns:
+        y in the shape of x.
 
     Reference: LSQ, Esser et al. 2019, arXiv:1902.08153.
     """
     return _quantise(x / scale + noise, levels, rounding) * scale
 
 
-def _quantise(u, levels, rounding):
+def _quantise(u: jax.Array, levels: Number, rounding: Rounding | None) -> jax.Array:
     clipped = jnp.clip(u, 0, levels)
     return clipped if rounding is None else rounding(clipped)
 
 
-def _forward(x, scale, noise, levels, rounding, scale_gradient):
+def _forward(
+    x: jax.Array,
+    scale: Number,
+    noise: Number,
+    levels: Number,
+    rounding: Rounding | None,
+    scale_gradient: float,
+) -> tuple[jax.Array, tuple]:
     y = quantise(x, scale, noise, levels, rounding, scale_gradient)
-    return y, (x / scale + noise, jnp.zeros_like(noise))
+    return y, (x / scale + noise, levels)
 
 
-def _backward(levels, rounding, scale_gradient, kept, g):
-    u, no_gradient = kept
+def _backward(
+    rounding: Rounding | None, scale_gradient: float, kept: tuple, g: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    u, levels = kept
     inside = (u > 0) & (u < levels)
     d = jnp.where(inside, _quantise(u, levels, rounding) - u, levels * (u >= levels))
-    return g * inside, scale_gradient * (g * d).sum(), no_gradient
+    d_scale = scale_gradient * (g * d).sum()
+    return g * inside, d_scale, None, None
 
 
 quantise.defvjp(_forward, _backward)
 
 
+# The tracer finds quantised ReLUs in a jaxpr by this name, and the levels among its
+# operands: a jit of a function is one equation.
+@partial(jax.jit, static_argnums=(4, 5))
+def quantised_relu(
+    x: jax.Array,
+    scale: jax.Array,
+    noise: Number,
+    levels: Number,
+    rounding: Rounding | None,
+    scale_gradient: float,
+) -> jax.Array:
+    """Return ``quantise`` of x in any floating point type, computed in float32."""
+    y = quantise(x.astype(jnp.float32), scale, noise, levels, rounding, scale_gradient)
+    return y.astype(x.dtype)
+
+
 class QuantReLU(nnx.Module):
     """ReLU quantised to b bits, with a learned scale s, and noise while it trains.
 
-    y = s round(clip(x / s + alpha eps, 0, p)),  p = 2^b - 1,  eps ~ law
+    y = s round(clip(x / s + alpha eps, 0, p)),  p = 2^b - 1,  eps ~ U(-1/2, 1/2)
 
     Gradients: see ``quantise``; that of s is scaled by 1 / sqrt(B p), where B is the
     first axis of the input, the images of a step over all devices. (The LSQ paper
     divides by the number of activations of one image instead.)
 
-    The noise is our choice: with uniform noise of amplitude 1 the answer is unbiased,
-    E[y] = s clip(x / s, 0, p). What is printed of the paper has no rounding: that is
-    ``round_noise=False``. In evaluation mode (``model.eval()``) there is no noise, and
-    the answer is rounded in either case. ``qcfs`` makes the other common kind.
+    The rounding of the noisy answer is our choice: with amplitude 1 it is unbiased,
+    E[y] = s clip(x / s, 0, p). The formula that is printed of the paper has no
+    rounding: that is ``round_noise=False``. In evaluation mode there is no noise, and
+    the answer is rounded in either case.
 
     Args:
         bits: b, 1 to 8.
         levels: p, where it is not 2^b - 1.
-        noise: amplitude alpha, >= 0. Spikes that should not be come only above 1.
-        law: uniform, gaussian, or any (rng, shape) -> noise.
+        noise: amplitude alpha, >= 0. Above 1, inputs below zero spike too.
         round_noise: whether the noisy answer is rounded.
-        rounding: jnp.round takes ties to even, half_up takes them up as the spiking
+        rounding: jnp.round rounds ties to even, half_up rounds them up as the spiking
             neuron does.
-        scale_gradient: whether the gradient of s is scaled.
         scale: s at the start; by default s p = 1.5. ``calibrate`` finds a better one.
         rngs: source of noise, its stream 'noise'. Give all layers the same nnx.Rngs:
             each draws a stream of its own from it.
+
+    Raises:
+        ValueError: an argument is out of its range, or noise has no rngs.
 
     Reference: Li et al. 2024, arXiv:2411.17431; Esser et al. 2019, arXiv:1902.08153.
     """
@@ -124,75 +147,62 @@ class QuantReLU(nnx.Module):
         *,
         levels: int | None = None,
         noise: float = 0.0,
-        law: Law = uniform,
         round_noise: bool = True,
         rounding: Rounding = jnp.round,
-        scale_gradient: bool = True,
         scale: float | None = None,
         rngs: nnx.Rngs | None = None,
     ):
-        if bits not in range(1, 9):
-            raise ValueError(f"QuantReLU: expected 1 to 8 bits, got {bits}.")
         self.levels = 2**bits - 1 if levels is None else levels
-        if self.levels < 1:
-            raise ValueError(f"QuantReLU: expected at least 1 level, got {levels}.")
-        if not 0 <= noise < math.inf:
-            raise ValueError(f"QuantReLU: expected noise of 0 or more, got {noise}.")
-        if noise and rngs is None:
-            raise ValueError(
-                f"QuantReLU: expected rngs with noise {noise}, got none. "
-                "Give rngs=nnx.Rngs(noise=seed)."
-            )
-        start = INITIAL_THRESHOLD / self.levels if scale is None else scale
-        if not 0 < start < math.inf:
-            raise ValueError(f"QuantReLU: expected a positive scale, got {scale}.")
+        start = INITIAL_THRESHOLD / max(1, self.levels) if scale is None else scale
+        for right, expected, got in (
+            (bits in range(1, 9), "1 to 8 bits", bits),
+            (self.levels >= 1, "at least 1 level", levels),
+            (0 <= noise < math.inf, "noise of 0 or more", noise),
+            (not noise or rngs, f"rngs=nnx.Rngs(noise=seed) with noise {noise}", rngs),
+            (0 < start < math.inf, "a positive scale", scale),
+        ):
+            if not right:
+                raise ValueError(f"QuantReLU: expected {expected}, got {got}.")
         self.scale = nnx.Param(jnp.asarray(start, jnp.float32))
         self.noise = noise
-        self.law = law
         self.round_noise = round_noise
         self.rounding = rounding
-        self.scale_gradient = scale_gradient
-        self.deterministic = False  # what model.eval() and model.train() set
+        self.deterministic = False  # set by model.eval() and model.train()
+        # A fork: layers that share rngs draw different noise, in any order of calls.
         self.rngs = rngs["noise"].fork() if noise and rngs is not None else None
 
-    def __call__(self, xs: jax.Array) -> jax.Array:
-        """Quantised activations, in the shape and type of xs [B, ...]."""
+    def key(self) -> jax.Array | None:
+        """Return a new random key for the noise of one call, or None without noise."""
+        return None if self.rngs is None or self.deterministic else self.rngs()
+
+    def quantise(
+        self, xs: jax.Array, scale: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
+        """Return quantised activations for a scale and a key, without side effects.
+
+        Args:
+            xs: [B, ...].
+            scale: s, a scalar.
+            key: from ``key``.
+        """
         noise, rounding = 0.0, self.rounding
-        if self.rngs is not None and not self.deterministic:
-            noise = self.noise * self.law(self.rngs(), xs.shape)
+        if key is not None:
+            # In float32 whatever the type of xs: bfloat16 has 256 random numbers.
+            noise = self.noise * jax.random.uniform(
+                key, xs.shape, minval=-0.5, maxval=0.5
+            )
             rounding = rounding if self.round_noise else None
-        factor = 1 / math.sqrt(xs.shape[0] * self.levels) if self.scale_gradient else 1
-        ys: jax.Array = quantise(
-            xs.astype(jnp.float32),
-            self.scale[...],
-            noise,
-            self.levels,
-            rounding,
-            factor,
-        )
-        return ys.astype(xs.dtype)
+        factor = 1 / math.sqrt(xs.shape[0] * self.levels)
+        levels = float(self.levels)
+        return quantised_relu(xs, scale, noise, levels, rounding, factor)
 
-
-def qcfs(levels: int = 8, **options) -> QuantReLU:
-    """Quantisation, clip, floor, shift: a QuantReLU with ties up and plain gradients.
-
-    y = lambda clip(floor(x L / lambda + 1/2) / L, 0, 1),  lambda = s L learned
-
-    With ``noise=sigma, law=gaussian`` noise stands for the residual error of
-    conversion, after arXiv:2404.17456, of which we know the abstract.
-
-    Args:
-        levels: L.
-        options: of QuantReLU.
-
-    Reference: Bu et al. 2023, arXiv:2303.04347, where lambda starts at 8.
-    """
-    options = {"rounding": half_up, "scale_gradient": False} | options
-    return QuantReLU(levels=levels, **options)
+    def __call__(self, xs: jax.Array) -> jax.Array:
+        """Return quantised activations, in the shape and type of xs [B, ...]."""
+        return self.quantise(xs, self.scale[...], self.key())
 
 
 class ScaledIF(Neuron):
-    """Integrate-and-fire neurons whose rate is a quantised ReLU.
+    """Layer of integrate-and-fire neurons whose rate is a quantised ReLU.
 
     V[0] = v_threshold / 2,  U = V[t-1] + x,  Z = H(U - v_threshold)
     V[t] = U - v_threshold Z,  output v_threshold Z
@@ -208,9 +218,12 @@ class ScaledIF(Neuron):
     Args:
         v_threshold: > 0.
         num_thresholds: N.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
 
-    def __init__(self, v_threshold: float = 1.0, num_thresholds: int = 1):
+    def __init__(self, v_threshold: Number = 1.0, num_thresholds: int = 1):
         neurons.check_thresholds("ScaledIF", [v_threshold], rising=False)
         super().__init__(
             neurons.parallel,

@@ -1,0 +1,151 @@
+"""Batch norms folded into the weights of the layers before them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend.core import JaxprEqn
+
+from spikejax import neurons, trace
+from spikejax._compat import iter_modules
+from spikejax.layers import neuron_layers
+from spikejax.nn.memory import drop_membranes
+from spikejax.nn.quant import QuantReLU
+from spikejax.trace import Match, Value
+
+
+class Folded(nnx.Module):
+    """Identity in the place of a norm that was folded into weights."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return x."""
+        return x
+
+
+def fold_norms(model: nnx.Module, xs: jax.Array) -> nnx.Module:
+    """Return a copy of a model with each BatchNorm folded into the layer before it.
+
+    g = scale / sqrt(var + eps),  w' = w g,  b' = (b - mean) g + bias
+
+    The answers are those of evaluation mode, up to rounding.
+
+    Args:
+        model: network in which every nnx.BatchNorm takes the output of an nnx.Conv or
+            nnx.Linear, that nothing else uses; not modified.
+        xs: input [B, T, ...], on which the two networks are compared.
+
+    Raises:
+        ValueError: a norm has no such layer before it, or the answers differ.
+    """
+    model = nnx.clone(model)
+    model.eval()
+    modules = {"/".join(map(str, path)): (path, m) for path, m in iter_modules(model)}
+    norms = [p for p, (_, m) in modules.items() if isinstance(m, nnx.BatchNorm)]
+    before = _layers_before(model, xs)
+    folded = nnx.clone(model)
+    copies = dict(iter_modules(folded))
+    for norm in norms:
+        layers = [modules.get(path, ((), None)) for path in before.get(norm, ())]
+        if len(layers) != 1 or not isinstance(layers[0][1], nnx.Conv | nnx.Linear):
+            break
+        ((layer_path, _),) = layers
+        norm_path = modules[norm][0]
+        _fold(copies[layer_path], copies[norm_path])
+        _put(folded, norm_path, Folded())
+    else:
+        if _agree(model, folded, xs):
+            return folded
+    raise ValueError(
+        "fold_norms: expected one convolution or linear layer right before each norm, "
+        f"and used by it alone, got the layers {before} before norms. Leave the "
+        "norms in place: convert takes them too."
+    )
+
+
+class _Order:
+    """Rule of the tracer that only notes which parameters follow which."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, set[str]] = {}
+
+    def match(self, eqn: JaxprEqn, values: Sequence[Value]) -> Match | None:
+        """Note whose output meets the parameters of an equation."""
+        if trace.inner_jaxprs(eqn):  # a call may have the parameters of many layers
+            return None
+        data = {str(v.label) for v in values if v.level}
+        for v in values:
+            if data and not v.level and v.label is not None:
+                self.before.setdefault(v.label, set()).update(data - {v.label})
+        return None
+
+    def level(self, eqn: JaxprEqn, values: Sequence[Value]) -> int:
+        """Return 1: all outputs depend on the input."""
+        return 1
+
+
+def _layers_before(model: nnx.Module, xs: jax.Array) -> dict[str, set[str]]:
+    """Return path of a layer -> paths of the layers whose outputs it takes.
+
+    Functions in between do not show, so the result has to be tried.
+    """
+    order = _Order()
+    f, params = trace.functional(model)
+    trace.trace(f, params, xs, order)
+    return order.before
+
+
+def _put(model: nnx.Module, path: tuple, value: nnx.Module) -> None:
+    """Replace the module at a path."""
+    *outer, last = path
+    node: Any = model
+    for key in outer:
+        node = getattr(node, key) if isinstance(node, nnx.Module) else node[key]
+    if isinstance(node, nnx.Module):
+        setattr(node, last, value)
+    else:
+        node[last] = value
+
+
+def _fold(layer: nnx.Conv | nnx.Linear, norm: nnx.BatchNorm) -> None:
+    gain = jax.lax.rsqrt(norm.var[...] + norm.epsilon)
+    if norm.scale is not None:
+        gain = gain * norm.scale[...]
+    bias = -norm.mean[...] * gain
+    if layer.bias is not None:
+        bias = bias + layer.bias[...] * gain
+    if norm.bias is not None:
+        bias = bias + norm.bias[...]
+    layer.kernel = nnx.Param(layer.kernel[...] * gain)
+    layer.bias = nnx.data(nnx.Param(bias))
+    layer.use_bias = True
+
+
+def _agree(model: nnx.Module, folded: nnx.Module, xs: jax.Array) -> bool:
+    """Return whether two networks of the same neurons agree up to rounding."""
+    expected, got = (_smooth(m)(xs).astype(jnp.float32) for m in (model, folded))
+    tolerance = float(jnp.finfo(xs.dtype).eps) ** 0.5
+    difference = jnp.abs(got - expected).max()
+    return bool(difference <= tolerance * jnp.abs(expected).max())
+
+
+def _smooth(model: nnx.Module) -> nnx.Module:
+    """Return a copy without thresholds, where rounding makes a spike more or less."""
+    model = nnx.clone(model)
+    for neuron in neuron_layers(model).values():
+        neuron.cell, neuron.rest = _pass_current, neurons.rest
+    for _, module in iter_modules(model):
+        if isinstance(module, QuantReLU):
+            module.rounding = _pass
+    return drop_membranes(model)
+
+
+def _pass(x: jax.Array) -> jax.Array:
+    return x
+
+
+def _pass_current(
+    params: Any, v: jax.Array, x: jax.Array, options: neurons.NeuronOptions
+) -> tuple[jax.Array, tuple]:
+    return x, ()
