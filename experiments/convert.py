@@ -151,7 +151,7 @@ class Conversions:
     def row(self, name: str, ann: nnx.Module, accuracy: float, num_thresholds: int):
         """Convert a quantised network and evaluate it at every number of steps."""
         last = max(1, self.flags.max_steps // num_thresholds)
-        snn, swaps = convert(ann, num_thresholds)
+        snn, swaps = convert(ann, self.sample, num_thresholds)
         confidence = self.confidence(snn, last)
         result = evaluate_steps(snn, self.test(), self.encode, last, confidence)
         levels = min(last, max(1, round(swaps[0].levels / num_thresholds)))

@@ -7,6 +7,7 @@ streaming are handlers; a module need not be built in any special way for them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -16,6 +17,7 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 Pytree = Any
+Pure = Callable[[Pytree, Any], Any]  # (params, xs) -> ys
 Plan = Mapping[int, "int | Inner"]  # number of an equation -> number of a site, or more
 
 # Calls of functions, and the parameter that holds what they compute. Names differ
@@ -79,7 +81,7 @@ class Site(NamedTuple):
 
     name: path of the last parameter before it, its scope, or file and line.
     kind, cap: see ``Match``. where: file, line and function. shape: of its output.
-    repeats: lengths of the scans around it. levels: of its operands. custom: whether it
+    levels: of its operands. repeats: lengths of the scans around it. custom: whether it
     is inside of a function with a gradient of its own.
     """
 
@@ -87,9 +89,9 @@ class Site(NamedTuple):
     kind: str
     where: str
     shape: tuple[int, ...]
-    repeats: tuple[int, ...]
     cap: float
     levels: tuple[int, ...]
+    repeats: tuple[int, ...]
     custom: bool
 
 
@@ -127,9 +129,7 @@ Kept = dict[int, Any]  # number of a site -> pytree
 Handler = Callable[[int, Site, list, Any, JaxprEqn], tuple[jax.Array, Any]]
 
 
-def trace(
-    f: Callable[[Pytree, Pytree], Pytree], params: Pytree, xs: Pytree, rule: Rule
-) -> Traced:
+def trace(f: Pure, params: Pytree, xs: Pytree, rule: Rule) -> Traced:
     """Return f(params, xs) as a jaxpr, and its sites.
 
     Args:
@@ -144,9 +144,9 @@ def trace(
     closed, out = jax.make_jaxpr(f, return_shape=True)(params, xs)
     walk = _Walk(rule)
     paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    known = [Value(0, path.rpartition("/")[0]) for path in paths]
+    known = [Value(0, path.rpartition("/")[0] or path) for path in paths]
     known += [Value(1)] * len(jax.tree.leaves(xs))
-    plan, _ = walk.jaxpr(closed.jaxpr, known)
+    plan, _ = walk.jaxpr(closed.jaxpr, known, _Around())
     inputs = set(closed.jaxpr.invars)
     same = [isinstance(v, Var) and v in inputs for v in closed.jaxpr.outvars]
     sites, others = tuple(walk.sites), tuple(walk.others)
@@ -190,8 +190,14 @@ def bind(eqn: JaxprEqn, values: Sequence[jax.Array]) -> list[jax.Array]:
     # differs between JAX 0.7.2 and 0.10.
     pairs = zip(eqn.invars, values, strict=True)
     known = {v: value for v, value in pairs if not isinstance(v, Literal)}
-    one = Jaxpr((), list(known), list(eqn.outvars), [eqn], eqn.effects)
+    parts = {"invars": list(known), "outvars": list(eqn.outvars), "eqns": [eqn]}
+    one = _empty().replace(**parts, effects=eqn.effects)
     return jax.core.eval_jaxpr(one, (), *known.values())
+
+
+@cache
+def _empty() -> Jaxpr:
+    return jax.make_jaxpr(lambda: ())().jaxpr  # a Jaxpr made by hand lacks debug_info
 
 
 def as_scope(path: str) -> str:
@@ -242,13 +248,7 @@ class Function(nnx.Module):
             Otherwise every time step is one more image of the batch.
     """
 
-    def __init__(
-        self,
-        f: Callable[[Pytree, jax.Array], jax.Array],
-        params: Pytree,
-        *,
-        time: bool = False,
-    ):
+    def __init__(self, f: Pure, params: Pytree, *, time: bool = False):
         self.f, self.time = f, time
         self.structure = jax.tree.structure(params)
         leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -274,6 +274,13 @@ def _path(path: tuple) -> str:
     return "/".join(str(key) for key in keys if key != "params")
 
 
+class _Around(NamedTuple):
+    """Surroundings of a jaxpr: lengths of the scans, whether gradients are custom."""
+
+    repeats: tuple[int, ...] = ()
+    custom: bool = False
+
+
 class _Walk:
     """Search for the sites of a function, by what is known of its values."""
 
@@ -283,11 +290,7 @@ class _Walk:
         self.others: list[tuple[str, str]] = []
 
     def jaxpr(
-        self,
-        jaxpr: Jaxpr,
-        inputs: Sequence[Value],
-        repeats: tuple[int, ...] = (),
-        custom: bool = False,
+        self, jaxpr: Jaxpr, inputs: Sequence[Value], around: _Around
     ) -> tuple[Plan, list[Value]]:
         """Return the plan of a jaxpr, and what is known of its outputs."""
         known = dict(zip(jaxpr.invars, inputs, strict=True))
@@ -303,9 +306,9 @@ class _Walk:
             match = self.rule.match(eqn, values)
             if match:
                 plan[k] = len(self.sites)
-                outs = [self.site(eqn, values, match, repeats, custom)]
+                outs = [self.site(eqn, values, match, around)]
             elif inner_jaxprs(eqn):
-                inner, outs = self.inner(eqn, values, repeats, custom)
+                inner, outs = self.inner(eqn, values, around)
                 if inner.plan:
                     plan[k] = inner
             else:
@@ -314,24 +317,17 @@ class _Walk:
         return plan, [read(v) for v in jaxpr.outvars]
 
     def site(
-        self,
-        eqn: JaxprEqn,
-        values: Sequence[Value],
-        match: Match,
-        repeats: tuple[int, ...],
-        custom: bool,
+        self, eqn: JaxprEqn, values: list[Value], match: Match, around: _Around
     ) -> Value:
         """Note a site, and return what is known of its output."""
-        name = where(eqn) if match.name is None else match.name
+        name = match.name or where(eqn)
         shape, levels = eqn.outvars[0].aval.shape, tuple(v.level for v in values)
         self.sites.append(
-            Site(
-                name, match.kind, where(eqn), shape, repeats, match.cap, levels, custom
-            )
+            Site(name, match.kind, where(eqn), shape, match.cap, levels, *around)
         )
         return Value(match.level, match.name, None, len(self.sites) - 1)
 
-    def primitive(self, eqn: JaxprEqn, values: Sequence[Value]) -> Value:
+    def primitive(self, eqn: JaxprEqn, values: list[Value]) -> Value:
         """Return what is known of the output of a primitive."""
         name, label = eqn.primitive.name, last_label(values)
         if not any(v.level for v in values):
@@ -351,35 +347,21 @@ class _Walk:
         return Value(level, label)
 
     def inner(
-        self,
-        eqn: JaxprEqn,
-        values: list[Value],
-        repeats: tuple[int, ...],
-        custom: bool,
+        self, eqn: JaxprEqn, values: list[Value], around: _Around
     ) -> tuple[Inner, list[Value]]:
         """Return the sites in the jaxprs of an equation, and its outputs."""
         name, params = eqn.primitive.name, eqn.params
         if name in CALLS:
-            inner, marks = params[CALLS[name]], len(self.others)
-            # A ReLU is a custom_jvp_call too, but is matched before: see the rule.
-            custom |= name.startswith("custom_")
-            jaxpr = getattr(inner, "jaxpr", inner)
-            plan, outs = self.jaxpr(jaxpr, values, repeats, custom)
-            # silu is reported, and not the logistic in it, which is on the same line.
-            if len(self.others) > marks and not plan and all(
-                line in ("", where(eqn)) for _, line in self.others[marks:]
-            ):  # fmt: skip
-                self.others[marks:] = [(call_name(eqn), where(eqn))]
-            return Inner(plan), outs
+            return self.call(eqn, values, around)
         if name == "scan":
-            return self.scan(eqn, values, repeats, custom)
-        if name == "cond" and values[0].const == "platform":  # the default comes last
-            branches = params["branches"]
-            plan, outs = self.jaxpr(branches[-1].jaxpr, values[1:], repeats, custom)
+            return self.scan(eqn, values, around)
+        if name == "cond" and values[0].const == "platform":
+            branches = params["branches"]  # the default comes last
+            plan, outs = self.jaxpr(branches[-1].jaxpr, values[1:], around)
             return Inner(plan, len(branches) - 1), outs
         found = len(self.sites)
         for jaxpr in inner_jaxprs(eqn):
-            self.jaxpr(jaxpr, [Value(1)] * len(jaxpr.invars), repeats, custom)
+            self.jaxpr(jaxpr, [Value(1)] * len(jaxpr.invars), around)
         if len(self.sites) > found:
             site = self.sites[found]
             raise ValueError(
@@ -388,21 +370,31 @@ class _Walk:
             )
         return Inner({}), [Value(max(v.level for v in values))] * len(eqn.outvars)
 
+    def call(
+        self, eqn: JaxprEqn, values: list[Value], around: _Around
+    ) -> tuple[Inner, list[Value]]:
+        """Walk the function of a call."""
+        inner, first = eqn.params[CALLS[eqn.primitive.name]], len(self.others)
+        # jax.nn.relu has a gradient of its own too, but the rule matches all of it.
+        custom = around.custom or eqn.primitive.name.startswith("custom_")
+        jaxpr, around = getattr(inner, "jaxpr", inner), around._replace(custom=custom)
+        plan, outs = self.jaxpr(jaxpr, values, around)
+        # Report silu, and not the logistic in it, which is on the same line.
+        lines = {line for _, line in self.others[first:]}
+        if lines and not plan and lines <= {"", where(eqn)}:
+            self.others[first:] = [(call_name(eqn), where(eqn))]
+        return Inner(plan), outs
+
     def scan(
-        self,
-        eqn: JaxprEqn,
-        values: list[Value],
-        repeats: tuple[int, ...],
-        custom: bool,
+        self, eqn: JaxprEqn, values: list[Value], around: _Around
     ) -> tuple[Inner, list[Value]]:
         """Walk the body of a scan until what is known of the carry is stable."""
-        params = eqn.params
-        first = params["num_consts"]
+        params, first = eqn.params, eqn.params["num_consts"]
         last = first + params["num_carry"]
+        around = around._replace(repeats=(*around.repeats, params["length"]))
         while True:
             marks = len(self.sites), len(self.others)
-            body, inside = params["jaxpr"].jaxpr, (*repeats, params["length"])
-            plan, outs = self.jaxpr(body, values, inside, custom)
+            plan, outs = self.jaxpr(params["jaxpr"].jaxpr, values, around)
             carry = [
                 Value(max(before.level, after.level), before.label or after.label)
                 for before, after in zip(values[first:last], outs, strict=False)

@@ -134,7 +134,7 @@ class Net(nnx.Module):
 
 def converted(num_thresholds):
     ann = vgg(lambda: nnx.relu)
-    return convert(calibrate(ann, XS).model, num_thresholds).model
+    return convert(calibrate(ann, XS).model, XS, num_thresholds).model
 
 
 MODELS = {

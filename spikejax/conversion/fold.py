@@ -101,11 +101,11 @@ def _put(model: nnx.Module, path: tuple, value: nnx.Module) -> None:
     *outer, last = path
     node: Any = model
     for key in outer:
-        node = getattr(node, key) if isinstance(node, nnx.Module) else node[key]
-    if isinstance(node, nnx.Module):
-        setattr(node, last, value)
-    else:
+        node = node[key] if hasattr(node, "__getitem__") else getattr(node, key)
+    if hasattr(node, "__setitem__"):
         node[last] = value
+    else:
+        setattr(node, last, value)
 
 
 def _fold(layer: nnx.Conv | nnx.Linear, norm: nnx.BatchNorm) -> None:

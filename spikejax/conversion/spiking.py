@@ -71,7 +71,8 @@ class Replaced(nnx.Module):
         sites: one module per site of the network.
         found: the sites of the network in evaluation mode.
 
-    A call raises a ValueError if the network has other ReLUs than when it was converted.
+    Raises:
+        ValueError: in a call, where the network has other ReLUs than before.
     """
 
     def __init__(

@@ -22,6 +22,16 @@ Rounding = Callable[[jax.Array], jax.Array]
 INITIAL_THRESHOLD = 1.5  # standard deviations of a normalised input; our choice
 
 
+# Not jnp.round itself, which cannot be pickled.
+def half_even(x: jax.Array) -> jax.Array:
+    """Return x rounded, ties to even.
+
+    Args:
+        x: any shape.
+    """
+    return jnp.round(x)
+
+
 def half_up(x: jax.Array) -> jax.Array:
     """Return floor(x + 1/2): ties go up, as in a neuron started at half a threshold.
 
@@ -37,7 +47,7 @@ def quantise(
     scale: Number,
     noise: Number,
     levels: Number,
-    rounding: Rounding | None = jnp.round,
+    rounding: Rounding | None = half_even,
     scale_gradient: float = 1.0,
 ) -> jax.Array:
     """Return a quantised ReLU of x, with a straight-through gradient.
@@ -129,8 +139,7 @@ class QuantReLU(nnx.Module):
         levels: p, where it is not 2^b - 1.
         noise: amplitude alpha, >= 0. Above 1, inputs below zero spike too.
         round_noise: whether the noisy answer is rounded.
-        rounding: jnp.round rounds ties to even, half_up rounds them up as the spiking
-            neuron does.
+        rounding: half_even, or half_up, which rounds ties as the spiking neuron does.
         scale: s at the start; by default s p = 1.5. ``calibrate`` finds a better one.
         rngs: source of noise, its stream 'noise'. Give all layers the same nnx.Rngs:
             each draws a stream of its own from it.
@@ -148,7 +157,7 @@ class QuantReLU(nnx.Module):
         levels: int | None = None,
         noise: float = 0.0,
         round_noise: bool = True,
-        rounding: Rounding = jnp.round,
+        rounding: Rounding = half_even,
         scale: float | None = None,
         rngs: nnx.Rngs | None = None,
     ):

@@ -1,6 +1,6 @@
-"""Builds the networks of golden/energy.json, and writes the file:
+"""Builds the networks of energy.json, and writes the file:
 
-    python tests/golden_energy.py
+python tests/golden/make_energy.py
 """
 
 import json
@@ -16,7 +16,7 @@ from spikejax._compat import iter_modules
 from spikejax.layers import LIF, MultiThreshold
 from spikejax.models import resnet
 
-FILE = Path(__file__).parent / "golden/energy.json"
+FILE = Path(__file__).parent / "energy.json"
 NEURONS = {
     "relu": lambda: nnx.relu,
     "lif": LIF,
@@ -65,7 +65,6 @@ def rows(neuron: str, residual: str) -> list[list]:
 
 if __name__ == "__main__":
     found = {f"{n} {r}": rows(n, r) for n in NEURONS for r in RESIDUALS}
-    FILE.parent.mkdir(exist_ok=True)
     lines = [
         f"{json.dumps(name)}: [\n"
         + ",\n".join(f"  {json.dumps(row)}" for row in network_rows)
