@@ -30,7 +30,7 @@ from benchmarks.trainer import Recipe
 from benchmarks.versus import GET
 from benchmarks.workloads import WORKLOADS, Run
 from spikejax.data import images
-from spikejax.experiment.cli import parse, reported
+from spikejax.experiment.cli import parse, run_cli
 from spikejax.plot import BLUE, GREY, ORANGE, PINK, SKY, Picture, frame
 from spikejax.train.progress import table
 
@@ -255,4 +255,4 @@ def main(given: Accuracy) -> None:
 
 
 if __name__ == "__main__":
-    reported(main, parse(Accuracy(), __doc__))
+    run_cli(main, parse(Accuracy(), __doc__))

@@ -18,7 +18,7 @@ from flax import nnx
 
 from benchmarks.turns import in_turns, ratio
 from spikejax import LIF
-from spikejax.experiment.cli import parse, reported
+from spikejax.experiment.cli import parse, run_cli
 from spikejax.nn import cpu
 from spikejax.nn.windowed import (
     Mixer,
@@ -133,4 +133,4 @@ def main(benchmark: Benchmark) -> None:
 
 
 if __name__ == "__main__":
-    reported(main, parse(Benchmark(), __doc__))
+    run_cli(main, parse(Benchmark(), __doc__))

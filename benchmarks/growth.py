@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.sides.ours import prepare
 from benchmarks.turns import in_turns
 from benchmarks.workloads import STRIDES, Sizes
-from spikejax.experiment.cli import parse, reported
+from spikejax.experiment.cli import parse, run_cli
 from spikejax.plot import BLUE, GREY, ORANGE, Picture, frame
 from spikejax.train import workdir as folder
 from spikejax.train.progress import table
@@ -189,4 +189,4 @@ def main(growth: Growth) -> None:
 
 
 if __name__ == "__main__":
-    reported(main, parse(Growth(), __doc__))
+    run_cli(main, parse(Growth(), __doc__))

@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks.sides.ours import NEURONS
 from benchmarks.turns import in_turns, ratio
-from spikejax.experiment.cli import parse, reported
+from spikejax.experiment.cli import parse, run_cli
 from spikejax.nn.cpu import compiler_options
 from spikejax.train import workdir as folder
 from spikejax.train.progress import table
@@ -164,4 +164,4 @@ def _cells(row):
 
 
 if __name__ == "__main__":
-    reported(main, parse(Benchmark(), __doc__))
+    run_cli(main, parse(Benchmark(), __doc__))

@@ -22,7 +22,7 @@ from PIL import Image
 from spikejax.data import augment, images
 from spikejax.data.files import file_reader
 from spikejax.data.split import EncodedImages, Source
-from spikejax.experiment.cli import parse, reported
+from spikejax.experiment.cli import parse, run_cli
 from spikejax.train import workdir as folder
 from spikejax.train.progress import table
 
@@ -136,4 +136,4 @@ def main(given: Pipeline) -> None:
 
 
 if __name__ == "__main__":
-    reported(main, parse(Pipeline(), __doc__))
+    run_cli(main, parse(Pipeline(), __doc__))

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from benchmarks import turns
 from benchmarks.workloads import WORKLOADS, Workload
-from spikejax.experiment.cli import parse, reported
+from spikejax.experiment.cli import parse, run_cli
 from spikejax.plot import BLUE, COLOURS, GREY, Picture
 from spikejax.train import workdir as folder
 from spikejax.train.progress import table
@@ -196,4 +196,4 @@ def main(given: Versus) -> None:
 
 
 if __name__ == "__main__":
-    reported(main, parse(Versus(), __doc__))
+    run_cli(main, parse(Versus(), __doc__))

@@ -13,22 +13,21 @@ place of cnn is their recurrent network, and --width 0.25 one for a CPU:
         --learning-rate 0.05 --warmup 0.01 --weight-decay 2e-5 --clip 20
         --label-smoothing 0.1 --augment autoaugment --workdir runs/general
 
-Results with their commands stand in docs/results.md. The other recipes are our choice.
+docs/results.md has the results, with their commands. The other recipes are our choice.
 """
 
 from pathlib import Path
 
-from spikejax.experiment import Experiment, main
-from spikejax.experiment.cli import parse, reported
+from spikejax.experiment import Experiment, Images, ResNetOptions, main
+from spikejax.experiment.cli import parse, run_cli
 from spikejax.train import TrainConfig
 
 DEFAULT = Experiment(
     workdir=Path("runs/cifar10"),
-    data="cifar10",
-    model="resnet20",
-    augment="crop-flip",
+    inputs=Images("cifar10", augment="crop-flip"),
+    network=ResNetOptions("resnet20"),
     train=TrainConfig(epochs=10.0, batch_size=128, learning_rate=0.1, warmup=0.1),
 )
 
 if __name__ == "__main__":
-    reported(main, parse(DEFAULT, __doc__))
+    run_cli(main, parse(DEFAULT, __doc__))

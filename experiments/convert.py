@@ -9,14 +9,14 @@ Trains a ReLU network, then the same network with activations of --bits and --no
 converts it, and evaluates it at 1 to --max-steps time steps. With --sweep it compares
 2 and 3 bits, each without and with noise, conversion without training, and several
 thresholds in one step. Writes summary.json and convert.png. The same command on the
-same folder goes on where it stopped.
+same folder resumes.
 """
 
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,15 +33,17 @@ from spikejax.conversion.steps import (
 from spikejax.data import images
 from spikejax.experiment import (
     Experiment,
-    make_crops,
-    make_encode,
+    Images,
+    ResNetOptions,
+    SingleOptions,
+    VGGOptions,
+    open_images,
     read,
     train,
 )
-from spikejax.experiment.cli import parse, reported
+from spikejax.experiment.cli import flatten, parse, run_cli
 from spikejax.nn.quant import QuantReLU
-from spikejax.train import TrainConfig
-from spikejax.train import workdir as folder
+from spikejax.train import TrainConfig, processes, workdir
 from spikejax.train.progress import table
 
 SHOWN = (1, 2, 4, 8, 16, 32)  # time steps of the table
@@ -51,15 +53,15 @@ LOSS = 0.005  # of accuracy, that early exits may cost on the sample
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversion(Experiment):
-    """From a ReLU network to a spiking one."""
+class Conversion:
+    """A ReLU network, and its conversion to a spiking one."""
 
-    neuron: Literal["relu"] = "relu"
-    """Activation of the network that is trained first."""
+    experiment: Experiment
+    """The ReLU network."""
     num_thresholds: int = 1
     """Thresholds of the spiking neurons: N do in T / N steps what one does in T."""
     relu: Path | None = None
-    """Folder of a run with --neuron relu that is the start, instead of training one."""
+    """Folder of a run with --neuron relu to start from, instead of training one."""
     bits: int = 2
     """Of the quantised activations, 1 to 8."""
     noise: float = 1.0
@@ -67,7 +69,7 @@ class Conversion(Experiment):
     quant_epochs: float = 20.0
     """Passes over the training images with quantised activations."""
     quant_learning_rate: float = 0.03
-    """At its peak, with quantised activations."""
+    """Peak learning rate with quantised activations."""
     max_steps: int = 32
     """Largest number of time steps that is evaluated."""
     test_images: int | None = None
@@ -76,51 +78,50 @@ class Conversion(Experiment):
     """Compare bits, noise and thresholds instead of running one setting."""
 
     def __post_init__(self):
-        super().__post_init__()
         QuantReLU(self.bits, noise=self.noise, rngs=nnx.Rngs(0))  # checks them
-        for name, value in {
-            "max_steps": self.max_steps,
-            "test_images": self.test_images,
-        }.items():
+        for name in ("max_steps", "test_images"):
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}.")
+        if self.experiment.activation.neuron != "relu":
+            raise ValueError(
+                "neuron: expected relu, the network that is converted, got "
+                f"{self.experiment.activation.neuron}."
+            )
 
 
 DEFAULT = Conversion(
-    workdir=Path("runs/convert"),
-    residual="plain",
-    pool="avg",
-    train=TrainConfig(epochs=30.0, batch_size=48, warmup=0.1, evaluate_every=10.0),
+    Experiment(
+        workdir=Path("runs/convert"),
+        inputs=Images("digits"),
+        network=VGGOptions("convnet", pool="avg"),
+        activation=SingleOptions("relu"),
+        train=TrainConfig(epochs=30.0, batch_size=48, warmup=0.1, evaluate_every=10.0),
+    )
 )
+OPTIONS = (ResNetOptions(residual="plain"),)  # if --model is a resnet
 
 
 class Conversions:
     """The networks of one data set, one seed and one recipe."""
 
     def __init__(self, flags: Conversion):
-        self.flags = flags
-        names = [field.name for field in dataclasses.fields(Experiment)]
-        own = Experiment(**{name: getattr(flags, name) for name in names})
-        self.start = dataclasses.replace(own, workdir=flags.workdir / "relu")
+        self.flags, shared = flags, flags.experiment
+        self.workdir = shared.workdir
+        self.start = dataclasses.replace(shared, workdir=self.workdir / "relu")
         if flags.relu:
-            self.start = read(flags.relu, flags.data_dir)
-        if self.start.neuron != "relu":
-            raise ValueError(
-                f"relu: expected a run with --neuron relu, got {flags.relu}, which has "
-                f"{self.start.neuron}."
-            )
-        self.image_set = images.load(self.start.data, flags.data_dir)
-        self.encode = make_encode(self.start, self.image_set)
-        _, self.middle = make_crops(self.start)
+            self.start = started(flags.relu, shared)
+        self.image_set, self.encode, self.augment, self.crops = open_images(self.start)
         first = range(min(SAMPLE, len(self.image_set.train)))
-        raw = self.image_set.train.take(first, self.middle)
+        raw = self.image_set.train.take(first, self.crops[1])
         self.sample = self.encode(jnp.asarray(raw["image"]), jax.random.key(0))
         self.labels = jnp.asarray(raw["label"])
 
     def fit(self, experiment: Experiment, model: nnx.Module | None = None, **more):
-        """Train a network in a folder of its own, or go on there."""
+        """Train a network in a folder of its own, or resume there."""
         print(experiment.workdir)
-        fitted = train(experiment, model, **more)
+        data = self.image_set, self.encode, self.augment, self.crops
+        fitted = train(experiment, *data, model=model, **more)
         if not fitted.finished:
             raise SystemExit(0)
         return fitted
@@ -131,13 +132,13 @@ class Conversions:
 
     def quantised(self, relu: nnx.Module, bits: int, noise: float):
         """The ReLU network with quantised activations, trained on with noise."""
-        recipe = self.flags.train
+        recipe = self.flags.experiment.train
         rngs = nnx.Rngs(noise=recipe.seed)
         neuron = partial(QuantReLU, bits, noise=noise, rngs=rngs)
         model = calibrate(relu, self.sample, rule=least_error, neuron=neuron).model
         experiment = dataclasses.replace(
             self.start,
-            workdir=self.flags.workdir / f"bits{bits}-noise{noise:g}",
+            workdir=self.workdir / f"bits{bits}-noise{noise:g}",
             train=dataclasses.replace(
                 recipe,
                 epochs=self.flags.quant_epochs,
@@ -159,7 +160,7 @@ class Conversions:
         return {
             "name": name,
             "num_thresholds": num_thresholds,
-            "seed": self.flags.train.seed,
+            "seed": self.flags.experiment.train.seed,
             "ann_accuracy": accuracy,
             "accuracy": result.accuracy.tolist(),
             "spikes_per_image": result.spikes.tolist(),
@@ -178,7 +179,7 @@ class Conversions:
         """Batches of the test images."""
         left = self.flags.test_images or len(self.image_set.test)
         size = self.start.train.batch_size
-        for batch in images.eval_batches(self.image_set.test, size, crop=self.middle):
+        for batch in images.eval_batches(self.image_set.test, size, crop=self.crops[1]):
             yield {name: values[:left] for name, values in batch.items()}
             left -= len(batch["label"])
             if left <= 0:
@@ -196,6 +197,30 @@ class Conversions:
         xs = self.sample[:ENERGY_IMAGES]
         xs = jnp.broadcast_to(xs, (len(xs), steps, *xs.shape[2:]))
         return energy.measure(snn, xs).energy_nj
+
+
+def started(folder: Path, shared: Experiment) -> Experiment:
+    """Return the run of a folder, from which another of these flags starts.
+
+    Raises:
+        ValueError: it is no ReLU network, or a flag names another one.
+    """
+    run = read(folder, flatten(shared)["data_dir"])
+    if run.activation.neuron != "relu":
+        raise ValueError(
+            f"relu: expected a run with --neuron relu, got {folder}, which has "
+            f"{run.activation.neuron}."
+        )
+    recipe = flatten(run.train)
+    given, default, saved = map(flatten, (shared, DEFAULT.experiment, run))
+    for name, value in given.items():
+        if name in recipe or name not in saved or name == "workdir":
+            continue
+        if value not in (default.get(name), saved[name]):
+            raise ValueError(
+                f"{name}: expected {saved[name]}, as in the run of --relu, got {value}."
+            )
+    return run
 
 
 def _at(values: list[float], steps: list[int]) -> list[float]:
@@ -241,10 +266,11 @@ def figure(found: list[dict[str, Any]]) -> Any:
 
 def main(flags: Conversion) -> None:
     """Train, convert, print the table, write summary.json and convert.png."""
-    found = []
-    for row in rows(flags):
-        found.append(row)
-        folder.write(flags.workdir / "summary.json", found)
+    found, folder = [], flags.experiment.workdir
+    with processes.distributed(flags.experiment.processes):
+        for row in rows(flags):
+            found.append(row)
+            workdir.write(folder / "summary.json", found)
     steps_shown = shown(flags.max_steps)
     table(
         "Accuracy of the converted network",
@@ -260,9 +286,9 @@ def main(flags: Conversion) -> None:
             for row in found
         ],
     )
-    figure(found).savefig(flags.workdir / "convert.png", dpi=150)
-    print(f"Written: {flags.workdir}/summary.json, {flags.workdir}/convert.png")
+    figure(found).savefig(folder / "convert.png", dpi=150)
+    print(f"Written: {folder}/summary.json, {folder}/convert.png")
 
 
 if __name__ == "__main__":
-    reported(main, parse(DEFAULT, __doc__))
+    run_cli(main, parse(DEFAULT, __doc__, *OPTIONS))

@@ -8,68 +8,68 @@ trains that one. A minute on two CPU cores; results in docs/results.md.
 """
 
 import dataclasses
+import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from spikejax.experiment import Experiment, NeuronName, main, run
-from spikejax.experiment.cli import parse, reported
-from spikejax.train import TrainConfig
-from spikejax.train import workdir as folder
+from spikejax.experiment import (
+    Experiment,
+    MultiThresholdOptions,
+    main,
+    make_encode,
+    open_images,
+    run,
+)
+from spikejax.experiment.cli import override, parse, run_cli
+from spikejax.train import TrainConfig, processes, workdir
 from spikejax.train.progress import table
 
-NETWORKS: dict[str, tuple[NeuronName, int]] = {
-    "LIF, T=1": ("lif", 1),
-    "multi-threshold parallel, T=1": ("mt-parallel", 1),
-    "multi-threshold cascade, T=1": ("mt-cascade", 1),
-    "LIF, T=4": ("lif", 4),
-    "ReLU (does not spike)": ("relu", 1),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Digits(Experiment):
-    """All five networks, or one."""
-
-    neuron: NeuronName | Literal["all"] = "all"
-    """Activation; all trains each in turn and compares them."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.neuron == "all" and self.time_steps != 1:
-            raise ValueError(
-                f"time_steps: expected one --neuron with it, got {self.time_steps} for "
-                "all five networks, which have their own."
-            )
-
-
-DEFAULT = Digits(
+DEFAULT = Experiment(
     workdir=Path("runs/digits"),
+    activation=MultiThresholdOptions("mt-parallel", num_thresholds=4),
     train=TrainConfig(epochs=30.0, batch_size=48, warmup=0.1, evaluate_every=10.0),
 )
 
 
-def compare(digits: Digits) -> list[dict[str, Any]]:
-    """Train each of the networks in a folder of its own; one row of results each."""
+NETWORKS: dict[str, dict[str, Any]] = {
+    "LIF, T=1": {"neuron": "lif"},
+    "multi-threshold parallel, T=1": {"neuron": "mt-parallel"},
+    "multi-threshold cascade, T=1": {"neuron": "mt-cascade"},
+    "LIF, T=4": {"neuron": "lif", "time_steps": 4},
+    "ReLU (does not spike)": {"neuron": "relu"},
+}
+
+
+def compare(digits: Experiment) -> None:
+    """Train the five networks in folders of their own; print and write the table."""
+    if digits.time_steps != 1:
+        raise ValueError(
+            f"time_steps: expected one --neuron with it, got {digits.time_steps} for "
+            "all five networks, which have their own."
+        )
     rows = []
-    for name, (neuron, time_steps) in NETWORKS.items():
-        print(f"{len(rows) + 1}/{len(NETWORKS)}  {name}")
-        fields = {f.name: getattr(digits, f.name) for f in dataclasses.fields(digits)}
-        workdir = digits.workdir / f"{neuron}-t{time_steps}"
-        fields |= {"workdir": workdir, "neuron": neuron, "time_steps": time_steps}
-        result = run(Experiment(**fields))
-        if result is None:
-            return []
-        several = digits.num_thresholds if neuron.startswith("mt-") else 1
-        setting = {"name": name, "neuron": neuron, "num_thresholds": several}
-        rows.append(setting | {"time_steps": time_steps} | result)
-    return rows
+    with processes.distributed(digits.processes):
+        image_set, _, augment, crops = open_images(digits)
+        for name, flags in NETWORKS.items():
+            print(f"{len(rows) + 1}/{len(NETWORKS)}  {name}")
+            folder = f"{flags['neuron']}-t{flags.get('time_steps', 1)}"
+            flags = flags | {"workdir": digits.workdir / folder}
+            experiment = dataclasses.replace(override(digits, flags))
+            encode = make_encode(experiment, image_set)
+            result = run(experiment, image_set, encode, augment, crops)
+            if result is None:  # stopped by SIGTERM
+                return
+            several = getattr(experiment.activation, "num_thresholds", 1)
+            row = {"name": name, "neuron": flags["neuron"], "num_thresholds": several}
+            rows.append(row | {"time_steps": experiment.time_steps} | result)
+    show(rows, digits.workdir)
 
 
-def show(rows: list[dict[str, Any]], workdir: Path) -> None:
+def show(rows: list[dict[str, Any]], folder: Path) -> None:
     """Print the table, and write it as summary.json and digits.png."""
     from spikejax import plot
 
-    folder.write(workdir / "summary.json", rows)
+    workdir.write(folder / "summary.json", rows)
     table(
         "Handwritten digits, 297 test images",
         ["neuron", "accuracy", "seconds", "spikes/image", "nJ/image"],
@@ -84,17 +84,15 @@ def show(rows: list[dict[str, Any]], workdir: Path) -> None:
             for row in rows
         ],
     )
-    plot.comparison(rows).savefig(workdir / "digits.png", dpi=150)
-    print(f"Written: {workdir}/summary.json, {workdir}/digits.png")
+    plot.comparison(rows).savefig(folder / "digits.png", dpi=150)
+    print(f"Written: {folder}/summary.json, {folder}/digits.png")
 
 
-def demo(digits: Digits) -> None:
-    """Compare all, or train the one that was asked for."""
-    if digits.neuron != "all":
-        main(digits)
-    elif rows := compare(digits):
-        show(rows, digits.workdir)
+def command() -> None:
+    """Compare all, or train the one that --neuron names."""
+    one = any(word.split("=")[0] == "--neuron" for word in sys.argv)
+    run_cli(main if one else compare, parse(DEFAULT, __doc__))
 
 
 if __name__ == "__main__":
-    reported(demo, parse(DEFAULT, __doc__))
+    command()

@@ -8,8 +8,8 @@ dvs128-gesture are Tonic's sets too; --data FOLDER takes your own recordings
 recording to the network frame by frame and says how long each step took.
 
 The networks are those of TET (vggsnn), PLIF (plifnet with --neuron plif --pool max) and
-any resnet; the recipe is our choice. On CIFAR10-DVS it has not been run yet. Results
-with their commands stand in docs/results.md.
+any resnet; the recipe is our choice. It has not been run on CIFAR10-DVS yet.
+docs/results.md has results on other sets, with their commands.
 """
 
 import dataclasses
@@ -24,108 +24,102 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spikejax import cache
 from spikejax.data import images
-from spikejax.data.augment import compose
-from spikejax.data.events import frames, recordings
-from spikejax.data.events import sets as events
-from spikejax.experiment import Experiment, Input, NeuronName, report, train
-from spikejax.experiment.cli import parse, reported
+from spikejax.data.augment import Augment, compose
+from spikejax.data.events import EventSet, Framing, frames, recordings
+from spikejax.data.events import load as load_events
+from spikejax.experiment import (
+    Experiment,
+    Inputs,
+    SingleOptions,
+    VGGOptions,
+    report,
+    train,
+)
+from spikejax.experiment.cli import cache_folder, parse, run_cli
 from spikejax.nn.memory import stepper
-from spikejax.train import TrainConfig
+from spikejax.train import TrainConfig, processes
 from spikejax.train.progress import table
 
 
 @dataclasses.dataclass(frozen=True)
-class Events(Experiment):
-    """What to train on which recordings, and how."""
+class Events(Inputs):
+    """A set of recordings; its frames are the time steps."""
 
     data: str = "cifar10-dvs"
     """Event set: cifar10-dvs, nmnist, dvs128-gesture, or a folder of recordings."""
     data_dir: Path | None = None
     """Folder of the named sets: Tonic's save_to."""
-    model: str = "vggsnn"
-    """Network: a key of MODELS, such as vggsnn, plifnet, convnet or resnet19."""
-    pool: Literal["max", "avg"] = "avg"
-    """Pooling of all networks but the resnets."""
-    neuron: NeuronName = "lif"
-    """Activation; relu trains the network that does not spike."""
-    time_steps: int = 10
-    """Frames of a recording."""
-    loss: Literal["rate", "tet"] = "tet"
-    """Cross-entropy of the mean over time, or at every step (TET)."""
     augment: Literal["none", "roll", "flip-roll"] = "flip-roll"
     """Shift by up to a tenth of the frame; flip mirrors half of the recordings."""
     drop: float = 0.0
-    """Largest part of the events of a recording that is lost in training."""
+    """Largest part of the events of a recording that is dropped in training."""
     noise: float = 0.0
-    """Events added in training for each pixel, frame and polarity, on average."""
+    """Events added in training per pixel, frame and polarity, on average."""
     frames: Literal["number", "duration", "voxel", "surface"] = "number"
-    """Frames of as many events, of the same duration, voxel grid or time surface."""
+    """Frames of equal counts of events, of equal duration, voxels or time surfaces."""
     side: int | None = 48
-    """Height and width of the frames; None is the camera's."""
+    """Height and width of the frames; None takes those of the camera."""
     window_ms: float = 100.0
-    """Length of a sample, where long recordings are cut."""
+    """Length of a sample, where long recordings are cut into samples."""
     stream: Path | None = None
-    """A recording to run the trained network on, step by step."""
+    """Recording to run the trained network on, step by step."""
 
     def __post_init__(self):
-        super().__post_init__()
-        _framing(self)
-        if self.image_size is not None:
-            raise ValueError(
-                "image_size: expected none for events, whose frames have --side, got "
-                f"{self.image_size}."
-            )
         if self.stream and self.frames != "duration":
             raise ValueError(
-                f"stream: expected a network of --frames duration, which go on as time "
-                f"does, got {self.frames}. Train one."
+                "stream: expected a network of --frames duration, as a stream has no "
+                f"end after which to count events, got {self.frames}. Train one."
             )
 
 
-def _framing(experiment: Events) -> events.Framing:
-    window = round(experiment.window_ms * 1000)
-    return events.Framing(
-        experiment.time_steps, experiment.frames, experiment.side, window
-    )
+DEFAULT = Experiment(
+    workdir=Path("runs/dvs_cifar10"),
+    inputs=Events("cifar10-dvs", augment="flip-roll"),
+    network=VGGOptions("vggsnn", pool="avg"),
+    activation=SingleOptions("lif"),
+    time_steps=10,
+    loss="tet",
+    train=TrainConfig(
+        epochs=100.0,
+        batch_size=64,
+        optimizer="adamw",
+        learning_rate=1e-3,
+        weight_decay=0.01,
+    ),
+)
 
 
-def load(experiment: Events) -> events.EventSet:
-    """The event set that the flags name."""
-    return events.load(
-        experiment.data,
-        _framing(experiment),
-        experiment.data_dir,
-        cache_dir=cache.folder(),
-    )
+def load(inputs: Events, time_steps: int) -> EventSet:
+    """Return the event set of the flags; its frames are kept in the cache folder."""
+    window = round(inputs.window_ms * 1000)
+    framing = Framing(time_steps, inputs.frames, inputs.side, window)
+    return load_events(inputs.data, framing, inputs.data_dir, cache_dir=cache_folder())
 
 
-def make_encode(experiment: Events, event_set: events.EventSet):
-    """(frames [B, T, H, W, C], rng) -> xs: the counts themselves."""
-    return lambda raw, rng: raw.astype(jnp.float32)
+def encode(raw: jax.Array, rng: jax.Array) -> jax.Array:
+    """Return xs of frames [B, T, H, W, C]: the counts of events themselves."""
+    return raw.astype(jnp.float32)
 
 
-def make_augment(experiment: Events):
-    """The augmentation that the flags name."""
-    steps = []
-    if experiment.augment == "flip-roll":
+def make_augment(inputs: Events, shape: tuple[int, ...]) -> Augment | None:
+    """Return the augmentation of frames of that shape [H, W, C]."""
+    steps: list[Augment] = []
+    if inputs.augment == "flip-roll":
         steps.append(frames.flip())
-    if experiment.augment != "none":
-        side = experiment.side or min(load(experiment).sensor)
-        steps.append(frames.roll(side // 10))
-    if experiment.drop:
-        steps.append(frames.drop(experiment.drop))
-    if experiment.noise:
-        steps.append(frames.noise(experiment.noise))
+    if inputs.augment != "none":
+        steps.append(frames.roll(min(shape[:2]) // 10))
+    if inputs.drop:
+        steps.append(frames.drop(inputs.drop))
+    if inputs.noise:
+        steps.append(frames.noise(inputs.noise))
     return compose(*steps) if steps else None
 
 
-EVENTS = Input(load, make_encode, make_augment)
-
-
-def by_class(model: nnx.Module, event_set: events.EventSet, encode, batch_size: int):
-    """Accuracy of each class of the test split, 0 to 1."""
+def by_class(
+    model: nnx.Module, event_set: EventSet, batch_size: int
+) -> dict[str, float]:
+    """Return the accuracy of each class of the test split, 0 to 1."""
     graphdef, state = nnx.split(model)
 
     @jax.jit
@@ -142,16 +136,18 @@ def by_class(model: nnx.Module, event_set: events.EventSet, encode, batch_size: 
     return {name: float(r / c) for name, r, c in rows if c}
 
 
-def _duration(experiment):
-    """Of a frame, in microseconds."""
-    return round(experiment.window_ms * 1000) // experiment.time_steps
+def _duration(inputs: Events, time_steps: int) -> int:
+    """Return the microseconds of a frame."""
+    return round(inputs.window_ms * 1000) // time_steps
 
 
-def read_stream(
-    experiment: Events, recording: Path, event_set: events.EventSet
-) -> np.ndarray:
-    """Events of a recording by a camera as in training, and long enough."""
-    duration = _duration(experiment)
+def read_stream(recording: Path, duration: int, event_set: EventSet) -> np.ndarray:
+    """Return the events of a recording.
+
+    Raises:
+        ValueError: the camera is not that of the training, or the recording is shorter
+            than a frame.
+    """
     seen, size = recordings.read(recording)
     if size not in (None, event_set.sensor):
         raise ValueError(
@@ -167,23 +163,26 @@ def read_stream(
 
 
 def run_stream(
-    experiment: Events, seen: np.ndarray, model: nnx.Module, event_set: events.EventSet
-):
+    seen: np.ndarray,
+    duration: int,
+    model: nnx.Module,
+    event_set: EventSet,
+    time_steps: int,
+    path: Path,
+) -> None:
     """Feed a recording to the network in frames as long as those of its training.
 
-    The class after each step is that of the mean logits of the last T steps. Writes
-    stream.jsonl and prints the latency.
+    The class after each step is that of the mean logits of the last T steps. Writes a
+    line per step to ``path`` and prints the latency.
     """
-    duration = _duration(experiment)
     height, width, _ = event_set.shape
     seen = frames.resized(seen, event_set.sensor, (height, width))
     counts = (
         frames.by_number(part, (height, width), 1)[0]
         for part in frames.windows(seen, duration)
     )
-    last: deque[np.ndarray] = deque(maxlen=experiment.time_steps)
+    last: deque[np.ndarray] = deque(maxlen=time_steps)
     lines = []
-    encode = make_encode(experiment, event_set)
     xs = encode(jnp.zeros((1, 1, *event_set.shape), jnp.uint8), jax.random.key(0))
     state, advance = stepper(model, xs)
     jax.block_until_ready(advance(state, xs))  # compiles before the first frame
@@ -196,7 +195,6 @@ def run_stream(
         name = event_set.class_names[int(np.mean(last, 0).argmax())]
         end = (step + 1) * duration / 1e6
         lines.append({"seconds": end, "class": name, "latency_ms": 1e3 * seconds})
-    path = experiment.workdir / "stream.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     latency = np.array([line["latency_ms"] for line in lines])
     middle, most = np.percentile(latency, [50, 99])
@@ -206,26 +204,30 @@ def run_stream(
     print(f"latency: median {middle:.2f} ms, 99 % below {most:.2f} ms; see {path}")
 
 
-def main(experiment: Events) -> None:
-    """Train and report; then the stream, if there is one."""
-    event_set = load(experiment)
-    if experiment.stream:  # first, as training takes long
-        seen = read_stream(experiment, experiment.stream, event_set)
-    fitted = train(experiment, source=EVENTS)
-    if not fitted.finished:
-        print("Stopped, saved. The same command goes on from there.")
-        return
-    encode = make_encode(experiment, event_set)
-    size = experiment.train.batch_size
-    classes = by_class(fitted.model, event_set, encode, size)
-    result = report(
-        experiment,
-        fitted,
-        EVENTS,
-        split=event_set.split,
-        sensor=event_set.sensor,
-        accuracy_by_class=classes,
-    )
+def main(experiment: Experiment) -> None:
+    """Train and report; then run the stream, if there is one."""
+    inputs, steps = experiment.inputs, experiment.time_steps
+    assert isinstance(inputs, Events)
+    with processes.distributed(experiment.processes):
+        event_set = load(inputs, steps)
+        duration = _duration(inputs, steps)
+        if inputs.stream:  # read first: training takes long
+            seen = read_stream(inputs.stream, duration, event_set)
+        augment = make_augment(inputs, event_set.shape)
+        fitted = train(experiment, event_set, encode, augment)
+        if not fitted.finished:
+            print("Stopped and saved. Rerun the same command to resume.")
+            return
+        classes = by_class(fitted.model, event_set, experiment.train.batch_size)
+        result = report(
+            experiment,
+            fitted,
+            event_set,
+            encode,
+            split=event_set.split,
+            sensor=event_set.sensor,
+            accuracy_by_class=classes,
+        )
     rows = [[name, f"{accuracy:.2%}"] for name, accuracy in classes.items()]
     print(f"test split: {event_set.split}")
     table("Test split", ["class", "accuracy"], rows)
@@ -234,20 +236,10 @@ def main(experiment: Events) -> None:
         f"{result['seconds']:.0f} s, {result['spikes_per_image']:,.0f} spikes and "
         f"{result['energy_nj']:,.0f} nJ each"
     )
-    if experiment.stream:
-        run_stream(experiment, seen, fitted.model, event_set)
+    if inputs.stream:
+        path = experiment.workdir / "stream.jsonl"
+        run_stream(seen, duration, fitted.model, event_set, steps, path)
 
-
-DEFAULT = Events(
-    workdir=Path("runs/dvs_cifar10"),
-    train=TrainConfig(
-        epochs=100.0,
-        batch_size=64,
-        optimizer="adamw",
-        learning_rate=1e-3,
-        weight_decay=0.01,
-    ),
-)
 
 if __name__ == "__main__":
-    reported(main, parse(DEFAULT, __doc__))
+    run_cli(main, parse(DEFAULT, __doc__))

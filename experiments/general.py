@@ -6,20 +6,26 @@ Trains five networks that differ in their spiking layer alone, at a quarter of t
 width: General SNN with the authors' Bernoulli input, with straight-through gradients,
 and with our multi-threshold neurons; the same network with ReLU for its neurons; and
 an LIF network without windows, at four time steps. With --network it trains that one.
-Prints a table and writes summary.json. The same command on the same folder goes on
-where it stopped. The recipe is that of docs/general.md, but for 4 epochs in place of
-300, a longer warm-up, gradients clipped at norm 1, and crop and flip alone.
-docs/results.md has what it gives.
+Prints a table and writes summary.json. Rerun the same command to resume. The recipe is
+that of docs/general.md, but for 4 epochs in place of 300, a longer warm-up, gradients
+clipped at norm 1, and crop and flip alone. docs/results.md has the results.
 """
 
 import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from spikejax.experiment import Experiment, run
-from spikejax.experiment.cli import parse, reported
-from spikejax.train import TrainConfig
-from spikejax.train import workdir as folder
+from spikejax.experiment import (
+    Experiment,
+    GeneralOptions,
+    Images,
+    SingleOptions,
+    make_encode,
+    open_images,
+    run,
+)
+from spikejax.experiment.cli import flatten, override, parse, run_cli
+from spikejax.train import TrainConfig, processes, workdir
 from spikejax.train.progress import table
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -34,24 +40,11 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
 }
 
-
-@dataclasses.dataclass(frozen=True)
-class Comparison(Experiment):
-    """All five networks, or one."""
-
-    network: Literal[
-        "all", "bernoulli", "straight-through", "multi-threshold", "relu", "lif-t4"
-    ] = "all"
-    """Which network to train; all trains each in turn and compares them."""
-
-
-DEFAULT = Comparison(
+SHARED = Experiment(
     workdir=Path("runs/general"),
-    data="cifar10",
-    model="general-cnn",
-    neuron="lif",
-    width=0.25,
-    augment="crop-flip",
+    inputs=Images("cifar10", augment="crop-flip"),
+    network=GeneralOptions("general-cnn", width=0.25),
+    activation=SingleOptions("lif"),
     label_smoothing=0.1,
     train=TrainConfig(
         epochs=4.0,
@@ -64,18 +57,47 @@ DEFAULT = Comparison(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """All five networks, or one."""
+
+    experiment: Experiment = SHARED
+    """The flags that the networks share."""
+    network: Literal[
+        "all", "bernoulli", "straight-through", "multi-threshold", "relu", "lif-t4"
+    ] = "all"
+    """Network to train; all trains each in turn and compares them."""
+
+    def __post_init__(self):
+        flags, shared = flatten(self.experiment), flatten(SHARED)
+        own = {"binarise", "neuron", "num_thresholds", "time_steps"}
+        for name in sorted(own | set(NETWORKS.get(self.network, ()))):
+            if flags.get(name) != shared.get(name):
+                raise ValueError(
+                    f"{name}: expected no such flag, as --network {self.network} sets "
+                    f"it, got {flags.get(name)}."
+                )
+        if not isinstance(self.experiment.network, GeneralOptions):
+            raise ValueError(
+                f"model: expected general-cnn or general-lstm, got {flags['model']}."
+            )
+
+
+DEFAULT = Comparison()
+
+
 def compare(comparison: Comparison) -> list[dict[str, Any]]:
-    """Train each of the networks in a folder of its own; one row of results each."""
-    rows = []
+    """Train each network in a folder of its own; return one row of results for each."""
+    rows, shared = [], comparison.experiment
+    image_set, _, augment, crops = open_images(shared)
     names = list(NETWORKS) if comparison.network == "all" else [comparison.network]
     for name in names:
         print(f"{len(rows) + 1}/{len(names)}  {name}")
-        fields = {
-            f.name: getattr(comparison, f.name) for f in dataclasses.fields(Experiment)
-        }
-        fields |= {"workdir": comparison.workdir / name} | NETWORKS[name]
-        result = run(Experiment(**fields))
-        if result is None:
+        flags = {"workdir": shared.workdir / name} | NETWORKS[name]
+        experiment = dataclasses.replace(override(shared, flags))
+        encode = make_encode(experiment, image_set)
+        result = run(experiment, image_set, encode, augment, crops)
+        if result is None:  # stopped by SIGTERM
             return []
         rows.append({"name": name} | NETWORKS[name] | result)
     return rows
@@ -83,12 +105,14 @@ def compare(comparison: Comparison) -> list[dict[str, Any]]:
 
 def show(comparison: Comparison) -> None:
     """Compare, print the table, and write it as summary.json."""
-    rows = compare(comparison)
+    with processes.distributed(comparison.experiment.processes):
+        rows = compare(comparison)
     if not rows:
         return
-    folder.write(comparison.workdir / "summary.json", rows)
+    folder = comparison.experiment.workdir
+    workdir.write(folder / "summary.json", rows)
     table(
-        "One architecture; energy in nJ an image: what is real-valued costs MACs",
+        "One architecture; energy in nJ per image: real-valued inputs cost MACs",
         ["network", "accuracy", "spikes", "ACs", "MACs", "energy", "dense"],
         [
             [
@@ -103,8 +127,8 @@ def show(comparison: Comparison) -> None:
             for row in rows
         ],
     )
-    print(f"Written: {comparison.workdir}/summary.json")
+    print(f"Written: {folder}/summary.json")
 
 
 if __name__ == "__main__":
-    reported(show, parse(DEFAULT, __doc__))
+    run_cli(show, parse(DEFAULT, __doc__))

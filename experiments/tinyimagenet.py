@@ -3,23 +3,28 @@
     python -m experiments.tinyimagenet --workdir runs/tiny --data-dir DIR
 
 DIR holds tiny-imagenet-200.zip as it is distributed. The recipe is that of General SNN
-on CIFAR, as far as it is known; what its authors did on this set is not. It has not
+on CIFAR, as far as it is known; its authors' recipe for this set is not. It has not
 been run to its end yet; docs/results.md has ten classes, six epochs and a quarter of
 the width.
 """
 
 from pathlib import Path
 
-from spikejax.experiment import Experiment, main
-from spikejax.experiment.cli import parse, reported
+from spikejax.experiment import (
+    Experiment,
+    GeneralOptions,
+    Images,
+    SingleOptions,
+    main,
+)
+from spikejax.experiment.cli import parse, run_cli
 from spikejax.train import TrainConfig
 
 DEFAULT = Experiment(
     workdir=Path("runs/tinyimagenet"),
-    data="tiny_imagenet",
-    model="general-cnn",
-    neuron="lif",
-    augment="crop-flip",
+    inputs=Images("tiny_imagenet", augment="crop-flip"),
+    network=GeneralOptions("general-cnn"),
+    activation=SingleOptions("lif"),
     label_smoothing=0.1,
     train=TrainConfig(
         epochs=300.0,
@@ -32,4 +37,4 @@ DEFAULT = Experiment(
 )
 
 if __name__ == "__main__":
-    reported(main, parse(DEFAULT, __doc__))
+    run_cli(main, parse(DEFAULT, __doc__))

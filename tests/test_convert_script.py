@@ -6,21 +6,13 @@ import json
 import pytest
 
 from experiments import convert as script
-from spikejax.train import TrainConfig
-
-TRAIN = TrainConfig(steps=2, batch_size=16)
+from spikejax.experiment.cli import override
 
 
 def test_the_script_leaves_a_summary_and_a_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script, "SAMPLE", 32)
-    flags = dataclasses.replace(
-        script.DEFAULT,
-        workdir=tmp_path,
-        bits=3,
-        max_steps=2,
-        test_images=100,
-        train=TRAIN,
-    )
+    changes = {"workdir": tmp_path, "bits": 3, "max_steps": 2, "test_images": 100}
+    flags = override(script.DEFAULT, changes | {"steps": 2, "batch_size": 16})
     script.main(flags)
     (row,) = json.loads((tmp_path / "summary.json").read_text())
     assert row["name"] == "3 bits, noise 1" and row["bits"] == 3
@@ -38,10 +30,10 @@ def test_the_script_leaves_a_summary_and_a_picture(tmp_path, capsys, monkeypatch
     script.main(flags)
     assert json.loads((tmp_path / "summary.json").read_text()) == [row]
     assert "step 1/" not in capsys.readouterr().out
-    later = dataclasses.replace(
-        flags, workdir=tmp_path / "later", relu=tmp_path / "relu", data="fake"
-    )
-    script.main(later)
+    changes = {"workdir": tmp_path / "later", "relu": tmp_path / "relu"}
+    with pytest.raises(ValueError, match="data: expected digits, as in .*, got fake"):
+        script.main(override(flags, changes | {"data": "fake"}))
+    script.main(override(flags, changes))
     (again,) = json.loads((tmp_path / "later" / "summary.json").read_text())
     assert again == row
     assert not (tmp_path / "later" / "relu").exists()

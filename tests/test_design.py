@@ -22,13 +22,12 @@ STOREYS = {
     "models": NEURON | {"nn"},
     "data": set(),
     "train": NEURON | {"nn"},
-    "cache": {"train"},
     "conversion": NEURON | {"nn", "trace"},
     "nir": NEURON | {"nn", "trace"},
     "plot": NEURON | {"nn", "energy"},
     "tpu": {"train"},
     "experiment": NEURON
-    | {"", "nn", "models", "data", "train", "conversion", "energy", "cache"},
+    | {"", "nn", "models", "data", "train", "conversion", "energy"},
 }
 
 # Packages that only extras install -> the rooms that may need them to be imported.

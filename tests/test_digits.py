@@ -7,7 +7,6 @@ import pytest
 from test_flags import command
 
 from experiments import digits
-from spikejax.experiment import Experiment
 from spikejax.experiment import config as experiment
 
 RESULT = {"seconds": 12.4, "spikes_per_image": 2345.6, "energy_nj": 1234.5}
@@ -45,9 +44,10 @@ def test_the_demo_compares_five_networks(trained, tmp_path, monkeypatch, capsys)
     folders = ["lif-t1", "mt-parallel-t1", "mt-cascade-t1", "lif-t4", "relu-t1"]
     assert [flags.workdir for flags in trained] == [tmp_path / f for f in folders]
     for flags, row in zip(trained, rows, strict=True):
-        assert (flags.neuron, flags.time_steps) == (row["neuron"], row["time_steps"])
-        assert flags.train.seed == 5 and flags.num_thresholds == 3
-        assert type(flags) is Experiment
+        activation, steps = flags.activation, flags.time_steps
+        assert (activation.neuron, steps) == (row["neuron"], row["time_steps"])
+        assert getattr(activation, "num_thresholds", 1) == row["num_thresholds"]
+        assert flags.train.seed == 5
     out = capsys.readouterr().out
     for name, row in zip(digits.NETWORKS, rows, strict=True):
         assert re.search(rf"{re.escape(name)} .*{row['accuracy']:.2%}", out)
@@ -56,13 +56,19 @@ def test_the_demo_compares_five_networks(trained, tmp_path, monkeypatch, capsys)
 def test_with_a_neuron_the_demo_trains_that_one(trained, tmp_path, monkeypatch, capsys):
     command(monkeypatch, "--workdir", tmp_path, "--neuron", "mt-cascade")
     (flags,) = trained
-    assert flags.neuron == "mt-cascade" and flags.workdir == tmp_path
+    assert flags.activation.neuron == "mt-cascade" and flags.workdir == tmp_path
     assert not (tmp_path / "summary.json").exists()
     assert "accuracy 12.50%" in capsys.readouterr().out
 
 
+def test_the_networks_of_the_demo_have_their_own_time_steps(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "--workdir", tmp_path, "--time-steps", 2)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_demo_that_was_stopped_writes_no_summary(tmp_path, monkeypatch):
     (tmp_path / "left").mkdir()
-    monkeypatch.setattr(digits, "run", lambda flags: None)
+    monkeypatch.setattr(digits, "run", lambda *_: None)
     command(monkeypatch, "--workdir", tmp_path)
     assert not (tmp_path / "summary.json").exists()

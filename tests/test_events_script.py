@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import dvs_cifar10 as script
-from spikejax.train import TrainConfig
+from spikejax.experiment.cli import override
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +39,21 @@ def flags(folder, workdir, **changes):
         "window_ms": 8.0,
         "drop": 0.2,
         "noise": 0.01,
-        "train": TrainConfig(steps=2, batch_size=8),
+        "steps": 2,
+        "batch_size": 8,
+        "workdir": workdir,
     }
-    return dataclasses.replace(script.DEFAULT, workdir=workdir, **options | changes)
+    made = override(script.DEFAULT, options | changes)
+    return dataclasses.replace(made, inputs=dataclasses.replace(made.inputs))
 
 
-def test_it_trains_reports_by_class_and_streams(folder, tmp_path, capsys):
-    chosen = flags(folder, tmp_path / "run")
+def test_it_trains_reports_by_class_and_streams(folder, tmp_path, capsys, monkeypatch):
+    chosen, opened, load = flags(folder, tmp_path / "run"), [], script.load_events
+    monkeypatch.setattr(
+        script, "load_events", lambda *a, **more: opened.append(a) or load(*a, **more)
+    )
     script.main(chosen)
+    assert len(opened) == 1
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["split"] == "the last fifth of each recording"
     assert result["sensor"] == [16, 16]
@@ -56,8 +63,7 @@ def test_it_trains_reports_by_class_and_streams(folder, tmp_path, capsys):
     assert "test split: the last fifth" in capsys.readouterr().out
 
     # The same command with a recording goes on from what is there.
-    stream = dataclasses.replace(chosen, stream=folder / "right.npz")
-    script.main(stream)
+    script.main(override(chosen, {"stream": folder / "right.npz"}))
     said = capsys.readouterr().out
     assert "step 1/" not in said and "latency: median" in said
     lines = (tmp_path / "run/stream.jsonl").read_text().splitlines()
@@ -72,18 +78,16 @@ def test_a_stream_that_is_too_short_is_refused(folder, tmp_path):
     chosen = flags(folder, tmp_path)
     short = tmp_path / "short.npz"
     np.savez(short, x=[1, 2], y=[1, 2], t=[5, 99], p=[0, 1])
-    event_set = script.load(chosen)
+    event_set = script.load(chosen.inputs, chosen.time_steps)
     with pytest.raises(ValueError, match="at least 4000 us, got .*short.npz of 94 us"):
-        script.read_stream(chosen, short, event_set)
+        script.read_stream(short, 4000, event_set)
     np.savez(short, x=[1, 2], y=[1, 2], t=[5, 9999], p=[0, 1], height=8, width=8)
     message = r"of a camera \(16, 16\), as in training, got .*short.npz of \(8, 8\)"
     with pytest.raises(ValueError, match=message):  # before it trains
-        script.main(dataclasses.replace(chosen, stream=short))
+        script.main(override(chosen, {"stream": short}))
 
 
 def test_a_stream_needs_frames_of_a_duration(folder, tmp_path):
-    with pytest.raises(ValueError, match="image_size: .* have --side, got 64"):
-        flags(folder, tmp_path, image_size=64)
     with pytest.raises(ValueError, match="of --frames duration, .* got number"):
         flags(folder, tmp_path, frames="number", stream=folder / "left.npz")
 
@@ -96,8 +100,9 @@ def test_only_counts_are_thinned(folder, tmp_path, frames):
 
 
 def test_flags_become_augmentations(folder, tmp_path):
-    def steps(**changes):
-        augment = script.make_augment(flags(folder, tmp_path, **changes))
+    def steps(side=8, **changes):
+        chosen = flags(folder, tmp_path, **changes)
+        augment = script.make_augment(chosen.inputs, (side, side, 2))
         images = np.zeros((4, 2, 8, 8, 2), np.uint8)
         images[:, :, 4, 2] = 9
         if augment is None:

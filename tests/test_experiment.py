@@ -14,8 +14,15 @@ import pytest
 from test_flags import command
 
 from spikejax.data import images
-from spikejax.experiment import Experiment
+from spikejax.experiment import (
+    Experiment,
+    Images,
+    MultiThresholdOptions,
+    ResNetOptions,
+    SingleOptions,
+)
 from spikejax.experiment import config as experiment
+from spikejax.experiment.cli import flatten, override
 from spikejax.train import TrainConfig
 
 SHORT = TrainConfig(steps=3, batch_size=64, evaluate_every=100)
@@ -41,7 +48,11 @@ RESULT = {
 def fake(tmp_path_factory):
     """(folder, result) of a short run on made-up images."""
     folder = tmp_path_factory.mktemp("fake") / "runs" / "one"
-    return folder, experiment.run(Experiment(folder, data="fake", train=SHORT))
+    return folder, run(Experiment(folder, Images("fake"), train=SHORT))
+
+
+def run(flags):
+    return experiment.run(flags, *experiment.open_images(flags))
 
 
 # What a run leaves
@@ -49,9 +60,8 @@ def fake(tmp_path_factory):
 
 def test_config_json_says_what_ran(fake):
     config = json.loads((fake[0] / "config.json").read_text())
-    fields = {f.name for f in dataclasses.fields(Experiment)}
-    fields |= {f.name for f in dataclasses.fields(TrainConfig)}
-    assert set(config) == fields - {"train", *experiment.PLACES}
+    flags = flatten(Experiment(fake[0]))
+    assert set(config) == set(flags) - {*experiment.NOT_IDENTITY}
     assert config["data"] == "fake" and config["neuron"] == "mt-parallel"
     assert config["steps"] == 3 and config["num_thresholds"] == 4
 
@@ -76,13 +86,13 @@ def test_result_json_is_complete(fake):
         assert result[name] > 0, name
     assert result["ann_energy_nj"] > result["energy_nj"]
     assert {"spikejax", "jax", "flax"} <= set(result["versions"])
-    # 3x3 convolutions 3-16-32-32, norms, leaks, 32 to 10 classes
-    assert result["parameters"] == 9 * (48 + 512 + 1024) + 2 * 80 + 3 + 330
+    # 3x3 convolutions 3-16-32-32, norms, 32 to 10 classes
+    assert result["parameters"] == 9 * (48 + 512 + 1024) + 2 * 80 + 330
 
 
 def test_the_same_run_again_gives_the_same_result(fake):
     folder, before = fake
-    after = experiment.run(Experiment(folder, data="fake", train=SHORT))
+    after = run(Experiment(folder, Images("fake"), train=SHORT))
     assert after == {name: before[name] for name in RESULT}
 
 
@@ -92,7 +102,7 @@ def test_a_run_ends_with_one_line_of_result(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment, "run", lambda *_: result)
     experiment.main(Experiment(tmp_path))
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "accuracy 98.76%, 12 s, 2,346 spikes and 1,234 nJ an image"
+    assert last == "accuracy 98.76%, 12 s, 2,346 spikes and 1,234 nJ per image"
 
 
 # SIGTERM
@@ -123,7 +133,7 @@ def test_sigterm_saves_and_leaves_with_exit_code_0(tmp_path, monkeypatch, capsys
         patch.setattr(images, "train_batches", sent_at(2))
         command(patch, *flags)
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "Stopped at step 2, saved. The same command goes on from there."
+    assert last == "Stopped and saved at step 2. Rerun the same command to resume."
     assert signal.getsignal(signal.SIGTERM) is before
     assert (tmp_path / "config.json").exists()
     assert not (tmp_path / "result.json").exists()
@@ -138,13 +148,14 @@ def test_sigterm_saves_and_leaves_with_exit_code_0(tmp_path, monkeypatch, capsys
     ("flags", "match"),
     [
         ({"time_steps": 0}, r"time_steps: expected at least 1, got 0\.$"),
-        ({"num_thresholds": 0}, r"num_thresholds: expected at least 1, got 0\.$"),
-        ({"augment": "inception"}, r"image_size: expected a number .*, got none"),
         ({"label_smoothing": 1.0}, r"label_smoothing: .* 0 <= p < 1, got 1.0\.$"),
         (
-            {"neuron": "relu", "time_steps": 4},
+            {"activation": SingleOptions("relu"), "time_steps": 4},
             r"time_steps: expected 1 for --neuron relu, .*, got 4\.$",
         ),
+        ({"loss": "tett"}, "loss: expected one of rate, tet, got 'tett'"),
+        ({"network": ResNetOptions("resnet")}, "model: expected one of resnet18, .*"),
+        ({"activation": SingleOptions("lfi")}, "neuron: expected one of lif, .*"),
     ],
 )
 def test_settings_out_of_range_are_refused(flags, match):
@@ -153,24 +164,39 @@ def test_settings_out_of_range_are_refused(flags, match):
 
 
 @pytest.mark.parametrize(
+    ("options", "flags", "match"),
+    [
+        (
+            MultiThresholdOptions,
+            {"num_thresholds": 0},
+            r"expected at least 1, got 0\.$",
+        ),
+        (Images, {"augment": "inception"}, r"image_size: expected a number .*, got no"),
+        (Images, {"augment": "flip"}, r"augment: expected one of none, .*, got 'flip'"),
+        (ResNetOptions, {"width": 0.0}, r"width: expected more than 0, got 0\.0\.$"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, flags, match):
+    with pytest.raises(ValueError, match=match):
+        options(**flags)
+
+
+@pytest.mark.parametrize(
     ("flags", "match"),
     [
-        ({"model": "vgg"}, r"^model: expected one of convnet, .*got 'vgg'\.$"),
         ({"data": "mnist"}, r"^mnist: .*Run: python -m experiments.prepare mnist --da"),
-        ({"train": TrainConfig(seed=-1)}, "expected non-negative integer"),
-        (
-            {"train": TrainConfig(batch_size=1600)},
-            "at least 1600 ex.*, got .* 1600",
-        ),
-        ({"train": TrainConfig(batch_size=9)}, r"multiple of the 8 device.*Take 8\.$"),
+        ({"seed": -1}, "expected non-negative integer"),
+        ({"batch_size": 1600}, "at least 1600 ex.*, got .* 1600"),
+        ({"batch_size": 9}, r"multiple of the 8 device.*Take 8\.$"),
     ],
 )
 def test_a_run_that_cannot_be_leaves_no_folder(flags, match, tmp_path):
     if "8 device" in match and jax.device_count() != 8:
         pytest.skip("other devices may share it")
     workdir = tmp_path / "new"
+    flags = override(Experiment(workdir), flags | {"data_dir": tmp_path})
     with pytest.raises(ValueError, match=match):
-        experiment.run(Experiment(workdir, data_dir=tmp_path, **flags))
+        run(flags)
     assert not workdir.exists()
 
 
@@ -179,8 +205,42 @@ def test_a_folder_of_a_run_with_another_seed(fake):
     before = (folder / "config.json").read_text()
     train = dataclasses.replace(SHORT, seed=1)
     with pytest.raises(ValueError, match="another: seed was 0 and is 1"):
-        experiment.run(Experiment(folder, data="fake", train=train))
+        run(Experiment(folder, Images("fake"), train=train))
     assert (folder / "config.json").read_text() == before
+
+
+def test_a_new_flag_has_its_default_in_folders_of_before(fake):
+    config = json.loads((fake[0] / "config.json").read_text())
+    for name in ("augment", "pool", "num_thresholds", "label_smoothing", "ema"):
+        del config[name]
+    folder = fake[0].parent / "old"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    flags = Experiment(folder, Images("fake"), train=SHORT)
+    settings = experiment.identity(flags)
+    experiment.workdir.check(folder, settings, experiment.defaults(flags))
+    other = experiment.identity(override(flags, {"pool": "avg"}))
+    with pytest.raises(ValueError, match="pool was 'max' and is 'avg'"):
+        experiment.workdir.check(folder, other, experiment.defaults(flags))
+
+
+def test_a_folder_is_read_as_its_experiment(tmp_path):
+    flags = Experiment(
+        tmp_path,
+        Images("fake", image_size=16),
+        ResNetOptions("resnet20", width=0.5),
+        SingleOptions("lif"),
+        time_steps=2,
+        train=SHORT,
+    )
+    saved = experiment.identity(flags)
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert experiment.read(str(tmp_path)) == flags
+    inputs = dataclasses.replace(flags.inputs, data_dir=Path("x"))
+    other = dataclasses.replace(flags, inputs=inputs)
+    assert experiment.read(tmp_path, data_dir=Path("x")) == other
+    with pytest.raises(ValueError, match="folder with the config.json of a run, got"):
+        experiment.read(tmp_path / "none")
 
 
 # From flags to parts
@@ -201,7 +261,7 @@ def test_the_loss_is_that_of_the_flags():
     labels = jnp.arange(4)
 
     def value(**flags):
-        loss = experiment.make_loss(Experiment(Path("x"), **flags))
+        loss = experiment.make_loss(Experiment(Path("x"), time_steps=3, **flags))
         return np.asarray(loss(logits, labels))
 
     assert value().shape == (4,)
@@ -211,12 +271,11 @@ def test_the_loss_is_that_of_the_flags():
 
 @pytest.mark.parametrize("name", ["crop-flip", "autoaugment"])
 def test_augmentation_keeps_shape_and_type(name):
-    flags = Experiment(Path("x"), augment=name)
     raw = images.load("fake").train.images[:4]
-    made = experiment.make_augment(flags)(raw, np.random.default_rng(0))
+    made = experiment.make_augment(Images(augment=name))(raw, np.random.default_rng(0))
     assert made.shape == raw.shape and made.dtype == np.uint8
     assert not np.array_equal(made, raw)
 
 
 def test_no_augmentation_is_none():
-    assert experiment.make_augment(Experiment(Path("x"))) is None
+    assert experiment.make_augment(Images()) is None

@@ -1,171 +1,263 @@
-"""The command line: every flag explained, and one line for what is wrong."""
+"""Every flag of every script changes the run, network or data, or is refused."""
 
-import ast
+import contextlib
 import dataclasses
-import inspect
-import io
-import os
+import functools
 import re
-import signal
-import subprocess
-import sys
-from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
+from test_cli import command
 
-from experiments import cifar10, digits
-from spikejax.data import images
-from spikejax.experiment import Experiment
-from spikejax.experiment.cli import parse, reported
-from spikejax.train import TrainConfig
-from spikejax.train.processes import Processes
+from experiments import (
+    cifar10,
+    convert,
+    digits,
+    dvs_cifar10,
+    general,
+    imagenet,
+)
+from spikejax.data import events, images
+from spikejax.experiment import build, config
+from spikejax.experiment.cli import flag_name, flatten
+from spikejax.train import TrainConfig, processes
 
-ROOT = Path(__file__).resolve().parents[1]
+# Other values of each flag, of which the first that is not the script's default is
+# taken, and the flags without which it has no meaning.
+TURNED = {
+    "--workdir": "other",
+    "--data": "digits",
+    "--data-dir": "elsewhere",
+    "--image-size": "16",
+    "--augment": "none|crop-flip",
+    "--model": "convnet|vgg11",
+    "--residual": "sew --model resnet20",
+    "--width": "0.5 --model resnet20",
+    "--remat": "blocks --model resnet20",
+    "--dtype": "bfloat16|float32 --model resnet20",
+    "--pool": "avg|max --model convnet",
+    "--binarise": "straight-through --model general-cnn --neuron lif",
+    "--neuron": "plif",
+    "--num-thresholds": "3 --neuron mt-cascade",
+    "--time-steps": "3 --neuron lif",
+    "--loss": "tet|rate --neuron lif --time-steps 2",
+    "--label-smoothing": "0.3",
+    "--workers": "2",
+    "--fsdp": "2",
+    "--profile": "",
+    "--coordinator-address": "h:1 --num-processes 2 --process-id 0",
+    "--num-processes": "3 --coordinator-address h:1 --process-id 0",
+    "--process-id": "1 --coordinator-address h:1 --num-processes 2",
+    "--heartbeat": "7",
+    "--epochs": "3",
+    "--steps": "7",
+    "--batch-size": "32",
+    "--seed": "5",
+    "--optimizer": "adamw|sgd",
+    "--learning-rate": "0.7",
+    "--learning-rate-batch": "64",
+    "--warmup": "0.4",
+    "--weight-decay": "0.3",
+    "--clip": "2",
+    "--ema": "0.9",
+    "--norm-groups": "2 --model convnet",
+    "--evaluate-every": "2",
+    "--save-every": "9",
+    # Of single scripts
+    "--network": "relu",
+    "--drop": "0.5",
+    "--noise": "0.5",
+    "--frames": "voxel",
+    "--side": "5",
+    "--window-ms": "20",
+    "--stream": "RECORDINGS/left.npz --frames duration",
+    "--relu": "elsewhere",
+    "--bits": "3",
+    "--quant-epochs": "3",
+    "--quant-learning-rate": "0.5",
+    "--sweep": "",
+}
+ALWAYS = {  # cifar100 and tinyimagenet are cifar10 with other defaults
+    script: "--data fake --batch-size 16"
+    for script in (cifar10, convert, digits, general, imagenet)
+} | {dvs_cifar10: "--data RECORDINGS --batch-size 16 --side 8 --time-steps 2"}
+# They choose what is evaluated of a trained network: test_convert_script.py.
+EVALUATION = {"--max-steps", "--test-images"}
 
 
-def command(monkeypatch, *flags, script=digits, main=digits.demo):
-    """What `python -m experiments.NAME FLAGS` does, in this process."""
-    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
-    reported(main, parse(script.DEFAULT, script.__doc__))
+def flags_of(script):
+    """{flag: default} of a script and of the networks and neurons that it may take."""
+    found = {flag_name(n): v for n, v in flatten(script.DEFAULT).items()}
+    for kind in get_args(build.NetworkOptions) + get_args(build.ActivationOptions):
+        found = {flag_name(n): v for n, v in flatten(kind()).items()} | found
+    return {flag: v for flag, v in found.items() if flag not in EVALUATION}
+
+
+# Groups that arrive as a whole; one flag of each will do in all scripts but one.
+WHOLE = set(map(flag_name, (*flatten(TrainConfig()), *flatten(processes.Processes()))))
+WHOLE -= {"--seed", "--heartbeat"}
+CASES = [
+    (script, flag)
+    for script in ALWAYS
+    for flag in flags_of(script)
+    if script is cifar10 or flag not in WHOLE
+]
+
+
+load = functools.cache(images.load)
+BEFORE = {}  # (script, what a flag needs) -> effect without the flag
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    """A folder of two recordings, which are cut into samples."""
+    path, rng = tmp_path_factory.mktemp("recordings"), np.random.default_rng(0)
+    for name in ("left", "right"):
+        x, y, p = (rng.integers(0, n, 400) for n in (16, 16, 2))
+        t = np.linspace(0, 1_000_000, 400).astype(int)
+        np.savez(path / f"{name}.npz", x=x, y=y, t=t, p=p, width=16, height=16)
+    return path
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys, tmp_path):
-    """Runs a command that must end in exit code 1 and one line that matches."""
+def effect(monkeypatch, recordings, tmp_path, capsys):
+    """(script, words) -> all that reaches training, or the error's line."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(recordings))
+    monkeypatch.chdir(tmp_path)
+    found = []
 
-    def run(match, *flags, neuron="mt-parallel", workdir=tmp_path / "new"):
-        flags = ["--neuron", neuron, "--batch-size", 48, *flags]
-        flags += ["--workdir", workdir]
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            command(monkeypatch, *flags)
-        assert exit.value.code == 1
-        err = capsys.readouterr().err
-        assert err.count("\n") == 1 and "Traceback" not in err
-        assert re.search(match, err), err
-        assert not (tmp_path / "new").exists()
+    def fit(recipe, model, loss, train_data, eval_data, *, encode, mesh, **more):
+        batch, held_out = next(train_data), next(iter(eval_data))
+        logits = jax.random.normal(jax.random.key(0), (4, 2, 10))
+        found.extend((recipe, model, np.asarray(loss(logits, np.arange(4))).tolist()))
+        found.extend(a[0].tobytes() for a in (batch["image"], held_out["image"]))
+        found.extend((jax.eval_shape(encode, batch["image"], None), mesh.shape, more))
+        metrics = dict.fromkeys(("accuracy", "seconds", "steps"), 1.0)
+        return SimpleNamespace(model=None, metrics=metrics, finished=True)
+
+    def load_images(name, data_dir=None):
+        found.append(data_dir)
+        return load(name)
+
+    def train_batches(*args, workers, **options):
+        found.append(workers)
+        return original(*args, workers=0, **options)
+
+    @contextlib.contextmanager
+    def distributed(flags):
+        found.append(flags)
+        yield
+
+    def load_events(name, framing, data_dir, **cache):
+        found.append(data_dir)
+        return events.load(name, framing, None, **cache)
+
+    original = images.train_batches
+    row = {"name": "", "ann_accuracy": 1.0, "accuracy": [1.0]}
+    row["early_exit"] = {"accuracy": 1.0, "mean_steps": 1.0}
+    figures = ("accuracy", "seconds", "spikes_per_image", "energy_nj", "mac_nj")
+    result = dict.fromkeys((*figures, "ann_energy_nj"), 1.0)
+    for owner, name, new in (
+        (config, "fit", fit),
+        (config, "report", lambda *_: result),
+        (config, "build_model", lambda *options, **more: (options, more)),
+        (images, "load", load_images),
+        (images, "train_batches", train_batches),
+        (processes, "distributed", distributed),
+        (dvs_cifar10, "load_events", load_events),
+        (dvs_cifar10, "by_class", lambda *_: {}),
+        (dvs_cifar10, "report", lambda *_, **more: result),
+        (dvs_cifar10, "run_stream", lambda *_: found.append("streamed")),
+        (convert, "calibrate", lambda *_, **more: SimpleNamespace(model=None)),
+        (convert.Conversions, "row", lambda self, *args: found.append(args) or row),
+        (convert, "figure", lambda _: SimpleNamespace(savefig=lambda *_, **more: None)),
+        (digits, "show", lambda *_: None),
+        (general, "table", lambda *_: None),
+    ):
+        monkeypatch.setattr(owner, name, new)
+
+    def run(script, words):
+        found.clear()
+        words = words.replace("RECORDINGS", str(recordings)).split()
+        try:
+            command(monkeypatch, *words, script=script)
+        except SystemExit:
+            return "error: " + capsys.readouterr().err
+        return re.sub(" at 0x[0-9a-f]+", "", repr(found))
 
     return run
 
 
 @pytest.mark.parametrize(
-    ("flag", "meant"),
-    [
-        ("--learning-rat", "--learning-rate"),
-        ("--num-threshold", "--num-thresholds"),
-        ("--timesteps", "--time-steps"),
-        ("--batch", "--batch-size"),
-    ],
+    ("script", "flag"), CASES, ids=[f"{s.__name__[12:]}{f}" for s, f in CASES]
 )
-def test_an_unknown_flag_is_told_from_the_one_meant(refused, flag, meant):
-    refused(rf"^flags: .*, got {flag}\. Did you mean {meant}\?$", flag, 4)
-    refused(rf"^flags: .*, got {flag}=4\. Did you mean {meant}\?$", f"{flag}=4")
+def test_no_flag_is_silent(effect, script, flag):
+    values, _, needed = TURNED[flag].partition(" ")
+    default = str(flags_of(script)[flag])
+    value = next((v for v in values.split("|") if v != default), values)
+    if (script, needed) not in BEFORE:
+        BEFORE[script, needed] = effect(script, f"{ALWAYS[script]} {needed}")
+    before = BEFORE[script, needed]
+    if before.startswith("error"):  # the script does not take what the flag needs
+        needed, before = "", BEFORE.get((script, ""), "")
+    assert not before.startswith("error"), before
+    after = effect(script, f"{ALWAYS[script]} {needed} {flag} {value}")
+    assert after != before and after.count("\n") <= 1, (flag, value)
 
 
-@pytest.mark.parametrize("flag", ["--zzzzz", "surplus"])
-def test_a_flag_like_no_other_points_at_help(refused, flag):
-    refused(rf"got {flag}\. --help lists them\.$", flag)
+def layout(network, activation, **more):
+    """The modules of a network with their settings, and the shapes of its arrays."""
+    factory = build.neuron_factory(activation, network)
+    parts = {"num_classes": 10, "in_channels": 3, "neuron": factory}
+    model = nnx.eval_shape(lambda: network.build(True, **parts, rngs=nnx.Rngs(0)))
+    rows = [jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(model)))]
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Module):
+            kept = {k: getattr(v, "__name__", v) for k, v in vars(node).items()}
+            kinds = str | int | float | tuple | np.dtype
+            rows.append((path, {k: v for k, v in kept.items() if isinstance(v, kinds)}))
+    return re.sub(" at 0x[0-9a-f]+", "", repr(rows))
 
 
-@pytest.mark.parametrize(
-    ("flags", "match"),
-    [
-        (["--steps", "many"], r"^flags: .*--steps.*'many'"),
-        (["--neuron", "lfi"], r"^flags: .*'lfi' for argument '--neuron'.*'lif'"),
-        (["--steps"], r"^flags: .*Missing value for argument '--steps'"),
-        (["--time-steps", "0"], r"time_steps: expected at least 1, got 0\.$"),
-        (["--learning-rate", "-1"], r"learning_rate: .* more than 0, got -1.0\.$"),
-        (["--data", "cifar1O"], r"^data: .*got 'cifar1O'\. Did you mean cifar10"),
-    ],
-)
-def test_bad_input_is_one_line(refused, flags, match):
-    refused(match, *flags)
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # of frames around errors
-def test_a_narrow_terminal_gets_one_line_too(refused, monkeypatch, encoding):
-    monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
-    refused(r"^flags: [^─╭|]*--steps: .*'many'[^─╭|]*$", "--steps", "many")
-    refused(r"^flags: .*--neuron.*mt-parallel.*\)\.$", neuron="lfi")
-
-
-def test_a_file_in_the_place_of_the_folder(tmp_path, refused):
-    file = tmp_path / "file"
-    file.write_text("")
-    refused(rf"'{file}'", workdir=file)
-
-
-def test_the_shell_sees_exit_code_1_and_one_line(tmp_path):
-    child = subprocess.run(
-        [sys.executable, "-m", "experiments.cifar10", "--learning-rat", "1"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
+def options():
+    small = {"width": 0.1}
+    networks = (
+        build.ResNetOptions("resnet20", **small),
+        build.VGGOptions("convnet"),
+        build.GeneralOptions(**small),
     )
-    assert child.returncode == 1 and child.stdout == ""
-    lines = [x for x in child.stderr.splitlines() if "absl" not in x]  # old Grain's
-    assert len(lines) == 1 and lines[0].endswith("Did you mean --learning-rate?")
-
-
-def test_sigterm_before_training_leaves_with_exit_code_0(tmp_path, monkeypatch, capsys):
-    before = signal.getsignal(signal.SIGTERM)
-
-    def load(*_):
-        os.kill(os.getpid(), signal.SIGTERM)
-        pytest.fail("SIGTERM was not heard")
-
-    monkeypatch.setattr(images, "load", load)
-    with pytest.raises(SystemExit) as exit:
-        command(monkeypatch, "--workdir", tmp_path / "new", "--neuron", "lif")
-    assert exit.value.code == 0
-    assert "The same command goes on" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def documented(config):
-    """{field: its docstring} of a dataclass."""
-    (tree,) = ast.parse(inspect.getsource(config)).body
-    pairs = zip(tree.body, tree.body[1:], strict=False)
-    return {
-        field.target.id: text.value.value
-        for field, text in pairs
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    other = {
+        "model": "resnet18|vgg11|general-lstm",
+        "residual": "plain",
+        "width": 0.2,
+        "remat": "blocks",
+        "dtype": "bfloat16",
+        "pool": "avg",
+        "binarise": "straight-through",
     }
-
-
-@pytest.mark.parametrize("script", [digits, cifar10])
-def test_help_explains_every_flag(script, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as exit:
-        command(monkeypatch, "--help", script=script)
-    assert exit.value.code == 0
-    text = re.sub(r"[\s│]+", "", capsys.readouterr().out)
-    configs = (Experiment, TrainConfig, Processes)
-    lines = {name: line for c in configs for name, line in documented(c).items()}
-    if script is digits:
-        lines |= documented(digits.Digits)
-    fields = {f.name for c in configs for f in dataclasses.fields(c)}
-    assert set(lines) == fields
-    for name, line in lines.items():
-        assert re.sub(r"\s+", "", line) in text, name
-        if name not in ("train", "processes"):
-            assert f"--{name.replace('_', '-')}" in text
-    assert re.sub(r"\s+", "", script.__doc__.split("\n")[0]) in text
+    return [(n, f.name, other[f.name]) for n in networks for f in dataclasses.fields(n)]
 
 
 @pytest.mark.parametrize(
-    ("flags", "name", "value"),
-    [
-        (["--learning-rate", "0.3"], "learning_rate", 0.3),
-        (["--steps", "7"], "steps", 7),
-        (["--batch-size=16"], "batch_size", 16),
-    ],
+    ("network", "name", "value"), options(), ids=lambda v: getattr(v, "model", None)
 )
-def test_flags_of_the_recipe_need_no_prefix(monkeypatch, flags, name, value):
-    monkeypatch.setattr(sys, "argv", ["cifar10", *flags])
-    parsed = parse(cifar10.DEFAULT, None)
-    assert getattr(parsed.train, name) == value
-    rest = dataclasses.replace(parsed, train=cifar10.DEFAULT.train)
-    assert rest == cifar10.DEFAULT
+def test_every_option_changes_the_network(network, name, value):
+    lif = build.SingleOptions("lif")
+    if name == "model":
+        place = ("resnet", "vgg", "general")
+        kind = type(network).__name__.removesuffix("Options").lower()
+        value = value.split("|")[place.index(kind)]
+    other = dataclasses.replace(network, **{name: value})
+    assert layout(other, lif) != layout(network, lif) == layout(network, lif)
+
+
+def test_every_neuron_is_another():
+    options = [build.SingleOptions(name) for name in ("lif", "plif", "if", "relu")]
+    several = build.MultiThresholdOptions
+    options += [several(), several(num_thresholds=3), several("mt-cascade")]
+    made = {layout(build.VGGOptions(), option) for option in options}
+    assert len(made) == len(options)

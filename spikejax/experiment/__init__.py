@@ -1,31 +1,17 @@
-"""Experiments on images, from command line to result.json: what the scripts share."""
+"""Experiments, from command line to result.json: the parts that the scripts share."""
 
-from spikejax.experiment.config import (
-    Experiment,
-    Input,
-    NeuronName,
-    main,
-    make_augment,
-    make_crops,
-    make_encode,
-    make_loss,
-    read,
-    report,
-    run,
-    train,
-)
-
-__all__ = [
-    "Experiment",
-    "Input",
-    "NeuronName",
-    "main",
-    "make_augment",
-    "make_crops",
-    "make_encode",
-    "make_loss",
-    "read",
-    "report",
-    "run",
-    "train",
-]
+from spikejax.experiment.build import GeneralOptions as GeneralOptions
+from spikejax.experiment.build import MultiThresholdOptions as MultiThresholdOptions
+from spikejax.experiment.build import ResNetOptions as ResNetOptions
+from spikejax.experiment.build import SingleOptions as SingleOptions
+from spikejax.experiment.build import VGGOptions as VGGOptions
+from spikejax.experiment.config import Experiment as Experiment
+from spikejax.experiment.config import Images as Images
+from spikejax.experiment.config import Inputs as Inputs
+from spikejax.experiment.config import main as main
+from spikejax.experiment.config import make_encode as make_encode
+from spikejax.experiment.config import open_images as open_images
+from spikejax.experiment.config import read as read
+from spikejax.experiment.config import report as report
+from spikejax.experiment.config import run as run
+from spikejax.experiment.config import train as train

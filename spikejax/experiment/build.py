@@ -1,6 +1,11 @@
-"""From the flags of an experiment to its network."""
+"""Options of the networks and neurons that the scripts train, and how each is built.
+
+Each family has its own options, so a flag that a network does not use does not exist
+for it: see ``cli.parse``.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -11,83 +16,192 @@ from flax import nnx
 from spikejax import neurons
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold
 from spikejax.models import MODELS, resnet
-from spikejax.nn import cpu
-from spikejax.nn import windowed as mixer
+from spikejax.nn import cpu, windowed
 from spikejax.nn.norm import td_batch_norm
+from spikejax.train.recipe import check_settings
 
-NeuronName = Literal["lif", "plif", "if", "mt-parallel", "mt-cascade", "relu"]
+NeuronFactory = Callable[[], Callable[[jax.Array], jax.Array]]
 
 
-def spacing(experiment: Any) -> float:
-    """Threshold, or distance of thresholds, in standard deviations of the input.
+@dataclass(frozen=True)
+class ResNetOptions:
+    """A residual network (spikejax.models.resnet)."""
 
-    Our choice: one threshold at 1; N > 1 thresholds at 1/2 each.
+    model: Literal[
+        "resnet18",
+        "resnet19",
+        "resnet20",
+        "resnet18-imagenet",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "resnet152",
+    ] = "resnet20"
+    """Residual network; resnet18, 19 and 20 are those for CIFAR."""
+    residual: Literal["plain", "sew", "ms"] = "ms"
+    """Position of the neurons in a block: after, at both sides, or before the sum."""
+    width: float = 1.0
+    """Factor on the number of channels."""
+    remat: Literal["none", "blocks"] = "none"
+    """blocks recomputes each block for the gradient: less memory, a third more work."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; parameters, statistics and membranes are float32."""
+
+    def __post_init__(self):
+        check_settings(self, {"width": ("more than 0", lambda w: w > 0)})
+
+    def build(self, fast: bool, **parts: Any) -> nnx.Module:
+        """Return the network; see ``build_model``."""
+        residuals = {"plain": resnet.plain, "sew": resnet.sew, "ms": resnet.ms}
+        dtype = jnp.dtype(self.dtype)
+        return MODELS[self.model](
+            residual=residuals[self.residual],
+            width=self.width,
+            remat=self.remat == "blocks",
+            pool=cpu.max_pool if fast else nnx.max_pool,
+            norm=partial(cpu.td_batch_norm if fast else td_batch_norm, dtype=dtype),
+            dtype=dtype,
+            **parts,
+        )
+
+
+@dataclass(frozen=True)
+class VGGOptions:
+    """A network of convolutions in a row (spikejax.models.vgg)."""
+
+    model: Literal["convnet", "vgg11", "vgg16", "vggsnn", "plifnet", "eventnet"] = (
+        "convnet"
+    )
+    """Convolutions in a row; vggsnn, plifnet and eventnet are for event cameras."""
+    pool: Literal["max", "avg"] = "max"
+    """Pooling; the maximum of binary spikes is their OR."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; parameters, statistics and membranes are float32."""
+
+    def build(self, fast: bool, **parts: Any) -> nnx.Module:
+        """Return the network; see ``build_model``."""
+        max_pool = cpu.max_pool if fast else nnx.max_pool
+        dtype = jnp.dtype(self.dtype)
+        return MODELS[self.model](
+            pool=max_pool if self.pool == "max" else nnx.avg_pool,
+            norm=partial(cpu.td_batch_norm if fast else td_batch_norm, dtype=dtype),
+            dtype=dtype,
+            **parts,
+        )
+
+
+@dataclass(frozen=True)
+class GeneralOptions:
+    """A General SNN (spikejax.models.general), which is always float32."""
+
+    model: Literal["general-cnn", "general-lstm", "general-plain"] = "general-cnn"
+    """General SNN; general-plain is the same network without windows."""
+    width: float = 1.0
+    """Factor on the number of channels."""
+    binarise: Literal["bernoulli", "straight-through"] = "bernoulli"
+    """Conversion of the input of a spiking layer to spikes."""
+
+    def build(self, fast: bool, **parts: Any) -> nnx.Module:
+        """Return the network; see ``build_model``."""
+        binarise = getattr(windowed, self.binarise.replace("-", "_"))
+        return MODELS[self.model](width=self.width, binarise=binarise, **parts)
+
+
+@dataclass(frozen=True)
+class SingleOptions:
+    """Neurons with one threshold, or ReLU."""
+
+    neuron: Literal["lif", "plif", "if", "relu"] = "lif"
+    """Activation: lif with fixed tau, plif learns one tau per layer; if has no leak."""
+
+
+@dataclass(frozen=True)
+class MultiThresholdOptions:
+    """Neurons with several thresholds and a fixed tau."""
+
+    neuron: Literal["mt-parallel", "mt-cascade"] = "mt-parallel"
+    """Activation with several thresholds and, like lif, a fixed tau."""
+    num_thresholds: int = 4
+    """Number of thresholds; up to as many spikes per time step."""
+
+    def __post_init__(self):
+        check_settings(self, {"num_thresholds": ("at least 1", lambda n: n >= 1)})
+
+
+NetworkOptions = ResNetOptions | VGGOptions | GeneralOptions
+ActivationOptions = MultiThresholdOptions | SingleOptions
+
+
+def neuron_factory(
+    activation: ActivationOptions, network: NetworkOptions
+) -> NeuronFactory:
+    """Return the factory of the activation, as models take it.
+
+    Neurons have soft reset, which passes no gradient (``detach_reset``), and do not
+    scale their input by the leak. lif and mt-* keep tau at 2; plif learns it from
+    there. In a General SNN, tau, the threshold and the surrogate are its authors'.
     """
-    several = experiment.neuron.startswith("mt-") and experiment.num_thresholds > 1
-    return 0.5 if several else 1.0
-
-
-def neuron_factory(experiment: Any) -> Callable[[], Callable]:
-    """The activation that the flags name, as models take it.
-
-    Spiking neurons: soft reset, threshold 1, input not scaled by the leak, ATan. Those
-    of the general networks: threshold, leak and surrogate of their authors.
-    """
-    authors = experiment.model.startswith("general")
-    firing: dict[str, Any] = {"detach_reset": True} | (mixer.FIRING if authors else {})
-    options = firing | {"decay_input": False} | ({"tau": mixer.TAU} if authors else {})
-    several = partial(MultiThreshold, experiment.num_thresholds, **options)
+    # Normalised inputs have a standard deviation of 1. One threshold there is tdBN's
+    # choice; of several, 0.5, 1, 1.5 ... cover it. The latter was chosen on the digits.
+    several = isinstance(activation, MultiThresholdOptions)
+    options: dict[str, Any] = {"detach_reset": True, "v_threshold": 1.0}
+    if several and activation.num_thresholds > 1:
+        options["v_threshold"] = 0.5
+    tau: dict[str, Any] = {"decay_input": False}
+    if isinstance(network, GeneralOptions):
+        options |= windowed.FIRING
+        tau["tau"] = windowed.TAU
+    if several:
+        cells = {"mt-parallel": neurons.parallel, "mt-cascade": neurons.cascade}
+        cell = cells[activation.neuron]
+        return partial(
+            MultiThreshold, activation.num_thresholds, cell, **options, **tau
+        )
     return {
-        "lif": partial(LIF, **options),
-        "plif": partial(PLIF, **options),
-        "if": partial(IF, **firing),
-        "mt-parallel": partial(several, neurons.parallel, learn_tau=True),
-        "mt-cascade": partial(several, neurons.cascade, learn_tau=True),
+        "lif": partial(LIF, **options, **tau),
+        "plif": partial(PLIF, **options, **tau),
+        "if": partial(IF, **options),
         "relu": lambda: nnx.relu,
-    }[experiment.neuron]
+    }[activation.neuron]
 
 
 def build_model(
-    experiment: Any, image_set: Any, platform: str | None = None
+    network: NetworkOptions,
+    activation: ActivationOptions,
+    *,
+    num_classes: int,
+    in_channels: int,
+    seed: int,
+    platform: str | None = None,
 ) -> nnx.Module:
-    """The network that the flags name, with initial weights from the seed.
+    """Return the network of the options, with initial weights from the seed.
 
     Args:
-        experiment: an ``Experiment``; its model, neuron, dtype and so on.
-        image_set: with num_classes and shape.
-        platform: whose kernels the network takes; the default backend's by default.
+        network: options of the network.
+        activation: options of its neurons.
+        num_classes: logits.
+        in_channels: channels of the input.
+        seed: of the weights.
+        platform: backend for which it is built, by default the one in use. On a CPU,
+            networks take the kernels of ``nn.cpu``.
     """
-    if experiment.model not in MODELS:
-        raise ValueError(
-            f"model: expected one of {', '.join(MODELS)}, got {experiment.model!r}."
-        )
-    network, dtype = MODELS[experiment.model], jnp.dtype(experiment.dtype)
     fast = (platform or jax.default_backend()) == "cpu"
-    norm = cpu.td_batch_norm if fast else td_batch_norm
-    norm = partial(norm, v_threshold=1 / spacing(experiment), dtype=dtype)
-    max_pool = cpu.max_pool if fast else nnx.max_pool
-    if experiment.model.startswith("resnet"):
-        residuals = {"plain": resnet.plain, "sew": resnet.sew, "ms": resnet.ms}
-        options = {"norm": norm, "residual": residuals[experiment.residual]}
-        options |= {"dtype": dtype, "remat": experiment.remat == "blocks"}
-        options |= {"pool": max_pool, "width": experiment.width}
-    elif experiment.model.startswith("general"):
-        binarise = getattr(mixer, experiment.binarise.replace("-", "_"))
-        options = {"width": experiment.width, "binarise": binarise}
-    else:
-        pools = {"max": max_pool, "avg": nnx.avg_pool}
-        options = {"norm": norm, "pool": pools[experiment.pool], "dtype": dtype}
 
-    def make():
-        return network(
-            num_classes=image_set.num_classes,
-            neuron=neuron_factory(experiment),
-            in_channels=image_set.shape[-1],
-            rngs=nnx.Rngs(experiment.train.seed),
+    def make() -> nnx.Module:
+        return network.build(
+            fast,
             conv=cpu.Conv if fast else nnx.Conv,
-            **options,
+            num_classes=num_classes,
+            in_channels=in_channels,
+            neuron=neuron_factory(activation, network),
+            rngs=nnx.Rngs(seed),
         )
 
+    return _initialise(make)
+
+
+def _initialise(make: Callable[[], nnx.Module]) -> nnx.Module:
+    # Compiled as a whole: layer by layer, each initialiser would be dispatched alone.
     graphdef, _ = nnx.split(nnx.eval_shape(make))
     weights = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make())))()
     return nnx.merge(graphdef, weights)

@@ -1,73 +1,165 @@
-"""The command line: flags over a dataclass, and one line where they are wrong."""
+"""The command line: flags over a dataclass, one line for an error, and the cache."""
 
+import argparse
 import contextlib
+import copy
 import dataclasses
 import difflib
 import io
 import itertools
+import os
+import platform
 import re
 import signal
 import sys
-from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, cast, get_args, get_type_hints
 
-import tyro
+import jax
 
 T = TypeVar("T")
 
 
-def parse(default: T, description: str | None) -> T:
-    """Flags of the command line over ``default``, a dataclass of typed fields.
+def parse(default: T, description: str | None, *options: Any) -> T:
+    """Return ``default``, a dataclass of typed fields, with the flags of the command.
 
-    Leaves with exit code 1 and one line on stderr where a flag or its value is wrong.
+    Fields of dataclasses inside it are flags too. A field whose type is a union of
+    dataclasses holds one of several groups of options; the value of the group's first
+    flag, such as --model, selects the group, and only its flags exist.
+
+    Exits with code 1 and one line on stderr if a flag or its value is wrong.
+
+    Args:
+        default: values of the flags that are not given.
+        description: text of --help.
+        options: groups to start from, other than their class's defaults, where the
+            command line selects another group than that of ``default``.
     """
-    said = io.StringIO()
+    import tyro
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for _, kinds in _unions(default):
+        parser.add_argument(flag_name(alternatives(kinds)[0]), nargs="?")
+    named = {k: v for k, v in vars(parser.parse_known_args()[0]).items() if v}
     try:
-        with contextlib.redirect_stderr(said):
+        default = override(default, named, *options)
+        flatten(default)  # raises if two groups have the same flag
+    except ValueError as error:
+        fail(str(error))
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
             flags, unknown = tyro.cli(
                 type(default),
                 default=default,
                 description=description,
                 return_unknown_args=True,
-                config=(tyro.conf.OmitArgPrefixes,),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
             )
     except SystemExit as exit:
         if not exit.code:  # --help
             raise
-        lines = [line.strip(" │") for line in said.getvalue().splitlines()]
-        ruled = re.compile("[╭╮╰╯─-]*").fullmatch  # tyro's frame; the first is a title
+        # tyro draws a frame around its message, which follows a title.
+        lines = [line.strip(" │") for line in errors.getvalue().splitlines()]
+        ruled = re.compile("[╭╮╰╯─-]*").fullmatch
         lines = itertools.dropwhile(ruled, lines[1:])
         text = " ".join(itertools.takewhile(lambda x: not ruled(x), lines))
         fail("flags: " + re.sub(r"^Error parsing [^:]+: (?=\w+: )", "", text))
     if unknown:
-        known = [f"--{f.name.replace('_', '-')}" for f in _fields(default)]
-        near = difflib.get_close_matches(unknown[0], known, 1)
-        hint = f"Did you mean {near[0]}?" if near else "--help lists them."
-        fail(f"flags: expected those of this script, got {unknown[0]}. {hint}")
+        fail(f"flags: {_explain(default, unknown[0])}")
     return flags
 
 
-def _fields(config):
+def flag_name(field: str) -> str:
+    """Return the flag of a field: --batch-size of batch_size."""
+    return "--" + field.replace("_", "-")
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Return {field: value} of a dataclass and of the dataclasses inside it."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        new = flatten(value) if dataclasses.is_dataclass(value) else {field.name: value}
+        if twice := flat.keys() & new.keys():
+            raise ValueError(
+                f"flags: expected one {flag_name(twice.pop())}, got a --neuron or "
+                "--model that adds another. This script does not take it."
+            )
+        flat |= new
+    return flat
+
+
+def alternatives(kinds: tuple[type, ...]) -> tuple[str, dict[str, type]]:
+    """Return the first flag of groups of options, and {its values: their group}."""
+    name = dataclasses.fields(kinds[0])[0].name
+    pairs = ((kind, get_args(get_type_hints(kind)[name])) for kind in kinds)
+    return name, {value: kind for kind, values in pairs for value in values}
+
+
+def override(config: T, flags: dict[str, Any], *options: Any) -> T:
+    """Return a dataclass with other values of flags, and the groups that they select.
+
+    Its checks are not run: a value may fit only together with flags that follow.
+    """
+    made, unions = copy.copy(config), dict(_unions(config, nested=False))
+    for field in dataclasses.fields(cast(Any, config)):
+        value = getattr(config, field.name)
+        if field.name in unions:
+            name, kind_of = alternatives(unions[field.name])
+            if (choice := flags.get(name, getattr(value, name))) not in kind_of:
+                known = ", ".join(kind_of)
+                raise ValueError(
+                    f"flags: expected {flag_name(name)} {known}, got {choice!r}."
+                )
+            kind = kind_of[choice]
+            value = next(g for g in (value, *options, kind()) if type(g) is kind)
+        nested = dataclasses.is_dataclass(value)
+        value = override(value, flags, *options) if nested else value
+        vars(made)[field.name] = flags.get(field.name, value)
+    return made
+
+
+def _unions(config: Any, nested: bool = True) -> Iterator[tuple[str, tuple[type, ...]]]:
+    """Yield (field, classes that it may hold) where there are several."""
+    hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            yield from dataclasses.fields(value)
-        else:
-            yield field
+            if kinds := get_args(hints[field.name]):
+                yield field.name, kinds
+            elif nested:
+                yield from _unions(value)
+
+
+def _explain(config: Any, unknown: str) -> str:
+    """Return the reason why a flag is not one of the config."""
+    flag, flags = unknown.split("=")[0], flatten(config)
+    for _, kinds in _unions(config):
+        name, kind_of = alternatives(kinds)
+        if any(flag in map(flag_name, flatten(kind())) for kind in kinds):
+            own = [flag_name(n) for n in flatten(kind_of[flags[name]]()) if n != name]
+            takes = ", ".join(own) or "none of its own"
+            which = f"{flag_name(name)} {flags[name]}"
+            return f"expected a flag of {which} ({takes}), got {flag}."
+    near = difflib.get_close_matches(unknown, map(flag_name, flags), 1)
+    hint = f"Did you mean {near[0]}?" if near else "--help lists them."
+    return f"expected those of this script, got {unknown}. {hint}"
 
 
 def fail(message: str) -> NoReturn:
-    """One line on stderr, and exit code 1."""
+    """Print one line on stderr, and exit with code 1."""
     print(" ".join(str(message).split()), file=sys.stderr)
     sys.exit(1)
 
 
-def reported(script: Callable[[T], None], flags: T) -> None:
-    """Run a script; what the user got wrong is one line and exit code 1.
+def run_cli(script: Callable[[T], None], flags: T) -> None:
+    """Run a script; an error of the user's is one line on stderr and exit code 1.
 
-    SIGTERM leaves with exit code 0; ``fit`` saves first.
+    SIGTERM exits with code 0; ``fit`` saves first.
     """
-    previous = signal.signal(signal.SIGTERM, _leave)
+    previous = signal.signal(signal.SIGTERM, _exit_now)
     try:
         script(flags)
     except (ValueError, OSError) as error:  # OSError: a folder that cannot be written
@@ -76,6 +168,27 @@ def reported(script: Callable[[T], None], flags: T) -> None:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _leave(*_: object) -> NoReturn:
-    print("Stopped. The same command goes on from the last checkpoint.")
+def _exit_now(*_: object) -> NoReturn:
+    print("Stopped. Rerun the same command to resume from the last checkpoint.")
     sys.exit(0)
+
+
+def cache_folder() -> Path:
+    """Return spikejax in $XDG_CACHE_HOME (~/.cache); it is safe to delete."""
+    parent = os.environ.get("XDG_CACHE_HOME")
+    return (Path(parent) if parent else Path.home() / ".cache") / "spikejax"
+
+
+def cache_programs() -> Path | None:
+    """Cache what takes more than a second to compile; return the folder if it is new.
+
+    JAX_COMPILATION_CACHE_DIR selects another folder, and
+    JAX_ENABLE_COMPILATION_CACHE=false none.
+    """
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
+        return None
+    # Compiled CPU programs are not portable, and $HOME may be shared between machines.
+    folder = cache_folder() / f"programs-{platform.node()}"
+    config.update("jax_compilation_cache_dir", str(folder))
+    return folder

@@ -1,312 +1,367 @@
-"""An experiment on images, from flags to result.json: what the scripts share.
+"""An experiment from its flags to result.json: the parts that the scripts share.
 
-A script names its models and its recipe; ``run`` does the rest and may be called from a
-notebook with the same ``Experiment``.
+A script names data, a network and a recipe; ``run`` does the rest. A notebook may call
+it with the same ``Experiment``.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, cast
 
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import spikejax
-from spikejax import cache, encode, energy, losses
-from spikejax.data import augment, images
-from spikejax.data.augment import center_crop, inception_crop
-from spikejax.experiment.build import NeuronName, build_model
-from spikejax.train import processes, sharding
-from spikejax.train import workdir as folder
+from spikejax import energy, losses
+from spikejax.data import augment as augmentations
+from spikejax.data import images
+from spikejax.data.augment import Augment, Crop, center_crop, inception_crop
+from spikejax.data.events import EventSet
+from spikejax.data.images import ImageSet
+from spikejax.encode import direct
+from spikejax.experiment.build import (
+    ActivationOptions,
+    MultiThresholdOptions,
+    NetworkOptions,
+    VGGOptions,
+    build_model,
+)
+from spikejax.experiment.cli import cache_programs, flatten, override
+from spikejax.train import processes, sharding, workdir
 from spikejax.train.loop import Fitted, fit
 from spikejax.train.processes import Processes
-from spikejax.train.recipe import TrainConfig, check_settings
+from spikejax.train.recipe import Ranges, TrainConfig, check_settings
+from spikejax.train.step import Encode, Loss
 
-ENERGY_IMAGES = 256  # test images over which spikes and energy are measured, if
-ENERGY_VALUES = 2**24  # they are small; of large ones as many as have so many numbers
+DataSet = ImageSet | EventSet
+Crops = tuple[Crop | None, Crop | None]  # of training and of evaluation
 
-# Where a run runs, reads and writes: it may go on with others.
-PLACES = ("workdir", "data_dir", "workers", "stream", "remat", "fsdp") + (
-    "profile",
-    "processes",
-)
+ENERGY_IMAGES = 256  # test images over which spikes and energy are measured
+ENERGY_VALUES = 2**24  # or as many large ones as have so many numbers together
+
+# Flags that say where a run runs, reads and writes. It may be resumed with others.
+NOT_IDENTITY = ("workdir", "data_dir", "stream", "workers", "remat", "fsdp", "profile")
+NOT_IDENTITY += tuple(field.name for field in dataclasses.fields(Processes))
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-    """What to train on what, and how."""
+class Inputs:
+    """Options of a data set; a kind of data adds its own."""
 
-    workdir: Path
-    """Folder of this run; the same command on the same folder goes on."""
+
+@dataclasses.dataclass(frozen=True)
+class Images(Inputs):
+    """A set of images."""
+
     data: str = "digits"
-    """Image set: digits, fake (made up), or any prepared TFDS set, such as cifar10."""
+    """Image set: digits, fake (made up), tiny_imagenet, folder, or a prepared TFDS set
+    such as cifar10."""
     data_dir: Path | None = None
-    """Folder of the TFDS sets; TFDS's own default if not given."""
-    model: str = "convnet"
-    """Network: a key of MODELS, such as convnet, vgg11, resnet19 or vggsnn."""
-    residual: Literal["plain", "sew", "ms"] = "ms"
-    """Residual of the resnets: where their neurons stand (spikejax.models.resnet)."""
-    pool: Literal["max", "avg"] = "max"
-    """Pooling of convnet and vgg; the maximum of spikes is their OR."""
-    width: float = 1.0
-    """Factor on the channels of the resnets, general-cnn and general-lstm."""
-    binarise: Literal["bernoulli", "straight-through"] = "bernoulli"
-    """How general-cnn and general-lstm make spikes of the input of a layer."""
-    neuron: NeuronName = "mt-parallel"
-    """Activation; relu trains the network that does not spike."""
-    num_thresholds: int = 4
-    """Thresholds of a multi-threshold neuron."""
-    time_steps: int = 1
-    """Steps for which the network sees an image."""
-    loss: Literal["rate", "tet"] = "rate"
-    """Cross-entropy of the mean over time, or at every step (TET)."""
-    label_smoothing: float = 0.0
-    """Probability that is spread over all classes, 0 <= p < 1."""
-    image_size: int | None = None
-    """Photographs: height and width that the network sees; their own if not given."""
+    """Folder of TFDS sets, zip or images; TFDS's own folder by default."""
     augment: Literal["none", "crop-flip", "autoaugment", "inception"] = "none"
-    """Of the training images; autoaugment adds crop, flip and Cutout; inception takes a
-    random part of a photograph, and its mirror image."""
-    workers: int = 0
-    """Processes that prepare batches beside this one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Numbers of the computation; parameters, statistics and membranes are float32."""
-    remat: Literal["none", "blocks"] = "none"
-    """Keep the inputs of the blocks of a resnet alone for the gradient: less memory."""
-    fsdp: int = 1
-    """Devices that share one copy of the parameters; 1 gives each its own."""
-    profile: bool = False
-    """Write a trace of five steps to WORKDIR/profile, for TensorBoard's XProf."""
-    processes: Processes = Processes()
-    """Where a run has several processes, one a machine."""
-    train: TrainConfig = TrainConfig()
-    """The recipe."""
+    """Of training images; autoaugment adds crop, flip and Cutout; inception takes a
+    random part of a photograph, or its mirror image."""
+    image_size: int | None = None
+    """Height and width to which images are cropped; by default they are not."""
 
     def __post_init__(self):
-        for name in ("workdir", "data_dir"):
-            if isinstance(folder_name := getattr(self, name), str):
-                object.__setattr__(self, name, Path(folder_name))
-        check_settings(self)
-        if self.time_steps < 1:
-            raise ValueError(f"time_steps: expected at least 1, got {self.time_steps}.")
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"image_size: expected at least 1, got {self.image_size}.")
+        check_settings(self, {"image_size": ("at least 1", lambda n: n >= 1)})
         if self.augment == "inception" and self.image_size is None:
             raise ValueError(
                 "image_size: expected a number with --augment inception, got none. "
                 "Take 224, or 64 for Tiny-ImageNet."
             )
-        if self.num_thresholds < 1:
-            raise ValueError(
-                f"num_thresholds: expected at least 1, got {self.num_thresholds}."
-            )
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                "label_smoothing: expected a probability, 0 <= p < 1, got "
-                f"{self.label_smoothing}."
-            )
-        if self.neuron == "relu" and self.time_steps > 1:
-            raise ValueError(
-                f"time_steps: expected 1 for --neuron relu, which has no state, got "
-                f"{self.time_steps}."
-            )
 
 
-def make_encode(experiment: Experiment, image_set: images.ImageSet) -> Callable:
-    """(uint8 images, rng) -> xs [B, T, H, W, C]: normalised, the same every step."""
-    mean, std = jnp.array(image_set.mean), jnp.array(image_set.std)
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A network, its data and its recipe."""
 
-    def normalise(raw, rng):
-        return encode.direct((raw / 255.0 - mean) / std, experiment.time_steps)
+    workdir: Path
+    """Folder of this run; rerun the same command to resume."""
+    inputs: Inputs = Images()
+    """The data."""
+    network: NetworkOptions = VGGOptions()
+    """The network."""
+    activation: ActivationOptions = MultiThresholdOptions()
+    """Its neurons."""
+    time_steps: int = 1
+    """Time steps for which the network sees an example."""
+    loss: Literal["rate", "tet"] = "rate"
+    """Cross-entropy of the mean over time, or the mean of that of every step (TET)."""
+    label_smoothing: float = 0.0
+    """Probability that is spread over all classes, 0 <= p < 1."""
+    workers: int = 0
+    """Processes that prepare batches, beside the main one."""
+    fsdp: int = 1
+    """Devices over which the parameters are sharded; 1 replicates them."""
+    profile: bool = False
+    """Write a trace of five steps to WORKDIR/profile, for TensorBoard's XProf."""
+    processes: Processes = Processes()
+    """The processes of a run on several machines."""
+    train: TrainConfig = TrainConfig()
+    """The recipe."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "workdir", Path(self.workdir))
+        check_settings(self, _RANGES)
+        check_settings(self.network)
+        check_settings(self.activation)
+        several, model = self.time_steps > 1, self.network.model
+        relu, general = self.activation.neuron == "relu", model.startswith("general")
+        for name, useless, expected in (
+            # Values that would do nothing, and on which a comparison could rest.
+            ("time_steps", several and relu, "1 for --neuron relu: it has no state"),
+            ("loss", not several, "rate for one time step, where losses are equal"),
+            ("norm_groups", general, f"1 for --model {model}, which has no norms"),
+            ("binarise", relu, "bernoulli for --neuron relu: it needs no spikes"),
+        ):
+            value = flatten(self).get(name, _UNUSED[name])
+            if useless and value != _UNUSED[name]:
+                raise ValueError(f"{name}: expected {expected}, got {value}.")
+
+
+_UNUSED = {"time_steps": 1, "loss": "rate", "norm_groups": 1, "binarise": "bernoulli"}
+_RANGES: Ranges = {
+    "time_steps": ("at least 1", lambda n: n >= 1),
+    "label_smoothing": ("0 <= p < 1", lambda p: 0 <= p < 1),
+}
+
+
+def make_encode(experiment: Experiment, image_set: ImageSet) -> Encode:
+    """Return (uint8 images, rng) -> xs [B, T, H, W, C]: normalised, every step equal.
+
+    Args:
+        experiment: its time_steps are T.
+        image_set: its mean and std normalise.
+    """
+    # NumPy: an array of JAX's here would keep processes from being joined later.
+    mean, std = (
+        np.array(image_set.mean, np.float32),
+        np.array(image_set.std, np.float32),
+    )
+
+    def normalise(raw: jax.Array, rng: jax.Array) -> jax.Array:
+        return direct((raw / 255.0 - mean) / std, experiment.time_steps)
 
     return normalise
 
 
-def make_loss(experiment: Experiment) -> Callable:
-    """The loss that the flags name."""
+def make_loss(experiment: Experiment) -> Loss:
+    """Return the loss of the flags, (logits [B, T, K], labels [B]) -> [B]."""
     loss = losses.tet if experiment.loss == "tet" else losses.rate_cross_entropy
     return partial(loss, label_smoothing=experiment.label_smoothing)
 
 
-def make_augment(experiment: Experiment) -> Callable | None:
-    """The augmentation that the flags name."""
-    crop_flip = (augment.random_crop(4), augment.random_flip())
+def make_augment(inputs: Images) -> Augment | None:
+    """Return the augmentation of training images, after the crop."""
+    crop_flip = augmentations.random_crop(4), augmentations.random_flip()
+    auto = augmentations.autoaugment_cifar(), augmentations.cutout(16)
     return {
         "none": None,
-        "crop-flip": augment.compose(*crop_flip),
-        "autoaugment": augment.compose(
-            *crop_flip, augment.autoaugment_cifar(), augment.cutout(16)
-        ),
-        "inception": augment.random_flip(),
-    }[experiment.augment]
+        "crop-flip": augmentations.compose(*crop_flip),
+        "autoaugment": augmentations.compose(*crop_flip, *auto),
+        "inception": augmentations.random_flip(),
+    }[inputs.augment]
 
 
-def make_crops(experiment: Experiment) -> tuple[Any, Any]:
-    """What is cut out of photographs (to train on, to evaluate on), or None."""
-    size = experiment.image_size
-    if size is None:
+def make_crops(inputs: Images) -> Crops:
+    """Return the crops of the images of training and of evaluation, or None."""
+    if inputs.image_size is None:
         return None, None
-    middle = center_crop(size)
-    return inception_crop(size) if experiment.augment == "inception" else middle, middle
+    center = center_crop(inputs.image_size)
+    if inputs.augment == "inception":
+        return inception_crop(inputs.image_size), center
+    return center, center
 
 
-class Input(NamedTuple):
-    """How data become the input of a network; each is called with the experiment.
-
-    load: to a set, as images.load returns it. encode: and the set, to (raw, rng) -> xs
-    [B, T, ...]. augment: to an augmentation of host batches, or None. crops: to the
-    crops of training and evaluation, or None.
-    """
-
-    load: Callable[[Any], Any]
-    encode: Callable[[Any, Any], Callable]
-    augment: Callable[[Any], Callable | None]
-    crops: Callable[[Any], tuple[Any, Any]] = lambda experiment: (None, None)
-
-
-IMAGES = Input(
-    lambda e: images.load(e.data, e.data_dir), make_encode, make_augment, make_crops
-)
+def open_images(
+    experiment: Experiment,
+) -> tuple[ImageSet, Encode, Augment | None, Crops]:
+    """Return (data, encode, augment, crops) of the flags: the input of ``run``."""
+    inputs = cast(Images, experiment.inputs)
+    image_set = images.load(inputs.data, inputs.data_dir)
+    encode = make_encode(experiment, image_set)
+    return image_set, encode, make_augment(inputs), make_crops(inputs)
 
 
 def train(
     experiment: Experiment,
+    data: DataSet,
+    encode: Encode,
+    augment: Augment | None = None,
+    crops: Crops = (None, None),
+    *,
     model: nnx.Module | None = None,
-    source: Input = IMAGES,
-    **more,
+    **more: Any,
 ) -> Fitted:
-    """Train the network of the flags in its folder, or go on where it stopped there.
+    """Train the network of the flags in its folder, or resume there.
 
     Args:
         experiment: the flags.
-        model: trained instead of the one that the flags name.
-        source: how the data come to the network.
-        more: what else tells this run from another, as JSON has it.
+        data: with the splits train and test.
+        encode: (batch of the data, rng) -> xs [B, T, ...], on the device.
+        augment: of batches of training, on the host.
+        crops: of the images of training and of evaluation.
+        model: trained instead of the network of the flags.
+        more: JSON values that distinguish this run, besides the flags.
+
+    Raises:
+        ValueError: the folder holds another run, or the flags do not fit the data.
     """
-    with processes.distributed(experiment.processes):
-        return _train(experiment, model, source, _settings(experiment) | more)
-
-
-def _train(experiment, model, source, settings):
-    folder.check(experiment.workdir, settings, _settings(Experiment(Path())))
-    cache.keep_programs()
+    settings = identity(experiment) | more
+    workdir.check(experiment.workdir, settings, defaults(experiment))
+    folder = cache_programs()
+    if folder and processes.is_primary():
+        print(f"Compiled programs are cached in {folder} for the next run.")
     recipe, shard = experiment.train, processes.shard()
     mesh = sharding.data_mesh(fsdp=experiment.fsdp)
     sharding.check_batch_size(recipe.batch_size, mesh)
-    image_set, (crop, middle) = source.load(experiment), source.crops(experiment)
+    batch_size = recipe.batch_size // shard[1]
     train_data = images.train_batches(
-        image_set.train,
-        recipe.batch_size // shard[1],
+        data.train,
+        batch_size,
         seed=recipe.seed,
-        crop=crop,
-        augment=source.augment(experiment),
+        crop=crops[0],
+        augment=augment,
         workers=experiment.workers,
         shard=shard,
     )
-    eval_data = images.eval_batches(
-        image_set.test, recipe.batch_size // shard[1], crop=middle, shard=shard
-    )
+    eval_data = images.eval_batches(data.test, batch_size, crop=crops[1], shard=shard)
     return fit(
         recipe,
-        # Held by nothing else, so that its whole parameters can go.
-        build_model(experiment, image_set) if model is None else model,
+        # No name holds the network here, so that ``fit`` can free its parameters.
+        _build(experiment, data) if model is None else model,
         make_loss(experiment),
         train_data,
         eval_data,
-        encode=source.encode(experiment, image_set),
-        steps_per_epoch=max(1, len(image_set.train) // recipe.batch_size),
-        workdir=folder.claim(experiment.workdir, settings),
+        encode=encode,
+        steps_per_epoch=max(1, len(data.train) // recipe.batch_size),
+        workdir=workdir.claim(experiment.workdir, settings),
         mesh=mesh,
         profile=experiment.profile,
     )
 
 
-def run(experiment: Experiment, source: Input = IMAGES) -> dict[str, Any] | None:
-    """Train and evaluate; writes config.json, result.json and what ``fit`` writes.
+def _build(experiment: Experiment, data: DataSet) -> nnx.Module:
+    return build_model(
+        experiment.network,
+        experiment.activation,
+        num_classes=data.num_classes,
+        in_channels=data.shape[-1] or 0,
+        seed=experiment.train.seed,
+    )
+
+
+def run(
+    experiment: Experiment,
+    data: DataSet,
+    encode: Encode,
+    augment: Augment | None = None,
+    crops: Crops = (None, None),
+) -> dict[str, Any] | None:
+    """Train and evaluate; write config.json, result.json and what ``fit`` writes.
 
     Args:
-        experiment: the flags.
-        source: how the data come to the network.
+        experiment, data, encode, augment, crops: as for ``train``.
 
     Returns:
-        the content of result.json, or None where SIGTERM stopped the run.
+        the content of result.json, or None if SIGTERM stopped the run.
     """
-    fitted = train(experiment, source=source)
+    fitted = train(experiment, data, encode, augment, crops)
     if not fitted.finished:
-        steps = fitted.metrics["steps"]
         if processes.is_primary():
             print(
-                f"Stopped at step {steps}, saved. The same command goes on from there."
+                f"Stopped and saved at step {fitted.metrics['steps']}. Rerun the same "
+                "command to resume."
             )
         return None
-    return report(experiment, fitted, source)
+    return report(experiment, fitted, data, encode, crops[1])
 
 
 def report(
-    experiment: Experiment, fitted: Fitted, source: Input = IMAGES, **more
+    experiment: Experiment,
+    fitted: Fitted,
+    data: DataSet,
+    encode: Encode,
+    crop: Crop | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
-    """Measure spikes and energy of what ``train`` returned; write result.json."""
-    image_set = source.load(experiment)
-    _, middle = source.crops(experiment)
-    most = ENERGY_VALUES // image_set.test.take([0], middle)["image"].size
-    count = min(ENERGY_IMAGES, len(image_set.test), most)
-    sample = image_set.test.take(range(count), middle)["image"]
-    xs = source.encode(experiment, image_set)(jnp.asarray(sample), jax.random.key(0))
-    spent = energy.measure(fitted.model, xs)
+    """Measure spikes and energy of what ``train`` returned; write result.json.
+
+    Args:
+        experiment, data, encode: as for ``train``.
+        fitted: the trained network and its metrics.
+        crop: of the images of evaluation.
+        more: further entries of result.json.
+
+    Returns:
+        the content of result.json.
+    """
+    most = ENERGY_VALUES // data.test.take([0], crop)["image"].size
+    count = min(ENERGY_IMAGES, len(data.test), most)
+    sample = data.test.take(range(count), crop)["image"]
+    spent = energy.measure(fitted.model, encode(jnp.asarray(sample), jax.random.key(0)))
+    versions = {m.__name__: m.__version__ for m in (spikejax, jax, flax)}
     result = fitted.metrics | {
         "spikes_per_image": spent.spikes_per_image,
         "energy_nj": spent.energy_nj,
         "mac_nj": spent.mac_nj,
         "ann_energy_nj": spent.ann_energy_nj,
         "seed": experiment.train.seed,
-        "versions": {
-            "spikejax": spikejax.__version__,
-            "jax": jax.__version__,
-            "flax": flax.__version__,
-        },
+        "versions": versions,
         "device": jax.devices()[0].device_kind,
     }
-    folder.write(experiment.workdir / "result.json", result | more)
+    workdir.write(experiment.workdir / "result.json", result | more)
     return result | more
 
 
-def read(workdir: Path | str, data_dir: Path | None = None) -> Experiment:
-    """The experiment that a folder holds; ``train`` of it gives its trained model."""
-    workdir = Path(workdir)
-    path = workdir / "config.json"
+def read(folder: Path | str, data_dir: Path | None = None) -> Experiment:
+    """Return the experiment of a folder; ``train`` of it returns its trained model.
+
+    Args:
+        folder: workdir of a run on images.
+        data_dir: folder of its data, which config.json does not name.
+
+    Raises:
+        ValueError: the folder holds no run.
+    """
+    path = Path(folder) / "config.json"
     if not path.exists():
         raise ValueError(
-            f"read: expected a folder with the config.json of a run, got {workdir}."
+            f"read: expected a folder with the config.json of a run, got {folder}."
         )
-    there = json.loads(path.read_text())
-
-    def known(kind):
-        return {
-            f.name: there[f.name] for f in dataclasses.fields(kind) if f.name in there
-        }
-
-    recipe = TrainConfig(**known(TrainConfig))
-    return Experiment(workdir, data_dir=data_dir, train=recipe, **known(Experiment))
+    saved = json.loads(path.read_text()) | {"data_dir": data_dir}
+    return dataclasses.replace(override(Experiment(Path(folder)), saved))
 
 
-def _settings(experiment: Experiment) -> dict[str, Any]:
-    """What makes this run."""
-    settings = dataclasses.asdict(experiment)
-    for name in PLACES:
-        settings.pop(name, None)
-    return settings | settings.pop("train")
+def identity(experiment: Experiment) -> dict[str, Any]:
+    """Return {flag: value} of the flags that distinguish a run from others."""
+    flags = flatten(experiment).items()
+    return {name: value for name, value in flags if name not in NOT_IDENTITY}
 
 
-def main(experiment: Experiment, source: Input = IMAGES) -> None:
-    """Run one experiment and print one line of result."""
-    if (result := run(experiment, source)) and processes.is_primary():
-        print(
-            f"accuracy {result['accuracy']:.2%}, {result['seconds']:.0f} s, "
-            f"{result['spikes_per_image']:,.0f} spikes and "
-            f"{result['energy_nj']:,.0f} nJ an image"
-        )
+def defaults(experiment: Experiment) -> dict[str, Any]:
+    """Return {flag: default} of those flags, for folders that are older than a flag."""
+    groups = {
+        name: type(getattr(experiment, name))()
+        for name in ("inputs", "network", "activation")
+    }
+    return identity(Experiment(Path(), **groups))
+
+
+def main(experiment: Experiment) -> None:
+    """Run one experiment on images and print one line of result."""
+    with processes.distributed(experiment.processes):
+        result = run(experiment, *open_images(experiment))
+        if result and processes.is_primary():
+            print(
+                f"accuracy {result['accuracy']:.2%}, {result['seconds']:.0f} s, "
+                f"{result['spikes_per_image']:,.0f} spikes and "
+                f"{result['energy_nj']:,.0f} nJ per image"
+            )

@@ -1,0 +1,149 @@
+"""The network that the options name: neurons, thresholds, models, types of numbers."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from spikejax import neurons
+from spikejax.experiment.build import (
+    ActivationOptions,
+    GeneralOptions,
+    MultiThresholdOptions,
+    NetworkOptions,
+    ResNetOptions,
+    SingleOptions,
+    VGGOptions,
+    build_model,
+    neuron_factory,
+)
+from spikejax.experiment.cli import alternatives
+from spikejax.layers import IF, LIF, PLIF, MultiThreshold
+from spikejax.models import MODELS
+from spikejax.nn import windowed
+from spikejax.train.checksum import by_path
+
+NEURONS = alternatives(ActivationOptions.__args__)[1]
+FAMILIES = alternatives(NetworkOptions.__args__)[1]
+NAMES = ("lif", "plif", "if", "mt-parallel", "mt-cascade", "relu")
+DEEP = ("resnet50", "resnet101", "resnet152")  # resnet34 with other numbers
+CONVNET = VGGOptions("convnet")
+
+
+def made(name, network=CONVNET, **options):
+    return neuron_factory(NEURONS[name](name, **options), network)()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_neuron_has_its_layer(name):
+    layer = made(name)
+    kinds = {"lif": LIF, "plif": PLIF, "if": IF}
+    if name == "relu":
+        assert layer is nnx.relu
+        return
+    assert type(layer) is kinds.get(name, MultiThreshold)
+    assert layer.num_thresholds == (4 if name.startswith("mt-") else 1)
+    cells = {"mt-parallel": neurons.parallel, "mt-cascade": neurons.cascade}
+    assert layer.cell is cells.get(name, neurons.lif)
+    assert layer.options.v_reset is None and layer.options.detach_reset
+    learned = jax.tree.leaves(nnx.state(layer, nnx.Param))
+    assert len(learned) == (name == "plif")  # mt-* and lif learn the same: nothing
+    assert made(name) is not layer
+
+
+def test_the_names_are_those_of_the_models():
+    assert set(FAMILIES) == set(MODELS) and set(NEURONS) == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("lif", {}, [1.0]),
+        ("mt-parallel", {"num_thresholds": 1}, [1.0]),
+        ("mt-parallel", {"num_thresholds": 3}, [0.5, 1.0, 1.5]),
+        ("mt-cascade", {"num_thresholds": 3}, [0.5, 0.5, 0.5]),
+    ],
+)
+def test_several_thresholds_cover_normalised_inputs(name, options, expected):
+    layer = made(name, **options)
+    assert jnp.allclose(jnp.array(layer.params.thresholds), jnp.array(expected))
+    assert jnp.allclose(layer.params.leak, 0.5)
+
+
+def test_the_gain_of_the_norms_does_not_depend_on_the_neurons():
+    for options in (SingleOptions("lif"), MultiThresholdOptions(num_thresholds=4)):
+        values = parameters(options)
+        assert {float(v.mean()) for k, v in values.items() if "scale" in k} == {1.0}
+
+
+@pytest.mark.parametrize("name", ["lif", "mt-parallel"])
+def test_a_general_snn_has_the_neurons_of_its_authors(name):
+    layer = made(name, GeneralOptions())
+    assert jnp.allclose(layer.params.leak, 1 / windowed.TAU)
+    assert jnp.allclose(layer.params.thresholds[0], windowed.FIRING["v_threshold"])
+
+
+def parameters(activation, network=CONVNET, seed=0):
+    """{path: value} of the network for digits."""
+    model = build_model(network, activation, num_classes=10, in_channels=1, seed=seed)
+    return by_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+def test_the_parameters_depend_on_the_seed():
+    relu = SingleOptions("relu")
+    one, other = parameters(relu), parameters(relu, seed=1)
+    different = [path for path in one if not jnp.array_equal(one[path], other[path])]
+    assert {path for path in one if path.endswith("kernel")} <= set(different)
+
+
+@pytest.mark.parametrize("neuron", ["plif", "mt-parallel"])
+def test_the_relu_twin_has_the_same_kernels(neuron):
+    twin, spiking = parameters(SingleOptions("relu")), parameters(NEURONS[neuron]())
+    kernels = [path for path in spiking if path.endswith("kernel")]
+    assert len(kernels) == 4
+    for path in kernels:
+        assert jnp.array_equal(twin[path], spiking[path])
+    assert set(twin) == {path for path in spiking if "leak" not in path}
+
+
+def abstract(network, xs):
+    """Shapes of logits and state of a network, without its weights."""
+
+    def answer(xs):
+        net = network.build(
+            True,
+            num_classes=10,
+            in_channels=xs.shape[-1],
+            neuron=neuron_factory(SingleOptions("lif"), network),
+            rngs=nnx.Rngs(0),
+        )
+        net.eval()
+        return net(xs), nnx.to_pure_dict(nnx.state(net))
+
+    return jax.eval_shape(answer, xs)
+
+
+@pytest.mark.parametrize("name", sorted({*MODELS} - {*DEEP}))
+def test_every_model_returns_a_logit_per_class(name):
+    logits, _ = abstract(FAMILIES[name](name), jnp.zeros((2, 2, 32, 32, 3)))
+    assert logits.shape == (2, 2, 10)
+
+
+@pytest.mark.parametrize(
+    "network", [VGGOptions(dtype="bfloat16"), ResNetOptions(dtype="bfloat16")]
+)
+def test_bfloat16_is_of_the_computation_and_not_of_the_parameters(network):
+    logits, state = abstract(network, jnp.zeros((2, 1, 32, 32, 3)))
+    assert logits.dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state))
+
+
+def test_width_scales_the_channels():
+    def shapes(width):
+        xs = jnp.zeros((2, 1, 32, 32, 3))
+        _, state = abstract(ResNetOptions("resnet19", width=width), xs)
+        return [leaf.shape for leaf in jax.tree.leaves(state)]
+
+    for whole, part in zip(shapes(1.0), shapes(0.125), strict=True):
+        logits = whole[-1:] == (10,)
+        assert whole == part == () or logits or whole[-1] == 8 * part[-1]
