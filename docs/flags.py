@@ -1,4 +1,4 @@
-"""Writes flags.md: every flag of every experiment, from the sources.
+"""Write flags.md: every flag of every experiment, from the sources.
 
 python docs/flags.py
 """
@@ -11,23 +11,29 @@ import textwrap
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from spikejax.experiment import Experiment
+from spikejax.experiment import Experiment, Images
+from spikejax.experiment.build import ActivationOptions, NetworkOptions
+from spikejax.experiment.cli import alternatives, flag_name
 
 SCRIPTS = (
     *("digits", "cifar10", "cifar100", "imagenet", "tinyimagenet"),
     *("general", "convert", "dvs_cifar10"),
 )
+OPTIONS = get_args(NetworkOptions) + get_args(ActivationOptions)
 HEAD = """# Flags
 
-Every script of `experiments/` trains, and takes the flags of the first table;
-`python -m experiments.NAME --help` shows them with the script's defaults. A switch
-takes no value; `--no-profile` turns it off. [design.md](design.md#contract-of-a-run)
-says what a run leaves in its folder. This page is written by `docs/flags.py`.
+`python -m experiments.NAME --help` shows the flags of a script with its defaults. A
+switch takes no value; `--no-profile` turns it off. A flag that would do nothing, such
+as `--pool` with a resnet, is an error. [design.md](design.md#contract-of-a-run)
+describes the files of a run. This page is written by `docs/flags.py`.
+
+## Of every script
 """
+TABLE = "| flag | takes | default | |\n| --- | --- | --- | --- |"
 
 
 class Flag(NamedTuple):
-    """One flag: its name, what it takes, its default, and what it does."""
+    """One flag: its name, its values, its default, and its description."""
 
     name: str
     values: str
@@ -35,36 +41,33 @@ class Flag(NamedTuple):
     what: str
 
     def row(self) -> str:
-        """Its line of a table."""
+        """Return its line of a table."""
         return (
             f"| `{self.name}` | {self.values} | {shown(self.default)} | {self.what} |"
         )
 
 
 def shown(value: Any) -> str:
-    """A default as it is typed; a flag that is not given has none."""
+    """Return a default as it is typed; a flag that is not given has none."""
     if value is None or value is False:
         return ""
     return f"`{value:.4g}`" if isinstance(value, float) else f"`{value}`"
 
 
 def docstrings(cls: type) -> dict[str, str]:
-    """{field of a dataclass: the string under it}, with those of its bases."""
+    """Return {field of a dataclass: the string under it}."""
     found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(tree, ast.ClassDef)
-        for field, text in zip(tree.body, tree.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                name, value = ast.unparse(field.target), ast.literal_eval(text.value)
-                found[name] = " ".join(value.split())
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(tree, ast.ClassDef)
+    for field, text in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            name, value = ast.unparse(field.target), ast.literal_eval(text.value)
+            found[name] = " ".join(value.split())
     return found
 
 
 def values(hint: Any) -> str:
-    """What a flag of this type takes."""
+    """Return the values that a flag of this type takes."""
     if get_origin(hint) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(hint))
     kinds = [kind for kind in get_args(hint) or [hint] if kind is not type(None)]
@@ -72,53 +75,78 @@ def values(hint: Any) -> str:
     return " or ".join(names.get(kind) or values(kind) for kind in kinds)
 
 
-def flags(config: Any) -> dict[str, Flag]:
-    """{name: flag} of a dataclass with defaults; those inside of it are joined."""
+def flags(config: Any, options: bool = True) -> dict[str, Flag]:
+    """Return {name: flag} of a dataclass with defaults and of those inside it."""
     found: dict[str, Flag] = {}
     hints, texts = get_type_hints(type(config)), docstrings(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            found |= flags(value)
+            if options or type(value) not in OPTIONS:
+                found |= flags(value, options)
             continue
-        name = f"--{field.name.replace('_', '-')}"
+        name = flag_name(field.name)
         found[name] = Flag(name, values(hints[field.name]), value, texts[field.name])
     return found
 
 
 def scripts() -> dict[str, dict[str, Flag]]:
-    """{script: its flags}."""
+    """Return {script: its flags}, with those of all networks and neurons."""
     modules = {name: importlib.import_module(f"experiments.{name}") for name in SCRIPTS}
     defaults = {name: module.DEFAULT for name, module in modules.items()}
     defaults["imagenet plan"] = modules["imagenet"].Planned()
-    return {name: flags(defaults[name]) for name in sorted(defaults)}
+    every: dict[str, Flag] = {}
+    for kinds in (get_args(NetworkOptions), get_args(ActivationOptions)):
+        selector, kind_of = alternatives(kinds)
+        for kind in kinds:
+            every |= flags(kind())
+        takes = ", ".join(f"`{value}`" for value in kind_of)
+        every[flag_name(selector)] = every[flag_name(selector)]._replace(values=takes)
+    found = {}
+    for name in sorted(defaults):
+        own = {
+            flag: kept._replace(values=every[flag].values) if flag in every else kept
+            for flag, kept in flags(defaults[name]).items()
+        }
+        found[name] = every | own
+    return found
 
 
 def page() -> str:
-    """The page."""
-    head = "| flag | takes | default | |\n| --- | --- | --- | --- |"
-    shared = flags(Experiment(workdir=Path("DIR")))
-    lines = [HEAD, head, *(flag.row() for flag in shared.values())]
-    for name, own in scripts().items():
-        lines += ["", f"## `experiments.{name}`", ""]
+    """Return the page."""
+    shared = flags(Experiment(workdir=Path("DIR")), options=False)
+    images = {name: shared.pop(name) for name in flags(Images())}
+    chosen = {name: flag for kind in OPTIONS for name, flag in flags(kind()).items()}
+    lines = [HEAD, TABLE, *(flag.row() for flag in shared.values())]
+    lines += ["", "## Of scripts on images", "", TABLE]
+    lines += [flag.row() for flag in images.values()]
+    lines += ["", "## Of networks and neurons", ""]
+    for kind in OPTIONS:
+        rows = [flag.row() for flag in flags(kind()).values()]
+        lines += [str(kind.__doc__).rstrip(".") + ":", "", TABLE, *rows, ""]
+    known = shared | images
+    for name in sorted([*SCRIPTS, "imagenet plan"]):
         script, _, verb = name.partition(" ")
-        if not verb:
-            doc = importlib.import_module(f"experiments.{script}").__doc__
-            lines += [str(doc).partition("\n")[0], ""]
-        new = [
-            flag
-            for flag in own.values()
-            if flag.name not in shared or flag.what != shared[flag.name].what
-        ]
+        module = importlib.import_module(f"experiments.{script}")
+        own = flags(module.Planned() if verb else module.DEFAULT)
+        lines += [f"## `experiments.{name}`", ""]
+        lines += [] if verb else [str(module.__doc__).partition("\n")[0], ""]
+        new = {
+            name: flag
+            for name, flag in own.items()
+            if name not in chosen
+            and (name not in known or flag.what != known[name].what)
+        }
         other = [
-            f"`{flag.name}` {shown(flag.default)}"
-            for flag in own.values()
-            if flag not in new and flag.default != shared[flag.name].default
+            f"`{name}` {shown(flag.default)}"
+            for name, flag in own.items()
+            if name in ("--model", "--neuron")
+            or (name not in new and flag.default != (known | chosen)[name].default)
         ]
-        lines.append("Defaults of its own: " + ", ".join(other) + ".")
+        lines += ["Defaults of its own: " + ", ".join(other) + ".", ""]
         if new:
-            lines += ["", head, *(flag.row() for flag in new)]
-    return "\n".join(lines) + "\n"
+            lines += [TABLE, *(flag.row() for flag in new.values()), ""]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Conversion:
     relu: Path | None = None
     """Folder of a run with --neuron relu to start from, instead of training one."""
     bits: int = 2
-    """Of the quantised activations, 1 to 8."""
+    """Bits of the quantised activations, 1 to 8."""
     noise: float = 1.0
     """Amplitude of the noise in training; 0 is the baseline."""
     quant_epochs: float = 20.0

@@ -151,10 +151,9 @@ def test_sigterm_saves_and_leaves_with_exit_code_0(tmp_path, monkeypatch, capsys
         ({"label_smoothing": 1.0}, r"label_smoothing: .* 0 <= p < 1, got 1.0\.$"),
         (
             {"activation": SingleOptions("relu"), "time_steps": 4},
-            r"time_steps: expected 1 for --neuron relu, .*, got 4\.$",
+            r"time_steps: expected 1 for --neuron relu: .*, got 4\.$",
         ),
         ({"loss": "tett"}, "loss: expected one of rate, tet, got 'tett'"),
-        ({"network": ResNetOptions("resnet")}, "model: expected one of resnet18, .*"),
         ({"activation": SingleOptions("lfi")}, "neuron: expected one of lif, .*"),
     ],
 )
@@ -173,6 +172,7 @@ def test_settings_out_of_range_are_refused(flags, match):
         ),
         (Images, {"augment": "inception"}, r"image_size: expected a number .*, got no"),
         (Images, {"augment": "flip"}, r"augment: expected one of none, .*, got 'flip'"),
+        (ResNetOptions, {"model": "vgg"}, r"model: expected one of resnet18, .*'vgg'"),
         (ResNetOptions, {"width": 0.0}, r"width: expected more than 0, got 0\.0\.$"),
     ],
 )

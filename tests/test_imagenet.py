@@ -70,7 +70,7 @@ def test_flags_change_a_recipe_and_the_default_needs_no_name(ran, monkeypatch):
             ["--fsdp", "3"],
             r"^fsdp: expected a divisor of the \d device.*, got 3\. Take",
         ),
-        (["--process-id", "1"], r"coordinator_address: expected HOST:PORT beside"),
+        (["--process-id", "1"], r"coordinator_address: expected HOST:PORT with"),
         (["--norm-groups", "3"], r"norm_groups: expected a divisor of the batch size"),
         (
             ["plan", "--topology", "v5e:3x3"],

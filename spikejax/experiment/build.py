@@ -25,7 +25,7 @@ NeuronFactory = Callable[[], Callable[[jax.Array], jax.Array]]
 
 @dataclass(frozen=True)
 class ResNetOptions:
-    """A residual network (spikejax.models.resnet)."""
+    """Residual networks (spikejax.models.resnet)."""
 
     model: Literal[
         "resnet18",
@@ -67,7 +67,7 @@ class ResNetOptions:
 
 @dataclass(frozen=True)
 class VGGOptions:
-    """A network of convolutions in a row (spikejax.models.vgg)."""
+    """Networks of convolutions in a row (spikejax.models.vgg)."""
 
     model: Literal["convnet", "vgg11", "vgg16", "vggsnn", "plifnet", "eventnet"] = (
         "convnet"
@@ -92,7 +92,7 @@ class VGGOptions:
 
 @dataclass(frozen=True)
 class GeneralOptions:
-    """A General SNN (spikejax.models.general), which is always float32."""
+    """General SNNs (spikejax.models.general), which are always float32."""
 
     model: Literal["general-cnn", "general-lstm", "general-plain"] = "general-cnn"
     """General SNN; general-plain is the same network without windows."""
@@ -120,7 +120,7 @@ class MultiThresholdOptions:
     """Neurons with several thresholds and a fixed tau."""
 
     neuron: Literal["mt-parallel", "mt-cascade"] = "mt-parallel"
-    """Activation with several thresholds and, like lif, a fixed tau."""
+    """Activation: several thresholds and, as in lif, a fixed tau."""
     num_thresholds: int = 4
     """Number of thresholds; up to as many spikes per time step."""
 

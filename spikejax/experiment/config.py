@@ -64,7 +64,7 @@ class Images(Inputs):
     data_dir: Path | None = None
     """Folder of TFDS sets, zip or images; TFDS's own folder by default."""
     augment: Literal["none", "crop-flip", "autoaugment", "inception"] = "none"
-    """Of training images; autoaugment adds crop, flip and Cutout; inception takes a
+    """Augmentation in training; autoaugment adds crop, flip and Cutout; inception takes a
     random part of a photograph, or its mirror image."""
     image_size: int | None = None
     """Height and width to which images are cropped; by default they are not."""
@@ -253,7 +253,7 @@ def _build(experiment: Experiment, data: DataSet) -> nnx.Module:
         experiment.network,
         experiment.activation,
         num_classes=data.num_classes,
-        in_channels=data.shape[-1] or 0,
+        in_channels=cast(int, data.shape[-1]),
         seed=experiment.train.seed,
     )
 
