@@ -64,8 +64,8 @@ class Images(Inputs):
     data_dir: Path | None = None
     """Folder of TFDS sets, zip or images; TFDS's own folder by default."""
     augment: Literal["none", "crop-flip", "autoaugment", "inception"] = "none"
-    """Augmentation in training; autoaugment adds crop, flip and Cutout; inception takes a
-    random part of a photograph, or its mirror image."""
+    """Augmentation in training; autoaugment adds crop, flip and Cutout; inception takes
+    a random part of a photograph, or its mirror image."""
     image_size: int | None = None
     """Height and width to which images are cropped; by default they are not."""
 
