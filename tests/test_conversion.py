@@ -150,7 +150,9 @@ def test_spikes_cost_accumulates(num_thresholds):
     "build, layers", [(resnet.resnet18, 17), (resnet.resnet152, 151)]
 )
 def test_residual_networks_convert_at_every_depth(build, layers):
-    model = resnet.scaled(build, 1 / 64)(3, neuron=QuantReLU, rngs=nnx.Rngs(0))
+    (depths, _), options = build.args, build.keywords
+    options = options | {"neuron": QuantReLU, "rngs": nnx.Rngs(0)}
+    model = resnet.ResNet(depths, (1, 2, 2, 2), 3, **options)
     snn, swaps = convert(model, jnp.zeros((1, 1, 32, 32, 3)))
     assert len(swaps) == layers
     assert all(isinstance(n, ScaledIF) for n in neuron_layers(snn).values())
@@ -199,7 +201,7 @@ def test_calibration_finds_the_thresholds_of_the_relu_network(rule):
     model = with_statistics(small_vgg(relu))
     ann, swaps = calibrate(model, XS, rule=rule)
     first = nnx.relu(model.norms[0](model.convs[0](XS)))
-    second = nnx.relu(model.norms[1](model.convs[1](model.pool(first))))
+    second = nnx.relu(model.norms[1](model.convs[1](model.pool(first, (2, 2), (2, 2)))))
     third = nnx.relu(model.dense[0](second.mean((2, 3))))
     for swap, ys in zip(swaps, (first, second, third), strict=True):
         assert swap.v_threshold == pytest.approx(float(rule(ys, 3)), rel=1e-5)
