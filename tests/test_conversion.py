@@ -413,6 +413,13 @@ def test_any_network_of_relus_converts(name):
     assert (report.acs > 0) == ("scan" not in name)
 
 
+def test_a_quantised_relu_of_two_layers_becomes_two_neurons():
+    linear, shared = nnx.Linear(8, 8, rngs=nnx.Rngs(0)), QuantReLU()
+    snn, swaps = convert(nnx.Sequential(linear, shared, linear, shared), ROWS)
+    assert [swap.path for swap in swaps] == ["layers/1", "layers/1#2"]
+    assert set(snn.observe(ROWS)[1]) == set(snn.names)
+
+
 def test_names_and_caps():
     model, xs = linen_network()
     ann, swaps = calibrate(model, 100 * xs)  # above the 6 of relu6

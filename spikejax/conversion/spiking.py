@@ -9,9 +9,9 @@ exact; the maximum of spikes is their OR, which is the maximum of the rates only
 the strongest input covers the spikes of the others.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ from jax.extend.core import JaxprEqn
 from spikejax import trace
 from spikejax._compat import List, iter_modules
 from spikejax.conversion.relus import Relus
+from spikejax.layers import Membrane
+from spikejax.nn.memory import has_held, keep_membranes
 from spikejax.nn.quant import QuantReLU, ScaledIF
 from spikejax.trace import Site, Traced
 
@@ -49,14 +51,10 @@ class Converted(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Input and output of one activation, and its spikes per image [B].
-
-    In a scan over layers all have its length as their first axis.
-    """
+    """Input and output of one activation, in a scan over layers [layers, ...]."""
 
     x: jax.Array
     y: jax.Array
-    spikes: jax.Array
 
 
 class Replaced(nnx.Module):
@@ -85,36 +83,32 @@ class Replaced(nnx.Module):
 
     def __call__(self, xs: jax.Array) -> jax.Array:
         """Return the answer [B, T, ...] to xs [B, T, ...]."""
-        if not isinstance(self.sites[0], ScaledIF) or xs.shape[1] == 1:
-            return self.observe(xs)[0]
-        # Spiking networks run step by step: a network that folds time into the batch,
-        # or was made for images, has no axis of time where its activations are.
-        compute, states = self._traced(xs[:, :1])
+        params, traced = self._trace(xs)
+        pointwise = isinstance(self.sites[0], QuantReLU) or xs.shape[1] == 1
+        if pointwise or self._has_time(traced, xs):
+            return self._run(params, traced, xs)[0]
+        # A network that folds time into the batch, or was made for images, has no axis
+        # of time where its activations are: it runs step by step.
+        if self.sites[0].memory.watch:  # of keep_membranes, which wants one step
+            return self.observe(xs[:, :1])[0]
+        held = has_held(self)
+        model = self if held else keep_membranes(nnx.clone(self), xs[:, :1])
+        graphdef, state, rest = nnx.split(model, Membrane, ...)
 
-        def step(states: list, x: jax.Array) -> tuple[list, jax.Array]:
-            states, ys, *_ = compute(states, x[:, None])
-            return states, ys[:, 0]
+        def step(state: nnx.State, x: jax.Array) -> tuple[nnx.State, jax.Array]:
+            model = nnx.merge(graphdef, state, rest)
+            return nnx.state(model, Membrane), model(x[:, None])[:, 0]
 
-        states, ys = jax.lax.scan(step, states, jnp.moveaxis(xs, 1, 0))
-        self._save(states)
+        state, ys = jax.lax.scan(step, state, jnp.moveaxis(xs, 1, 0))
+        if held:
+            nnx.update(self, state)
         return jnp.moveaxis(ys, 0, 1)
 
     def observe(self, xs: jax.Array) -> tuple[jax.Array, dict[str, Seen]]:
-        """Return the answer to one time step [B, 1, ...], and what was activated."""
-        compute, states = self._traced(xs)
-        states, ys, changed, seen = compute(states, xs)
-        if changed:  # statistics of norms in training
-            nnx.update(self.model, unflatten_dict(changed))
-        self._save(states)
-        return ys, dict(zip(self.names, seen, strict=True))
+        """Return the answer to one time step [B, 1, ...], and all activations in it."""
+        return self._run(*self._trace(xs), xs)
 
-    def _save(self, states: list) -> None:
-        for module, state in zip(self.sites, states, strict=True):
-            if state is not None:
-                module.memory.save(state)
-
-    def _traced(self, xs: jax.Array) -> tuple[Callable, list]:
-        """Return (states, xs) -> (states, ys, changed variables, seen), and states."""
+    def _trace(self, xs: jax.Array) -> tuple[trace.Pytree, Traced]:
         f, params = trace.functional(self.model)
         traced = trace.trace(f, params, xs, Relus(self.places))
         if len(traced.sites) != len(self.sites):
@@ -122,62 +116,58 @@ class Replaced(nnx.Module):
                 f"Replaced: expected the ReLUs {', '.join(self.places)}, got "
                 f"{', '.join(site.where for site in traced.sites)}. Convert it again."
             )
+        return params, traced
+
+    def _has_time(self, traced: Traced, xs: jax.Array) -> bool:
+        """Return whether neurons may be called with sequences, from rest."""
+        shapes = {(*site.repeats, *site.shape[:2]) for site in traced.sites}
+        return shapes == {xs.shape[:2]} and not any(
+            site.memory.watch or site.memory.held for site in self.sites
+        )
+
+    def _run(
+        self, params: trace.Pytree, traced: Traced, xs: jax.Array
+    ) -> tuple[jax.Array, dict[str, Seen]]:
         pairs = list(zip(self.sites, traced.sites, strict=True))
         given = [_given(module, site) for module, site in pairs]
-        handler = partial(_activate, self.sites, len(xs))
+        spiking = isinstance(self.sites[0], ScaledIF)
+        whole = spiking and self._has_time(traced, xs)
 
-        def compute(states: list, xs: jax.Array) -> tuple:
-            both = dict(enumerate(zip(given, states, strict=True)))
-            (ys, after), kept = trace.run(traced, params, xs, handler, both)
-            kept = [kept[n] for n in range(len(given))]
-            leaves = jax.tree_util.tree_leaves_with_path(after)
-            changed = {
-                tuple(key.key for key in path): leaf
-                for (path, leaf), same in zip(leaves, traced.same[1:], strict=True)
-                if not same
-            }
-            return [state for state, _ in kept], ys, changed, [seen for _, seen in kept]
+        def handler(
+            n: int, site: Site, values: list, given: tuple, eqn: JaxprEqn
+        ) -> tuple[jax.Array, tuple]:
+            x, module, state = _input(site, values), self.sites[n], None
+            if isinstance(module, QuantReLU):
+                y = module.quantise(x, *given)
+            elif whole:
+                y = module(x)
+            else:
+                unit, state = given
+                step, (params, _) = module.bind()
+                state, y = step((params, unit), state, x)
+            return y, (state, Seen(x, y))
 
-        return compute, [_start(module, site) for module, site in pairs]
+        given = dict(enumerate(given))
+        (ys, after), kept = trace.run(traced, params, xs, handler, given)
+        leaves = jax.tree_util.tree_leaves_with_path(after)
+        pairs = zip(leaves, traced.same[1:], strict=True)
+        changed = {tuple(k.key for k in p): v for (p, v), same in pairs if not same}
+        if changed:  # statistics of norms in training
+            nnx.update(self.model, unflatten_dict(changed))
+        if spiking and not whole:
+            for n, module in enumerate(self.sites):
+                module.memory.save(kept[n][0])
+        return ys, {name: kept[n][1] for n, name in enumerate(self.names)}
 
 
-def _given(module: nnx.Module, site: Site) -> Any:
+def _given(module: QuantReLU | ScaledIF, site: Site) -> tuple:
     """Return the arrays that a module needs at a site, [*repeats, ...]."""
     if isinstance(module, QuantReLU):
         key = module.key()
         split = site.repeats and key is not None
         return module.scale[...], jax.random.split(key, site.repeats) if split else key
-    return module.unit[...] if isinstance(module, ScaledIF) else None
-
-
-def _start(module: nnx.Module, site: Site) -> jax.Array | None:
-    """Return the membranes of a site before the first step, in float32."""
-    if not isinstance(module, ScaledIF):
-        return None
-    return module.memory.load(module.start((*site.repeats, *site.shape)))
-
-
-def _activate(
-    modules: Sequence[nnx.Module],
-    batch: int,
-    n: int,
-    site: Site,
-    values: list,
-    given: tuple,
-    eqn: JaxprEqn,
-) -> tuple[jax.Array, tuple]:
-    """Compute one activation: the handler of the tracer."""
-    x, module, (arrays, state) = _input(site, values), modules[n], given
-    spikes = jnp.zeros(batch)
-    if isinstance(module, QuantReLU):
-        y = module.quantise(x, *arrays)
-    elif isinstance(module, ScaledIF):
-        step, (params, _) = module.bind()
-        state, y = step((params, arrays), state, x)
-        spikes = jnp.round(y.astype(jnp.float32) / arrays).reshape(batch, -1).sum(1)
-    else:
-        y = module(x)
-    return y, (state, Seen(x, y, spikes))
+    start = module.start((*site.repeats, *site.shape))
+    return module.unit[...], module.memory.load(start)
 
 
 def _input(site: Site, values: list) -> jax.Array:
@@ -230,7 +220,18 @@ def _sites(
             f"{who}: expected a network [B, T, ...] to [B, T, K] of affine operations, "
             f"pooling and ReLUs, got {'; '.join(problems)}."
         )
-    return model, traced, found
+    return model, traced._replace(sites=_unique(traced.sites)), found
+
+
+def _unique(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Return sites whose names differ: a shared ReLU is several neurons."""
+    seen: Counter[str] = Counter()
+    named = []
+    for site in sites:
+        seen[site.name] += 1
+        again = f"#{seen[site.name]}" if seen[site.name] > 1 else ""
+        named.append(site._replace(name=site.name + again))
+    return tuple(named)
 
 
 def quantised(who: str, model: nnx.Module, xs: jax.Array) -> Replaced:

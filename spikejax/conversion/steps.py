@@ -47,11 +47,21 @@ def _step(
     """
     model = nnx.merge(graphdef, membranes, rest)
     ys, seen = model.observe(xs)
-    # A scan over layers has its length as the first axis.
-    spikes = sum(s.spikes.reshape(-1, len(xs)).sum(0) for s in seen.values())
+    spikes = jnp.zeros(len(xs))
+    for name, neuron in zip(model.names, model.sites, strict=True):
+        y = seen[name].y.astype(jnp.float32)
+        count = jnp.round(y / _spread(neuron.unit[...], y))
+        # In a scan over layers the batch is the second axis.
+        count = count.reshape(neuron.unit[...].size, len(xs), -1)
+        spikes = spikes + count.sum((0, 2))
     # Sums over time need more digits than bfloat16 has.
     logits = ys[:, 0].astype(jnp.float32)
     return nnx.state(model, Membrane), (logits, spikes, seen if watched else {})
+
+
+def _spread(unit: jax.Array, y: jax.Array) -> jax.Array:
+    """Return the sizes of spikes, one per layer of a scan, to divide activations by."""
+    return unit.reshape(unit.shape + (1,) * (y.ndim - unit.ndim))
 
 
 def _steps(
@@ -250,11 +260,8 @@ def agreement(
     for path, neuron in zip(snn.names, snn.sites, strict=True):
         z, rate = total[path].x / time_steps, total[path].y / time_steps
         top, levels = neuron.unit[...], time_steps * neuron.num_thresholds
-        # A scan over layers has one threshold per layer.
-        top = jnp.reshape(top, top.shape + (1,) * (z.ndim - top.ndim))
-        parts = _errors(
-            z, rate, activations[path].y, top * neuron.num_thresholds, levels
-        )
+        top = _spread(top, z) * neuron.num_thresholds
+        parts = _errors(z, rate, activations[path].y, top, levels)
         rows.append(Agreement(path, *map(float, parts)))
     return rows
 
