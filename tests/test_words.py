@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Storeys whose words comply; the others follow.
 DONE = {
+    "experiment",
     "tpu",
     "plot",
     "encode",

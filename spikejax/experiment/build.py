@@ -144,9 +144,10 @@ def neuron_factory(
     # Normalised inputs have a standard deviation of 1. One threshold there is tdBN's
     # choice; of several, 0.5, 1, 1.5 ... cover it. The latter was chosen on the digits.
     several = isinstance(activation, MultiThresholdOptions)
-    options: dict[str, Any] = {"detach_reset": True, "v_threshold": 1.0}
+    options: dict[str, Any] = {"detach_reset": True, "v_threshold": 1.0}  # our choice
     if several and activation.num_thresholds > 1:
         options["v_threshold"] = 0.5
+    # From rest, the first step has u = x: in one time step tau has no effect.
     tau: dict[str, Any] = {"decay_input": False}
     if isinstance(network, GeneralOptions):
         options |= windowed.FIRING
@@ -185,6 +186,7 @@ def build_model(
         platform: backend for which it is built, by default the one in use. On a CPU,
             networks take the kernels of ``nn.cpu``.
     """
+    # The plain kernels have forward mode; nn/cpu.py says how much faster its own are.
     fast = (platform or jax.default_backend()) == "cpu"
 
     def make() -> nnx.Module:
@@ -197,10 +199,6 @@ def build_model(
             rngs=nnx.Rngs(seed),
         )
 
-    return _initialise(make)
-
-
-def _initialise(make: Callable[[], nnx.Module]) -> nnx.Module:
     # Compiled as a whole: layer by layer, each initialiser would be dispatched alone.
     graphdef, _ = nnx.split(nnx.eval_shape(make))
     weights = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make())))()

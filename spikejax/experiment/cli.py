@@ -14,11 +14,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import jax
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def parse(default: T, description: str | None, *options: Any) -> T:
@@ -38,6 +41,7 @@ def parse(default: T, description: str | None, *options: Any) -> T:
     """
     import tyro
 
+    # Two passes: tyro fixes the flags before it reads them, so the groups are needed.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for _, kinds in _unions(default):
         parser.add_argument(flag_name(alternatives(kinds)[0]), nargs="?")
@@ -54,7 +58,8 @@ def parse(default: T, description: str | None, *options: Any) -> T:
                 type(default),
                 default=default,
                 description=description,
-                return_unknown_args=True,
+                return_unknown_args=True,  # tyro's own message takes five lines
+                # The second takes the group of the default, and no subcommand.
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
             )
     except SystemExit as exit:
@@ -76,12 +81,17 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def flatten(config: Any) -> dict[str, Any]:
-    """Return {field: value} of a dataclass and of the dataclasses inside it."""
+def flatten(config: "DataclassInstance") -> dict[str, Any]:
+    """Return {field: value} of a dataclass and of the dataclasses inside it.
+
+    Raises:
+        ValueError: two of them have a field of the same name.
+    """
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        new = flatten(value) if dataclasses.is_dataclass(value) else {field.name: value}
+        new = {field.name: getattr(config, field.name)}
+        if dataclasses.is_dataclass(new[field.name]):
+            new = flatten(new[field.name])
         if twice := flat.keys() & new.keys():
             raise ValueError(
                 f"flags: expected one {flag_name(twice.pop())}, got a --neuron or "
@@ -101,10 +111,14 @@ def alternatives(kinds: tuple[type, ...]) -> tuple[str, dict[str, type]]:
 def override(config: T, flags: dict[str, Any], *options: Any) -> T:
     """Return a dataclass with other values of flags, and the groups that they select.
 
-    Its checks are not run: a value may fit only together with flags that follow.
+    Its checks are not run, as a value may need flags that are read later.
+    ``dataclasses.replace`` of the result runs them.
+
+    Raises:
+        ValueError: no group has that value of its first flag.
     """
     made, unions = copy.copy(config), dict(_unions(config, nested=False))
-    for field in dataclasses.fields(cast(Any, config)):
+    for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in unions:
             name, kind_of = alternatives(unions[field.name])
@@ -121,7 +135,9 @@ def override(config: T, flags: dict[str, Any], *options: Any) -> T:
     return made
 
 
-def _unions(config: Any, nested: bool = True) -> Iterator[tuple[str, tuple[type, ...]]]:
+def _unions(
+    config: "DataclassInstance", nested: bool = True
+) -> Iterator[tuple[str, tuple[type, ...]]]:
     """Yield (field, classes that it may hold) where there are several."""
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -130,10 +146,10 @@ def _unions(config: Any, nested: bool = True) -> Iterator[tuple[str, tuple[type,
             if kinds := get_args(hints[field.name]):
                 yield field.name, kinds
             elif nested:
-                yield from _unions(value)
+                yield from _unions(getattr(config, field.name))
 
 
-def _explain(config: Any, unknown: str) -> str:
+def _explain(config: "DataclassInstance", unknown: str) -> str:
     """Return the reason why a flag is not one of the config."""
     flag, flags = unknown.split("=")[0], flatten(config)
     for _, kinds in _unions(config):
@@ -159,6 +175,7 @@ def run_cli(script: Callable[[T], None], flags: T) -> None:
 
     SIGTERM exits with code 0; ``fit`` saves first.
     """
+    # ``fit`` has a handler of its own; this one is for the time before and after.
     previous = signal.signal(signal.SIGTERM, _exit_now)
     try:
         script(flags)

@@ -108,7 +108,7 @@ class Experiment:
     """The recipe."""
 
     def __post_init__(self):
-        object.__setattr__(self, "workdir", Path(self.workdir))
+        object.__setattr__(self, "workdir", Path(self.workdir))  # of a str in Python
         check_settings(self, _RANGES)
         check_settings(self.network)
         check_settings(self.activation)
@@ -214,6 +214,7 @@ def train(
     Raises:
         ValueError: the folder holds another run, or the flags do not fit the data.
     """
+    # One dictionary is the identity of a run; only workdir.py saves and compares it.
     settings = identity(experiment) | more
     workdir.check(experiment.workdir, settings, defaults(experiment))
     folder = cache_programs()
@@ -222,7 +223,7 @@ def train(
     recipe, shard = experiment.train, processes.shard()
     mesh = sharding.data_mesh(fsdp=experiment.fsdp)
     sharding.check_batch_size(recipe.batch_size, mesh)
-    batch_size = recipe.batch_size // shard[1]
+    batch_size = recipe.batch_size // shard[1]  # of this process
     train_data = images.train_batches(
         data.train,
         batch_size,
@@ -303,6 +304,7 @@ def report(
     Returns:
         the content of result.json.
     """
+    # 111 photographs of 224x224x3, but all 256 images of Tiny-ImageNet.
     most = ENERGY_VALUES // data.test.take([0], crop)["image"].size
     count = min(ENERGY_IMAGES, len(data.test), most)
     sample = data.test.take(range(count), crop)["image"]
@@ -337,6 +339,7 @@ def read(folder: Path | str, data_dir: Path | None = None) -> Experiment:
             f"read: expected a folder with the config.json of a run, got {folder}."
         )
     saved = json.loads(path.read_text()) | {"data_dir": data_dir}
+    # dataclasses.replace runs the checks, as config.json may have been edited.
     return dataclasses.replace(override(Experiment(Path(folder)), saved))
 
 
