@@ -171,6 +171,31 @@ def test_round_trip(name, tmp_path):
     np.testing.assert_allclose(jax.jit(lambda xs: back(xs))(XS), expected, atol=1e-6)
 
 
+class ByName(nnx.Module):
+    """A ReLU network that calls its activations by name."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.first, self.second = (
+            nnx.Linear(3, 8, rngs=rngs),
+            nnx.Linear(8, 4, rngs=rngs),
+        )
+
+    def __call__(self, xs):
+        return jnp.maximum(self.second(jax.nn.relu(self.first(xs))), 0)
+
+
+def test_a_network_with_activations_by_name_is_written_once_converted():
+    xs = jnp.broadcast_to(XS[:, :1, 0, 0, :1] * jnp.arange(1.0, 4.0), (2, 5, 3))
+    snn = convert(calibrate(ByName(), xs).model, xs).model
+    graph = to_nir(snn, xs, dt=DT, soft_reset=node)
+    kinds = [type(n).__name__ for n in graph.nodes.values()]
+    assert kinds == ["Input", "Affine", "IF", "Affine", "IF", "Output"]
+    expected = snn(xs)
+    assert expected.max() > 0.1
+    np.testing.assert_allclose(simulate(graph, xs), expected, atol=1e-5)
+
+
 def test_a_chip_sees_weights_and_neurons_and_no_factors():
     layers = ["Conv2d", "IF", "AvgPool2d"] * 2
     expected = ["Input", *layers, "Flatten", "Affine", "IF", "Affine", "Output"]
