@@ -190,7 +190,7 @@ def test_a_network_with_activations_by_name_is_written_once_converted():
     snn = convert(calibrate(ByName(), xs).model, xs).model
     graph = to_nir(snn, xs, dt=DT, soft_reset=node)
     kinds = [type(n).__name__ for n in graph.nodes.values()]
-    assert kinds == ["Input", "Affine", "IF", "Affine", "IF", "Output"]
+    assert kinds == ["Input", "Affine", "IF", "Affine", "IF", "Scale", "Output"]
     expected = snn(xs)
     assert expected.max() > 0.1
     np.testing.assert_allclose(simulate(graph, xs), expected, atol=1e-5)
