@@ -83,8 +83,12 @@ def spikes_of(layer):
 @every_neuron
 def test_energy_counts_its_spikes(name):
     layer = NEURONS[name]()
-    report = energy.measure(layer, XS)
+    network = nnx.Sequential(layer, nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    report = energy.measure(network, XS)
     assert report.spikes_per_image == spikes_of(layer) / 2
+    (row,) = report.connections
+    is_analog = name == "li"  # spikes cost accumulates, whatever they weigh
+    assert (row.acs > 0, row.macs > 0) == (not is_analog, is_analog)
     assert spikes_of(layer) > 0 or name == "li"
 
 
