@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ class Operations:
 
 @dataclass(frozen=True)
 class Report:
-    """What a network costs for an image, in the order in which it computes."""
+    """Cost of a network per image, one row per layer in the order of computation."""
 
     neurons: tuple[Firing, ...]
     connections: tuple[Operations, ...]
@@ -183,7 +184,7 @@ class _Operations:
 
     def level(self, eqn: JaxprEqn, values: Sequence[Value]) -> int:
         """Return 1 for comparisons, which make spikes of anything."""
-        is_comparison = eqn.outvars[0].aval.dtype == jnp.bool
+        is_comparison = trace.aval(eqn.outvars[0]).dtype == jnp.bool
         return 1 if is_comparison else max(v.level for v in values)
 
 
@@ -205,7 +206,7 @@ def _count(
 
     def counted(
         n: int, site: Site, values: list, given: jax.Array, eqn: JaxprEqn
-    ) -> tuple[jax.Array, tuple | None]:
+    ) -> tuple[jax.Array, Any]:
         if site.kind == "spiking_output":
             return given.astype(values[0].dtype), _rows(given)
         (y,) = trace.bind(eqn, values)
@@ -241,7 +242,7 @@ def _dense(site: Site, eqn: JaxprEqn) -> tuple[float, float]:
 
     A call is one time step of an image, or one token of it. Shapes alone count.
     """
-    (lhs, rhs), out = (v.aval for v in eqn.invars), eqn.outvars[0].aval
+    lhs, rhs, out = map(trace.aval, (*eqn.invars, *eqn.outvars))
     if site.kind == "dot_general":
         contracted, _ = eqn.params["dimension_numbers"]
         size = math.prod(lhs.shape[k] for k in contracted[0])

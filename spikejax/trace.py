@@ -8,11 +8,12 @@ streaming are handlers; a module need not be built in any special way for them.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.core import ShapedArray, eval_jaxpr
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
@@ -192,12 +193,17 @@ def bind(eqn: JaxprEqn, values: Sequence[jax.Array]) -> list[jax.Array]:
     known = {v: value for v, value in pairs if not isinstance(v, Literal)}
     parts = {"invars": list(known), "outvars": list(eqn.outvars), "eqns": [eqn]}
     one = _empty().replace(**parts, effects=eqn.effects)
-    return jax.core.eval_jaxpr(one, (), *known.values())
+    return eval_jaxpr(one, (), *known.values())
 
 
 @cache
 def _empty() -> Jaxpr:
     return jax.make_jaxpr(lambda: ())().jaxpr  # a Jaxpr made by hand lacks debug_info
+
+
+def aval(v: Var | Literal) -> ShapedArray:
+    """Return shape and type of a value."""
+    return cast(ShapedArray, v.aval)
 
 
 def as_scope(path: str) -> str:
@@ -321,7 +327,7 @@ class _Walk:
     ) -> Value:
         """Note a site, and return what is known of its output."""
         name = match.name or where(eqn)
-        shape, levels = eqn.outvars[0].aval.shape, tuple(v.level for v in values)
+        shape, levels = aval(eqn.outvars[0]).shape, tuple(v.level for v in values)
         self.sites.append(
             Site(name, match.kind, where(eqn), shape, match.cap, levels, *around)
         )

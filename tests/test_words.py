@@ -23,6 +23,9 @@ DONE = {
     "unroll",
     "layers",
     "nir",
+    "trace",
+    "energy",
+    "conversion",
 }
 
 # A function's docstring starts with a verb ("Return the ..."), a class's with a noun.

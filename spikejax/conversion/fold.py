@@ -41,47 +41,43 @@ def fold_norms(model: nnx.Module, xs: jax.Array) -> nnx.Module:
     """
     model = nnx.clone(model)
     model.eval()
-    modules = {"/".join(map(str, path)): (path, m) for path, m in iter_modules(model)}
-    norms = [p for p, (_, m) in modules.items() if isinstance(m, nnx.BatchNorm)]
     before = _layers_before(model, xs)
     folded = nnx.clone(model)
-    copies = dict(iter_modules(folded))
-    for norm in norms:
-        layers = [modules.get(path, ((), None)) for path in before.get(norm, ())]
-        if len(layers) != 1 or not isinstance(layers[0][1], nnx.Conv | nnx.Linear):
-            break
-        ((layer_path, _),) = layers
-        norm_path = modules[norm][0]
-        _fold(copies[layer_path], copies[norm_path])
-        _put(folded, norm_path, Folded())
-    else:
-        if _agree(model, folded, xs):
-            return folded
-    raise ValueError(
-        "fold_norms: expected one convolution or linear layer right before each norm, "
-        f"and used by it alone, got the layers {before} before norms. Leave the "
-        "norms in place: convert takes them too."
-    )
+    modules = {"/".join(map(str, path)): (path, m) for path, m in iter_modules(folded)}
+    left = []
+    for name, (path, norm) in modules.items():
+        if isinstance(norm, nnx.BatchNorm):
+            found = [modules[p][1] for p in before.get(name, ()) if p in modules]
+            if len(found) == 1 and isinstance(found[0], nnx.Conv | nnx.Linear):
+                _fold(found[0], norm)
+                _put(folded, path, Folded())
+            else:
+                left.append(name)
+    if left or not _agree(model, folded, xs):
+        raise ValueError(
+            "fold_norms: expected one convolution or linear layer right before each "
+            "norm, and used by it alone, got "
+            f"{'none before ' + ', '.join(left) if left else 'other answers'}. Leave "
+            "the norms in place: convert takes them too."
+        )
+    return folded
 
 
 class _Order:
-    """Rule of the tracer that only notes which parameters follow which."""
+    """Rule of the tracer without sites, which notes which parameters follow which."""
 
     def __init__(self) -> None:
         self.before: dict[str, set[str]] = {}
 
     def match(self, eqn: JaxprEqn, values: Sequence[Value]) -> Match | None:
-        """Note whose output meets the parameters of an equation."""
-        if trace.inner_jaxprs(eqn):  # a call may have the parameters of many layers
-            return None
-        data = {str(v.label) for v in values if v.level}
-        for v in values:
-            if data and not v.level and v.label is not None:
-                self.before.setdefault(v.label, set()).update(data - {v.label})
-        return None
+        """Return no site."""
 
     def level(self, eqn: JaxprEqn, values: Sequence[Value]) -> int:
-        """Return 1: all outputs depend on the input."""
+        """Note whose output meets the parameters of an equation; return 1."""
+        data = {str(v.label) for v in values if v.level}
+        for v in values:
+            if not v.level and v.label is not None:
+                self.before.setdefault(v.label, set()).update(data - {v.label})
         return 1
 
 
@@ -91,8 +87,7 @@ def _layers_before(model: nnx.Module, xs: jax.Array) -> dict[str, set[str]]:
     Functions in between do not show, so the result has to be tried.
     """
     order = _Order()
-    f, params = trace.functional(model)
-    trace.trace(f, params, xs, order)
+    trace.trace(*trace.functional(model), xs, order)
     return order.before
 
 
@@ -146,6 +141,6 @@ def _pass(x: jax.Array) -> jax.Array:
 
 
 def _pass_current(
-    params: Any, v: jax.Array, x: jax.Array, options: neurons.NeuronOptions
+    params: object, v: jax.Array, x: jax.Array, options: neurons.NeuronOptions
 ) -> tuple[jax.Array, tuple]:
     return x, ()

@@ -8,9 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
-from jax.extend.core import JaxprEqn, Literal
+from jax.extend.core import JaxprEqn, Literal, Var
 
 from spikejax import trace
 from spikejax.trace import CALLS, Match, Value
@@ -92,7 +91,7 @@ def _symbol(eqn: JaxprEqn, operands: Sequence[Symbol]) -> Symbol:
             return None
         known = dict(zip(jaxpr.invars, operands, strict=False))
 
-        def read(v: jax.extend.core.Var | Literal) -> Symbol:
+        def read(v: Var | Literal) -> Symbol:
             if isinstance(v, Literal):
                 return float(v.val) if np.ndim(v.val) == 0 else None
             return known.get(v)

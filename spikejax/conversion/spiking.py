@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 from jax.extend.core import JaxprEqn
@@ -24,6 +23,7 @@ from spikejax import trace
 from spikejax._compat import List, iter_modules
 from spikejax.conversion.relus import Relus
 from spikejax.layers import Membrane
+from spikejax.neurons import Number
 from spikejax.nn.memory import has_held, keep_membranes
 from spikejax.nn.quant import QuantReLU, ScaledIF
 from spikejax.trace import Site, Traced
@@ -40,7 +40,7 @@ class Swap(NamedTuple):
 
     path: str
     levels: int
-    v_threshold: float | np.ndarray
+    v_threshold: Number
 
 
 class Converted(NamedTuple):
@@ -164,8 +164,9 @@ def _given(module: QuantReLU | ScaledIF, site: Site) -> tuple:
     """Return the arrays that a module needs at a site, [*repeats, ...]."""
     if isinstance(module, QuantReLU):
         key = module.key()
-        split = site.repeats and key is not None
-        return module.scale[...], jax.random.split(key, site.repeats) if split else key
+        if key is not None and site.repeats:
+            key = jax.random.split(key, site.repeats)
+        return module.scale[...], key
     start = module.start((*site.repeats, *site.shape))
     return module.unit[...], module.memory.load(start)
 
@@ -250,13 +251,12 @@ def _swap(path: str, levels: int, v_threshold: jax.Array) -> Swap:
     Raises:
         ValueError: its threshold is not positive.
     """
-    value = np.asarray(v_threshold)
-    if not ((value > 0) & np.isfinite(value)).all():
+    if not bool(((v_threshold > 0) & jnp.isfinite(v_threshold)).all()):
         raise ValueError(
-            f"conversion: expected a positive threshold at {path!r}, got {value}. The "
-            "model is untrained, diverged, or this layer is dead."
+            f"conversion: expected a positive threshold at {path!r}, got {v_threshold}."
+            " The model is untrained, diverged, or this layer is dead."
         )
-    return Swap(path, levels, value if value.ndim else float(value))
+    return Swap(path, levels, v_threshold if v_threshold.ndim else float(v_threshold))
 
 
 def convert(model: nnx.Module, xs: jax.Array, num_thresholds: int = 1) -> Converted:

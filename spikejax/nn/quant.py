@@ -8,6 +8,7 @@ stands for that order: Noise Adaptor, Li et al. 2024, arXiv:2411.17431.
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,7 @@ def _forward(
     scale_gradient: float,
 ) -> tuple[jax.Array, tuple]:
     y = quantise(x, scale, noise, levels, rounding, scale_gradient)
-    return y, (x / scale + noise, levels)
+    return cast(jax.Array, y), (x / scale + noise, levels)
 
 
 def _backward(
@@ -116,7 +117,8 @@ def quantised_relu(
     scale_gradient: float,
 ) -> jax.Array:
     """Return ``quantise`` of x in any floating point type, computed in float32."""
-    y = quantise(x.astype(jnp.float32), scale, noise, levels, rounding, scale_gradient)
+    given = x.astype(jnp.float32), scale, noise, levels
+    y = cast(jax.Array, quantise(*given, rounding, scale_gradient))
     return y.astype(x.dtype)
 
 
