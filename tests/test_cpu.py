@@ -351,12 +351,6 @@ def test_no_norm_waits_with_its_bias():
     assert scratch(4) - scratch(2) < 2.2
 
 
-def test_a_gathered_gradient_is_the_gradient_behind_a_barrier():
-    gradient = jax.grad(lambda xs: (cpu.gather_gradient(xs) ** 2).sum())
-    np.testing.assert_array_equal(gradient(XS), 2 * XS)
-    assert "optimization_barrier" in str(jax.make_jaxpr(gradient)(XS))
-
-
 # The options of the compiler
 
 
