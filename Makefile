@@ -2,12 +2,22 @@
 # Another interpreter: make test PYTHON=python3.13
 PYTHON ?= python3
 
-.PHONY: demo test test-oldest lint bench docs
+.PHONY: demo check test test-oldest lint bench docs
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 demo: .venv/.experiments
 	.venv/bin/python -m experiments.digits --workdir runs/digits
+
+# The tests that notice most for their time: rules of the source, every cell by hand, one
+# network, energy, conversion, a step, a checkpoint, batches, flags.
+CHECK = design words surrogate neurons unroll encode losses norm trace split frames \
+	recipe step checkpoint nir_layers vgg cli hlo
+
+check: .venv/.dev
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/python -m pytest -q -n 2 --dist worksteal $(CHECK:%=tests/test_%.py)
 
 test: .venv/.dev
 	.venv/bin/python -m pytest -q -n 2 --dist worksteal

@@ -30,7 +30,7 @@ STOREYS = {
     | {"", "nn", "models", "data", "train", "conversion", "energy"},
 }
 
-# Packages that only extras install -> the rooms that may need them to be imported.
+# Packages that only extras install -> the modules that may import them.
 OPTIONAL = {
     "PIL": {"data.augment", "data.split"},
     "array_record": {"data.tfds"},

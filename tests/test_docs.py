@@ -1,6 +1,6 @@
-"""The examples of the documentation run, and its links lead somewhere.
+"""Documentation: its examples run, and its links, commands and modules exist.
 
-All blocks of a page that begin with ```python run in one namespace, in order. What
+All blocks of a page that begin with ```python run in one namespace, in order. Code that
 cannot run here is fenced as ```py.
 """
 
@@ -42,6 +42,14 @@ def test_links_lead_to_files(page):
     links = LINK.findall(page.read_text("utf-8"))
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing, f"{name(page)} links to {missing}, which do not exist"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/api").glob("*.md")), ids=name)
+def test_modules_of_the_reference_exist(page):
+    modules = re.findall(r"^::: (\S+)$", page.read_text("utf-8"), re.MULTILINE)
+    paths = [ROOT / module.replace(".", "/") for module in modules]
+    missing = [p.name for p in paths if not p.with_suffix(".py").exists()]
+    assert modules and not missing, f"{name(page)}: no {missing}"
 
 
 @cache
