@@ -1,10 +1,10 @@
 """Workers that take turns: one process a run, all alive, one at work at a time.
 
 So a change of the machine's speed falls on all of them, and the threads of no library
-stand in the way of another's. After each step there is a pause, in which threads that
+disturb another's. After each step there is a pause, in which threads that
 wait for more work go to sleep (OpenMP's spin for some milliseconds).
 
-Peak memory is of processes of their own, whose allocator is told to give back at once
+Peak memory is of processes of their own, whose allocator is set to return immediately
 what is freed: else PyTorch's peak is up to twice as high, and its steps are faster.
 """
 

@@ -1,4 +1,4 @@
-"""One library at work: takes a step each time that it is told to.
+"""One library at work: one step per request.
 
     python -m benchmarks.worker SIDE MODE SIZES THREADS
 
@@ -66,7 +66,7 @@ def errors_said(say: Callable[[dict[str, Any]], None]) -> Iterator[None]:
 
 
 def use_processors(threads: int) -> None:
-    """As many processors as threads: that is how XLA is told."""
+    """Use as many processors as threads, which is how XLA counts its threads."""
     if hasattr(os, "sched_setaffinity"):
         allowed = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, allowed[:threads])

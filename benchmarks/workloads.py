@@ -138,7 +138,7 @@ class Prepared:
     parameters: int
     """Their number."""
     held_bytes: int
-    """What lies in memory before the first step: parameters, data, optimiser."""
+    """Return the bytes in memory before the first step: parameters, data, optimiser."""
     versions: dict[str, str]
     device: str
     compile_s: float = 0.0
