@@ -127,11 +127,11 @@ class Conversions:
         return fitted
 
     def relu(self):
-        """The ReLU network, trained."""
+        """Train the ReLU network."""
         return self.fit(self.start)
 
     def quantised(self, relu: nnx.Module, bits: int, noise: float):
-        """The ReLU network with quantised activations, trained on with noise."""
+        """Train the ReLU network further, with quantised activations and noise."""
         recipe = self.flags.experiment.train
         rngs = nnx.Rngs(noise=recipe.seed)
         neuron = partial(QuantReLU, bits, noise=noise, rngs=rngs)
@@ -186,7 +186,7 @@ class Conversions:
                 return
 
     def confidence(self, snn: nnx.Module, last: int) -> float:
-        """The fastest early exit that loses little on images of the training set."""
+        """Return the fastest early exit that loses little on training images."""
         logits = stream(snn, self.sample, last).logits
         front = confidence_front(logits, self.labels)
         enough = front[-1][1] - LOSS
@@ -228,12 +228,12 @@ def _at(values: list[float], steps: list[int]) -> list[float]:
 
 
 def shown(last: int) -> list[int]:
-    """The numbers of time steps that the table shows."""
+    """Return the numbers of time steps that the table shows."""
     return [steps for steps in SHOWN if steps <= last]
 
 
 def rows(flags: Conversion) -> Iterator[dict[str, Any]]:
-    """One row for each setting, as it is ready."""
+    """Yield one row per setting, when it is ready."""
     nets = Conversions(flags)
     relu = nets.relu()
     settings = [(flags.bits, flags.noise)]

@@ -123,7 +123,7 @@ def by_class(
     graphdef, state = nnx.split(model)
 
     @jax.jit
-    def answer(raw):
+    def answer(raw: jax.Array) -> jax.Array:
         xs = encode(raw, jax.random.key(0))
         return nnx.merge(graphdef, state)(xs).mean(1).argmax(-1)
 

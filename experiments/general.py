@@ -59,7 +59,7 @@ SHARED = Experiment(
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """All five networks, or one."""
+    """Comparison of all five networks, or one of them."""
 
     experiment: Experiment = SHARED
     """The flags that the networks share."""

@@ -12,7 +12,7 @@ from spikejax.unroll import unroll_compiled
 
 
 class Feedback(NamedTuple):
-    """One time step of neurons that see their own last spikes.
+    """Time step of neurons that see their own last spikes.
 
     Hashable, as ``layers.Step``; params is the pair of the neuron's and the weights.
     """
@@ -130,7 +130,7 @@ class LSTM(nnx.Module):
 
 
 class Bidirectional(nnx.Module):
-    """Two LSTMs, one of which reads the sequence from its end; 2 features come out."""
+    """Pair of LSTMs, one of which reads the sequence from its end; [.., 2 features]."""
 
     def __init__(self, inputs: int, features: int, *, rngs: nnx.Rngs):
         self.forwards = LSTM(inputs, features, rngs=rngs)

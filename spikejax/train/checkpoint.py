@@ -155,7 +155,7 @@ class Checkpoints:
             )
         if processes.is_primary():
             self._move_away(corrupt, max(intact, default=0))
-        processes.all_gather(0)  # nobody goes on before the folder is in order
+        processes.all_gather(0)  # nobody continues before the folder is in order
         return self._load(intact[-1], abstract_state, data) if intact else None
 
     def close(self) -> None:
@@ -218,7 +218,7 @@ class Checkpoints:
         if len(positions) == count:
             data.set_state(positions[index])
         elif positions.count(positions[0]) == len(positions):
-            data.set_state(positions[0])  # any number of processes can go on from it
+            data.set_state(positions[0])  # any number of processes can resume from it
         else:
             warnings.warn(
                 f"checkpoint {step} in {self.directory} is of {len(positions)} "
