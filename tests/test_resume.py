@@ -183,7 +183,7 @@ def test_killed_and_terminated_amid_an_epoch_the_command_goes_on(undisturbed, wo
         code, out, err = child.finish()
     stopped_at = saved(workdir)[-1]
     assert code == 0 and "Traceback" not in err and "Warning:" not in err
-    assert f"Stopped at step {stopped_at}, saved. The same command goes on" in out
+    assert f"Stopped and saved at step {stopped_at}. Rerun the same command" in out
     assert start < stopped_at < STEPS and train_steps(workdir)[-1] == stopped_at
     assert not (workdir / "result.json").exists()
     result, _, _ = complete(workdir)
