@@ -24,6 +24,7 @@ from flax import nnx
 
 from spikejax import energy
 from spikejax.conversion import calibrate, convert, least_error, percentile
+from spikejax.conversion.spiking import Replaced
 from spikejax.conversion.steps import (
     agreement,
     confidence_front,
@@ -185,7 +186,7 @@ class Conversions:
             if left <= 0:
                 return
 
-    def confidence(self, snn: nnx.Module, last: int) -> float:
+    def confidence(self, snn: Replaced, last: int) -> float:
         """Return the fastest early exit that loses little on training images."""
         logits = stream(snn, self.sample, last).logits
         front = confidence_front(logits, self.labels)
