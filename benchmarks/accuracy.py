@@ -43,7 +43,7 @@ TRIALS = 5  # steps that show which mode is fastest
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """What to train, and how long."""
+    """Settings of the trainings."""
 
     workdir: Path = Path("runs/accuracy")
     """Folder for what is measured, and for the images (180 MB)."""
@@ -64,13 +64,13 @@ class Accuracy:
     evaluate_every: float = 0.25
     """Epochs between evaluations."""
     test_images: int = 10_000
-    """How many of them, the first ones, are evaluated."""
+    """Number of test images to evaluate, the first ones."""
     threads: int = 0
     """Processors for each library; 0 takes all."""
     device: Literal["cpu", "gpu"] = "cpu"
     """Where every library computes."""
     seed: int = 0
-    """Of the order of the images and of their augmentation."""
+    """Seed of the order of the images and of their augmentation."""
 
     def __post_init__(self):
         bounds = {
@@ -129,10 +129,10 @@ def train(run: Run, given: Accuracy, recipe: Recipe, env: dict[str, str]) -> Non
         print(f"Left out, as there is no {given.peers}: {run.library}. {GET}")
         return
     python = sys.executable if ours else str(given.peers.absolute())
-    told = [json.dumps(dataclasses.asdict(each)) for each in (SIZES, recipe)]
+    settings = [json.dumps(dataclasses.asdict(each)) for each in (SIZES, recipe)]
     arrays = str((given.workdir / "images.npz").absolute())
     command = [python, "-m", "benchmarks.trainer", turns.SIDES[run.library]]
-    command += [run.mode, str(run.time_steps), *told, arrays]
+    command += [run.mode, str(run.time_steps), *settings, arrays]
     path = given.workdir / f"{name}.jsonl"
     about = dataclasses.asdict(run) | {"label": run.label, "device": given.device}
     about |= {"recipe": dataclasses.asdict(recipe)}
@@ -165,11 +165,11 @@ def _line(label, answer, recipe):
 
 
 def evaluations(given: Accuracy, recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
-    """What all runs in the folder with this recipe showed, SpikingJelly's first."""
-    told, found = (dataclasses.asdict(recipe), given.device), {}
+    """Return the results of all runs in the folder with this recipe, theirs first."""
+    wanted, found = (dataclasses.asdict(recipe), given.device), {}
     for path in sorted(given.workdir.glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        if rows and (rows[0]["recipe"], rows[0]["device"]) == told:
+        if rows and (rows[0]["recipe"], rows[0]["device"]) == wanted:
             found[rows[0]["label"]] = rows
     return dict(sorted(found.items(), key=lambda item: item[1][0]["library"]))
 

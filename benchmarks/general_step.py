@@ -1,4 +1,4 @@
-"""What windows cost: the windowed spiking layer against its two convolutions alone.
+"""Cost of windows: the windowed spiking layer against its two convolutions alone.
 
     python -m benchmarks.general_step --workdir runs/bench-general
 
@@ -35,14 +35,14 @@ from spikejax.train.progress import table
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """How to measure."""
+    """Settings of the measurement."""
 
     workdir: Path = Path("runs/bench-general")
     """Folder for bench.json."""
     repeats: int = 11
     """Timed steps of each layer, each after one that is not."""
     batch_size: int = 32
-    """Maps a step."""
+    """Maps per step."""
     side: int = 16
     """Height and width of a map."""
     channels: int = 48
@@ -63,7 +63,7 @@ LAYERS = {
 
 
 class Step:
-    """The compiled gradient of a layer by its weights and its input."""
+    """Compiled gradient of a layer by its weights and its input."""
 
     def __init__(self, make, window, benchmark):
         rngs = nnx.Rngs(0)
@@ -91,7 +91,7 @@ class Step:
 
 
 def measure(benchmark: Benchmark) -> list[dict]:
-    """One row a layer: its steps, and their ratio to the convolutions' with ReLU."""
+    """Return a row per layer: its steps, and their ratio to ReLU's."""
     sizes = benchmark.repeats, benchmark.batch_size, benchmark.side, benchmark.channels
     if min(sizes) < 1:
         raise ValueError(

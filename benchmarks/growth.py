@@ -1,4 +1,4 @@
-"""How a training step grows with time steps, batch and width.
+"""Growth of a training step with time steps, batch and width.
 
     python -m benchmarks.growth --workdir runs/growth
 
@@ -31,7 +31,7 @@ from spikejax.train.progress import table
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """How to measure."""
+    """Settings of the measurement."""
 
     workdir: Path = Path("runs/growth")
     """Folder for growth.json and growth.png."""
@@ -41,7 +41,7 @@ class Growth:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """One thing that grows, with all else in ``title``."""
+    """A quantity that grows, with all else in ``title``."""
 
     title: str
     mode: str
@@ -85,13 +85,13 @@ def operations(sizes: Sizes) -> int:
 
 
 def slope(rows: list[dict[str, Any]], what: str) -> float:
-    """The exponent p of what = c size^p that fits best, in logarithms."""
+    """Return the exponent p of what = c size^p that fits best, in logarithms."""
     size, value = np.log([(row["size"], row[what]) for row in rows]).T
     return float(np.polyfit(size, value, 1)[0])
 
 
 def measure(growth: Growth) -> list[dict[str, Any]]:
-    """One row for each size of each sweep."""
+    """Return a row for each size of each sweep."""
     if growth.repeats < 1:
         raise ValueError(f"growth: expected repeats >= 1, got {growth.repeats}.")
     rows, steps = {}, {}

@@ -1,4 +1,4 @@
-"""What layers of neurons cost: time and traffic against a copy of the same arrays.
+"""Cost of layers of neurons: time and traffic against a copy of the same arrays.
 
     python -m benchmarks.neuron --workdir runs/neuron
 
@@ -39,7 +39,7 @@ PASSES = {"forward": 2, "gradient": 3}  # arrays that have to be read or written
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """What to measure."""
+    """Settings of the measurement."""
 
     workdir: Path = Path("runs/neuron")
     """Folder for neuron.json."""
@@ -56,12 +56,12 @@ class Benchmark:
 
 
 def gradient(layer: Callable, xs: jax.Array, gs: jax.Array) -> jax.Array:
-    """Of the spikes of xs, by xs; gs is what comes back to the spikes."""
+    """Return the gradient by xs of the spikes, whose own gradient is gs."""
     return jax.vjp(layer, xs)[1](gs)[0]
 
 
 def functions() -> dict[tuple[str, str], Callable]:
-    """(layer, pass) -> what is timed."""
+    """Return {(layer, pass): the function that is timed}."""
     made: dict[tuple[str, str], Callable] = {
         (COPY, "forward"): lambda xs: xs + 1,
         (COPY, "gradient"): lambda xs, gs: 0.5 * xs + 2 * gs,
@@ -74,7 +74,7 @@ def functions() -> dict[tuple[str, str], Callable]:
 
 
 def measure(given: Benchmark) -> list[dict[str, Any]]:
-    """One row for each layer, pass and T."""
+    """Return a row for each layer, pass and T."""
     sizes = given.repeats, given.maps, given.side, given.channels, *given.time_steps
     if min(sizes) < 1 or any(given.maps % steps for steps in given.time_steps):
         raise ValueError(
@@ -86,7 +86,7 @@ def measure(given: Benchmark) -> list[dict[str, Any]]:
 
 
 def _rows(given, time_steps):
-    """The rows of one T, whose layers take turns."""
+    """Return the rows of one T, whose layers take turns."""
     side, maps = (given.side, given.side), given.maps // time_steps
     shape = maps, time_steps, *side, given.channels
     rng = np.random.default_rng(0)

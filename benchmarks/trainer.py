@@ -1,4 +1,4 @@
-"""One library that trains, on images that it is handed as arrays.
+"""A library that trains, on images in arrays.
 
     python -m benchmarks.trainer SIDE MODE TIME_STEPS SIZES RECIPE IMAGES
 
@@ -28,7 +28,7 @@ EVALUATED = 250  # images at a time
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How every library trains. Decay is L2, on kernels alone."""
+    """Recipe of every library. Decay is L2, on kernels alone."""
 
     steps: int
     evaluate_every: int
@@ -42,7 +42,7 @@ class Recipe:
     weight_decay: float = 5e-4
 
     def rate(self, step: int) -> float:
-        """The learning rate of step 0, 1, ..."""
+        """Return the learning rates of steps 0, 1, ..."""
         rising = int(self.warmup * self.steps)
         if step < rising:
             first = self.learning_rate / rising
@@ -80,7 +80,7 @@ def batches(
 def main(
     side: str, mode: str, time_steps: str, sizes: str, recipe: str, images: str
 ) -> None:
-    """One library: trains to the next evaluation for each line of stdin."""
+    """Train one library to the next evaluation for each line of stdin."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the library prints is no answer
 
@@ -97,10 +97,10 @@ def main(
 def trained(
     side: str, mode: str, time_steps: int, sizes: str, recipe: str, images: Path
 ) -> Iterator[dict[str, Any]]:
-    """An empty answer when ready, then what each evaluation shows."""
-    told = json.loads(sizes) | {"time_steps": time_steps}
-    told["channels"] = tuple(told["channels"])
-    given, how = Sizes(**told), Recipe(**json.loads(recipe))
+    """Yield an empty answer when ready, then the figures of each evaluation."""
+    fields = json.loads(sizes) | {"time_steps": time_steps}
+    fields["channels"] = tuple(fields["channels"])
+    given, how = Sizes(**fields), Recipe(**json.loads(recipe))
     data = np.load(images)
     mean, std = (data[name].astype(np.float32) for name in ("mean", "std"))
     module = importlib.import_module(f"benchmarks.sides.{side}")
@@ -139,7 +139,7 @@ def trained(
 
 
 def correct(answer: Callable, images: np.ndarray, labels: np.ndarray) -> float:
-    """The part of the images whose largest logit is that of their label.
+    """Return the part of the images whose largest logit is that of their label.
 
     All batches have one size, so there is one program: the last is filled up.
     """

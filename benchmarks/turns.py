@@ -64,7 +64,7 @@ class Worker:
             raise
 
     def step(self) -> dict[str, Any]:
-        """Its figures of one step."""
+        """Return its figures of one step."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it ended: the answer says why
             self._process.stdin.write("step\n")
@@ -72,7 +72,7 @@ class Worker:
         return self._answer()
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._process.kill()
         self._process.communicate()
         self._log.close()
@@ -94,8 +94,8 @@ class Worker:
 
 
 def environment(threads: int, device: str) -> dict[str, str]:
-    """Of a worker: its threads, its device, and no compiled program from a cache."""
-    told = {
+    """Return the variables of a worker: threads, device, no compilation cache."""
+    settings = {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "JAX_ENABLE_COMPILATION_CACHE": "false",
@@ -103,18 +103,18 @@ def environment(threads: int, device: str) -> dict[str, str]:
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
     if device == "cpu":
-        told |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        settings |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     kept = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
-    return kept | told
+    return kept | settings
 
 
 def command(run: Run, sizes: Sizes, peers: Path, threads: int) -> list[str]:
-    """How the worker of a run is started."""
+    """Return the command that starts the worker of a run."""
     python = sys.executable if run.library == "spikejax" else str(peers)
     sizes = dataclasses.replace(sizes, time_steps=run.time_steps)
-    told = json.dumps(dataclasses.asdict(sizes))
+    fields = json.dumps(dataclasses.asdict(sizes))
     side = SIDES[run.library]
-    return [python, "-m", "benchmarks.worker", side, run.mode, told, str(threads)]
+    return [python, "-m", "benchmarks.worker", side, run.mode, fields, str(threads)]
 
 
 def take_turns(
@@ -123,7 +123,7 @@ def take_turns(
     turns: int,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """One row a run: what its worker said, or the error that ended it.
+    """Return a row per run: the answers of its worker, or the error that ended it.
 
     Args:
         runs: who takes part.
@@ -225,14 +225,14 @@ def in_turns(
 
 
 def processors() -> int:
-    """Those that this process may use."""
+    """Return the number of processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The lower quartile, the median and the upper quartile."""
+    """Return the lower quartile, the median and the upper quartile."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -240,7 +240,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def ratio(row: dict, reference: dict) -> tuple[float, float, float]:
-    """Quartiles and median of the ratio within each turn."""
+    """Return quartiles and median of the ratio within each turn."""
     pairs = zip(row["steps_ms"], reference["steps_ms"], strict=True)
     return quartiles([ours / theirs for ours, theirs in pairs])
 

@@ -31,7 +31,7 @@ GET = "`make bench` installs it in .venv-peers; --peers PATH is another interpre
 
 @dataclasses.dataclass(frozen=True)
 class Versus:
-    """What to compare, and how often."""
+    """Settings of the comparison."""
 
     workdir: Path = Path("runs/bench")
     """Folder for bench.json, bench.png and what the workers print."""
@@ -53,7 +53,7 @@ class Versus:
 
 
 def measure(name: str, workload: Workload, given: Versus) -> list[dict[str, Any]]:
-    """The rows of one workload."""
+    """Return the rows of one workload."""
     threads = given.threads or turns.processors()
     env = turns.environment(threads, given.device)
     logs = given.workdir / "logs"

@@ -54,7 +54,7 @@ def main(side: str, mode: str, sizes: str, threads: str) -> None:
 
 @contextlib.contextmanager
 def errors_said(say: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """What is missing, or goes wrong inside, becomes an answer."""
+    """Turn a missing module, or an error inside, into an answer."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -73,7 +73,7 @@ def use_processors(threads: int) -> None:
 
 
 def prepare(side: str, mode: str, sizes: dict):
-    """The side's network, after the one heavy import."""
+    """Return the side's network, after the one heavy import."""
     from benchmarks.workloads import Sizes
 
     module = importlib.import_module(f"benchmarks.sides.{side}")
@@ -82,7 +82,7 @@ def prepare(side: str, mode: str, sizes: dict):
 
 
 def timed(prepared, before: float) -> dict:
-    """One step: wall and processor time in ms, peak memory in MiB, loss."""
+    """Return ms of wall and processor time, peak MiB, and loss of one step."""
     if CLEAR.exists():
         CLEAR.write_text("5")  # VmHWM counts from here
     cpu, wall = time.process_time(), time.perf_counter()
@@ -95,7 +95,7 @@ def timed(prepared, before: float) -> dict:
 
 
 def resident(name: str) -> float:
-    """A line of /proc/self/status in MiB; NaN where there is none."""
+    """Return a line of /proc/self/status in MiB; NaN where there is none."""
     lines = STATUS.read_text().splitlines() if STATUS.exists() else []
     values = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
     return float(values[0]) / 1024 if values else float("nan")

@@ -1,4 +1,4 @@
-"""What is compared: networks and their sizes, the same for every library. numpy alone.
+"""Workloads of the comparison: networks and sizes, the same for every library.
 
 Neurons are LIF with u = v / 2 + x (tau = 2, decay_input off, which every library has),
 threshold 1, soft reset without a gradient, and the ATan surrogate of width 2. Where a
@@ -27,23 +27,23 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What a side has to know of a workload."""
+    """Sizes of a workload, for a side."""
 
     network: str
     """convolutions, linear, pooled or resnet18."""
     batch_size: int
     time_steps: int
     side: int
-    """Of the images, in pixels."""
+    """Side of the images, in pixels."""
     channels: tuple[int, ...]
-    """Of each layer of neurons; the resnet's are those of its four stages."""
+    """Channels of each layer of neurons; the resnet's are those of its four stages."""
     trains: bool = True
     """A training step, else the answer to a batch in evaluation mode."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """One comparison: sizes, who takes part, and what is set against what."""
+    """A comparison: sizes, runs, and the pairs to compare."""
 
     title: str
     sizes: Sizes
@@ -131,7 +131,7 @@ WORKLOADS = {
 
 @dataclasses.dataclass
 class Prepared:
-    """A network that is ready: what the worker times, and what it reports."""
+    """A network that is ready, with the figures that the worker reports."""
 
     step: Callable[[], float]
     """Takes one step, waits for its end, returns the loss."""
@@ -142,7 +142,7 @@ class Prepared:
     versions: dict[str, str]
     device: str
     compile_s: float = 0.0
-    """What was compiled before the first step."""
+    """Seconds of compilation before the first step."""
     compiled_mib: float | None = None
     """Peak memory by the compiler's account, where it gives one."""
     device_peak: Callable[[], int] | None = None

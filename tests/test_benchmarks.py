@@ -23,7 +23,8 @@ def test_each_crop_of_photographs_is_a_row(tmp_path):
         archive.writestr("README", "no image")
     pipeline.main(Pipeline(tmp_path, photographs=tmp_path / "some.zip", seconds=0.01))
     rows = json.loads((tmp_path / "pipeline.json").read_text())
-    assert len(rows) == 5 and "photographs, inception 224" in rows[0]["workload"]
+    assert len(rows) == 5
+    assert any("photographs, inception 224" in row["workload"] for row in rows)
     assert all(row["images"] >= 3 for row in rows)
     assert all(row["images_per_core_second"] > 0 for row in rows)
 

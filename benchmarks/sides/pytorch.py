@@ -127,7 +127,7 @@ def place(network: nn.Module) -> None:
 
 
 def prepared(step, network, xs, versions) -> Prepared:
-    """What the worker wants to know."""
+    """Return the figures that the worker asks for."""
 
     def peak():
         most = torch.cuda.max_memory_allocated()

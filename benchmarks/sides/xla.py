@@ -1,4 +1,4 @@
-"""What the two libraries on JAX share: weights, and a step that is compiled."""
+"""Code that the two libraries on JAX share: weights, and a step that is compiled."""
 
 import time
 from collections.abc import Callable, Sequence
