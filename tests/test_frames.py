@@ -252,7 +252,6 @@ def test_arguments_out_of_range_are_refused():
         lambda: frames.resized(HAND, (2, 3), (3, 3)),
         lambda: frames.by_duration(HAND, (2, 3), 2, span=(100, 119)),
         lambda: run(frames.roll(-1)),
-        lambda: run(frames.roll(9)),
         lambda: run(frames.drop(2)),
         lambda: run(frames.noise(-1)),
     ):

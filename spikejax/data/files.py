@@ -33,8 +33,7 @@ def file_reader(root: Path, names: Sequence[str], labels: Sequence[int]) -> Read
 
     Args:
         root: the folder, or the zip, which is not unpacked.
-        names: names of the files, from root.
-        labels: labels of the files.
+        names, labels: of the files; the names are from root.
     """
     # An array of bytes: ImageNet's 1.3 million names are sent to every worker.
     encoded = np.array([os.fsencode(name) for name in names])
@@ -90,62 +89,65 @@ def tiny_imagenet(data_dir: Folder) -> Splits:
     start, depth = f"{root}train/", root.count("/") + 1
     images = [m for m in members if m.startswith(start) and m.endswith(".JPEG")]
     train = [(name, name.split("/")[depth]) for name in images]
-    classes = sorted(line[0] for line in wnids)
-    splits = {"train": train, "test": test}
-    train, test = _splits("tiny_imagenet", path, splits, classes, (64, 64, 3))
     # The first of several names: "goldfish, Carassius auratus".
     names = {line[0]: line[-1].split(",")[0] for line in words}
-    return Splits(train, test, tuple(names.get(wnid, wnid) for wnid in classes))
+    classes = {
+        wnid: names.get(wnid, wnid) for wnid in sorted(line[0] for line in wnids)
+    }
+    files = {"train": train, "test": test}
+    return _splits("tiny_imagenet", path, files, classes, (64, 64, 3))
 
 
 def image_folder(data_dir: Folder) -> Splits:
     """Return photographs of any size in folders: train/CLASS/*.JPEG, val/CLASS/*.JPEG.
 
     This is the layout of ImageNet once unpacked, and of TFDS's ImageFolder, which needs
-    TensorFlow. Files that end in .jpeg, .jpg or .png count. The folder val may also be
-    named validation or test.
+    TensorFlow. Files that end in .jpeg, .jpg or .png count.
 
     Args:
-        data_dir: the folder of train and val.
+        data_dir: the folder of train and val, which may be named validation or test.
 
     Raises:
         ValueError: no images for a split, or a class that is in val only.
     """
     root = Path(data_dir or ".").expanduser()
     held_out = next((name for name in HELD_OUT if (root / name).is_dir()), HELD_OUT[0])
-    splits = {split: _scan(root, split) for split in ("train", held_out)}
-    classes = sorted({name for _, name in splits["train"]})
-    train, test = _splits("folder", root, splits, classes, (None, None, 3))
-    return Splits(train, test, tuple(classes))
+    files = {split: _scan(root, split) for split in ("train", held_out)}
+    classes = {name: name for name in sorted({name for _, name in files["train"]})}
+    return _splits("folder", root, files, classes, (None, None, 3))
 
 
 def _splits(
-    name: str, root: Path, splits: dict[str, Files], classes: list[str], shape: Shape
-) -> list[EncodedImages]:
+    name: str,
+    root: Path,
+    files: dict[str, Files],
+    classes: dict[str, str],
+    shape: Shape,
+) -> Splits:
     label_of = {known: label for label, known in enumerate(classes)}
-    made = []
-    for split, files in splits.items():
-        unknown = sorted({found for _, found in files} - set(classes))
-        if unknown or not files:
+
+    def encoded(split: str) -> EncodedImages:
+        found = files[split]
+        unknown = sorted({each for _, each in found} - set(classes))
+        if unknown or not found:
             raise ValueError(
                 f"{name}: expected images ({', '.join(SUFFIXES)}) of the classes of "
                 f"train in {root / split}/CLASS, got "
                 f"{f'the class {unknown[0]} too' if unknown else 'none'}. Give "
                 "--data-dir, or move away what is not of the set."
             )
-        labels = [label_of[found] for _, found in files]
-        read = file_reader(root, [file for file, _ in files], labels)
-        title, count = f"{name}, {split} in {root}", len(classes)
-        made.append(EncodedImages(title, len(files), read, shape, count))
-    return made
+        labels = [label_of[each] for _, each in found]
+        read = file_reader(root, [path for path, _ in found], labels)
+        title = f"{name}, {split} in {root}"
+        return EncodedImages(title, len(found), read, shape, len(classes))
+
+    train, test = map(encoded, files)
+    return Splits(train, test, tuple(classes.values()))
 
 
 def _scan(root: Path, split: str) -> Files:
     """Return the image files of a split, sorted by class and name."""
     # glob skips names with a leading dot, which macOS and Jupyter leave in folders.
-    found = (name.split(os.sep) for name in glob("*/*", root_dir=root / split))
-    return [
-        (f"{split}/{folder}/{name}", folder)
-        for folder, name in sorted(found)
-        if name.lower().endswith(SUFFIXES)
-    ]
+    found = sorted(name.split(os.sep) for name in glob("*/*", root_dir=root / split))
+    found = [each for each in found if each[1].lower().endswith(SUFFIXES)]
+    return [(f"{split}/{folder}/{name}", folder) for folder, name in found]

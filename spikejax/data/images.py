@@ -41,7 +41,6 @@ class ImageSet:
     mean and std are those of the channels of the training images, where white is 1.
     """
 
-    name: str
     train: Source
     test: Source
     class_names: tuple[str, ...]
@@ -80,17 +79,10 @@ def load(name: str, data_dir: Folder = None) -> ImageSet:
     Raises:
         ValueError: the set is unknown, not there, or damaged.
     """
-    if name in SYNTHETIC:
-        splits = SYNTHETIC[name]()
-    elif name in FILES:
-        splits = FILES[name](data_dir)
-    else:
-        splits = prepared_set(name, data_dir)
-    statistics = STATISTICS.get(name)
-    if statistics is None:
-        varies = None in splits.train.shape
-        statistics = PHOTOGRAPHS if varies else _statistics(splits.train)
-    return ImageSet(name, *splits, *statistics)
+    splits = OWN[name](data_dir) if name in OWN else prepared_set(name, data_dir)
+    usual = PHOTOGRAPHS if None in splits.train.shape else STATISTICS.get(name)
+    statistics = usual or _statistics(splits.train)
+    return ImageSet(*splits, *statistics)
 
 
 def train_batches(
@@ -132,24 +124,23 @@ def train_batches(
     _check("train_batches", source, batch_size, batch_size * count, crop, shard)
     source = source.cached()
 
+    def rngs(use: int, places: range) -> list[np.random.Generator]:
+        return [np.random.default_rng((seed, use, place)) for place in places]
+
     def make(batch: int, rows: np.ndarray) -> Batch:
         first = batch * batch_size  # position in the stream of all processes
-        places = range(first, first + batch_size) if crop else ()
-        rngs = [np.random.default_rng((seed, 1, place)) for place in places]
-        made = source.take(rows, crop, rngs)
+        places = range(first, first + batch_size)
+        made = source.take(rows, crop, rngs(1, places) if crop else None)
         if augment is not None:
-            made["image"] = _augmented(made["image"], augment, seed, first)
+            groups = np.split(made["image"], range(GROUP, batch_size, GROUP))
+            parts = map(augment, groups, rngs(2, places[::GROUP]))
+            made["image"] = np.concatenate(list(parts))
         return made
 
     # Grain shuffles epoch e with seed + e: unmixed, seeds 0 and 1 would share epochs.
     mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    stream = (
-        grain.MapDataset.range(len(source))
-        .shuffle(mixed)
-        .repeat()
-        .batch(batch_size, batch_fn=np.array)
-        .map_with_index(make)
-    )
+    stream = grain.MapDataset.range(len(source)).shuffle(mixed).repeat()
+    stream = stream.batch(batch_size, batch_fn=np.array).map_with_index(make)
     # Of each step's `count` batches this process takes its own. Slicing before batch
     # would interleave the processes' examples, in another order than one process's.
     return TrainBatches(stream[index::count], workers)
@@ -211,9 +202,9 @@ class TrainBatches(grain.DatasetIterator):
         self._iterator: grain.DatasetIterator | None = None
 
     def __next__(self) -> Batch:
-        iterator = self._open() if self._iterator is None else self._iterator
-        self._iterator = iterator
-        batch = next(iterator)
+        if self._iterator is None:
+            self._iterator = self._open()
+        batch = next(self._iterator)
         self._next_index += 1
         return batch
 
@@ -241,24 +232,11 @@ class TrainBatches(grain.DatasetIterator):
         # Grain reads a flag of its own here, which fails in programs that do not use
         # absl. As Grain does in its workers, we mark this flag as given; the flags of
         # the program are not parsed.
-        if PROFILING in flags.FLAGS:
-            flags.FLAGS[PROFILING].present = True
+        profiling = "grain_enable_multiprocess_worker_profiling"
+        if profiling in flags.FLAGS:
+            flags.FLAGS[profiling].present = True
         options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
         return iter(rest.mp_prefetch(options))
-
-
-PROFILING = "grain_enable_multiprocess_worker_profiling"
-
-
-def _augmented(
-    images: np.ndarray, augment: Augment, seed: int, first: int
-) -> np.ndarray:
-    """Augment images by groups; `first` is the position of the first in the stream."""
-    groups = [
-        augment(images[i : i + GROUP], np.random.default_rng((seed, 2, first + i)))
-        for i in range(0, len(images), GROUP)
-    ]
-    return np.concatenate(groups)
 
 
 def _check(
@@ -293,7 +271,7 @@ def _statistics(source: Source) -> Statistics:
     return tuple(mean.tolist()), tuple(np.maximum(std, 1 / 255).tolist())
 
 
-def _digits() -> Splits:
+def _digits(_: Folder) -> Splits:
     from sklearn.datasets import load_digits
 
     pixels, targets = load_digits(return_X_y=True)
@@ -304,7 +282,7 @@ def _digits() -> Splits:
     return _in_memory(images, np.asarray(targets)[order], 1500)
 
 
-def _fake() -> Splits:
+def _fake(_: Folder) -> Splits:
     """Return ten coarse colour patterns, each image with noise of half its contrast."""
     rng = np.random.default_rng(0)
     patterns = rng.integers(64, 192, (10, 4, 4, 3)).repeat(8, 1).repeat(8, 2)
@@ -314,10 +292,10 @@ def _fake() -> Splits:
 
 
 def _in_memory(images: np.ndarray, labels: np.ndarray, count: int) -> Splits:
-    train = ArrayImages(images[:count], labels[:count].astype(np.int32))
-    test = ArrayImages(images[count:], labels[count:].astype(np.int32))
-    return Splits(train, test, tuple(str(digit) for digit in range(10)))
+    train = ArrayImages(images[:count], labels[:count])
+    test = ArrayImages(images[count:], labels[count:])
+    return Splits(train, test, tuple("0123456789"))
 
 
-SYNTHETIC = {"digits": _digits, "fake": _fake}
-FILES = {"tiny_imagenet": tiny_imagenet, "folder": image_folder}
+OWN = {"digits": _digits, "fake": _fake}
+OWN |= {"tiny_imagenet": tiny_imagenet, "folder": image_folder}

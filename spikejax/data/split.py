@@ -104,8 +104,7 @@ class ArrayImages:
         """Return the examples at these indices as one batch; see Source."""
         images, labels = self.images[indices], self.labels[indices]
         if crop:
-            rngs = rngs or _seeded(indices)
-            crops = map(crop, map(to_image, images), rngs)
+            crops = map(crop, map(to_image, images), rngs or _seeded(indices))
             images = np.stack([to_pixels(image) for image in crops])
         return {"image": images, "label": labels.astype(np.int32)}
 
@@ -169,12 +168,11 @@ class EncodedImages:
         records = self.records(indices)
         rngs = rngs or (_seeded(indices) if crop else ())
 
-        def decode(rows: range) -> list[np.ndarray]:
+        def decode(rows: np.ndarray) -> list[np.ndarray]:
             return [self._decode(records[i], crop, rngs[i : i + 1]) for i in rows]
 
         # One task per thread: a future per image is overhead for small images.
-        rows, size = range(len(records)), -(-len(records) // THREADS)
-        parts = [rows[i : i + size] for i in rows[::size]]
+        parts = np.array_split(np.arange(len(records)), THREADS)
         with ThreadPoolExecutor(THREADS) as pool:
             images = [image for part in pool.map(decode, parts) for image in part]
         labels = np.array([record.label for record in records], np.int32)

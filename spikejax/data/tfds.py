@@ -26,19 +26,15 @@ PREPARE = "python -m experiments.prepare"
 
 def _read(source: Any, indices: Sequence[int]) -> list[Record]:
     # One call for all of them: 12,600 records/s of CIFAR-10 instead of 5,700.
-    return [
-        Record(record["image"], int(record["label"]), f"index {index}")
-        for record, index in zip(
-            source.__getitems__(list(indices)), indices, strict=True
-        )
-    ]
+    found = zip(source.__getitems__(list(indices)), indices, strict=True)
+    return [Record(r["image"], int(r["label"]), f"index {index}") for r, index in found]
 
 
 def prepared_set(name: str, data_dir: Folder) -> Splits:
     """Return the splits of a prepared set; nothing is downloaded or prepared.
 
     Args:
-        name: name of the set, such as cifar10 or mnist_corrupted/fog.
+        name: such as cifar10 or mnist_corrupted/fog.
         data_dir: TFDS's folder; None is TFDS's default.
 
     Raises:
@@ -60,19 +56,11 @@ def prepared_set(name: str, data_dir: Folder) -> Splits:
         ) from error
     info: Any = builder.info  # TFDS types features and splits as too many kinds
     features, files = info.features, info.file_format.value
-    kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
-    named = all(
-        key in features and isinstance(features[key], kind)
-        for key, kind in kinds.items()
-    )
+    image, label = (dict(features.items()).get(key) for key in ("image", "label"))
+    fits = isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8
+    fits = fits and isinstance(label, tfds.features.ClassLabel)
     splits = [s for s in ("train", "test", "validation") if s in info.splits]
-    if (
-        not named
-        or features["image"].np_dtype != np.uint8
-        or files != "array_record"
-        or "train" not in splits
-        or len(splits) < 2
-    ):
+    if not fits or files != "array_record" or splits[:1] != ["train"] or not splits[1:]:
         raise ValueError(
             f"{name}: expected array_record files with the features image (uint8) and "
             "label of a classification set, and splits train and test or validation, "
@@ -92,15 +80,14 @@ def _split(name: str, builder: "DatasetBuilder", split: str) -> EncodedImages:
     import tensorflow_datasets as tfds
 
     info: Any = builder.info
-    for path, expected in zip(
-        info.splits[split].filepaths, info.splits[split].shard_lengths, strict=True
-    ):
+    shards = info.splits[split]
+    for path, expected in zip(shards.filepaths, shards.shard_lengths, strict=True):
         try:
             reader: Any = grain.sources.ArrayRecordDataSource([os.fspath(path)])
             count = len(reader)
         except RuntimeError:  # no such file, or its index at the end is missing
             count = 0
-        # Checked here, as TFDS returns empty records from a file without an index.
+        # TFDS itself would return empty records from a file without an index.
         if count != expected:
             raise ValueError(
                 f"{name}: expected {expected} examples in {path}, got {count}: the "
@@ -110,13 +97,9 @@ def _split(name: str, builder: "DatasetBuilder", split: str) -> EncodedImages:
     make: Any = builder.as_data_source  # a decorator hides its signature
     # Left encoded: TFDS would decode the images one after the other.
     source = make(split, decoders={"image": tfds.decode.SkipDecoding()})
-    return EncodedImages(
-        f"{info.full_name}, split {split!r}",
-        len(source),
-        partial(_read, source),
-        info.features["image"].shape,
-        info.features["label"].num_classes,
-    )
+    title, features = f"{info.full_name}, split {split!r}", info.features
+    shape, classes = features["image"].shape, features["label"].num_classes
+    return EncodedImages(title, len(source), partial(_read, source), shape, classes)
 
 
 def check_name(name: str) -> None:
@@ -139,23 +122,17 @@ def _folder(name: str, data_dir: Folder) -> Path:
     # Found by its files: TFDS itself would try to download for minutes.
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")  # as TFDS does
     root = Path(data_dir or default).expanduser()
-    infos = list((root / name).glob("*/dataset_info.json"))
-    # Sets with several configurations have one more level.
-    infos = infos or list((root / name).glob("*/*/dataset_info.json"))
-    found: dict[str, list[Path]] = {}  # configuration -> versions
-    for folder in (info.parent for info in infos):
+    found: dict[str, list[Path]] = {}  # configuration, or the set itself -> versions
+    for info in (root / name).glob("**/dataset_info.json"):
         # An interrupted preparation leaves a folder incomplete.<random>_<version>.
-        if folder.name.replace(".", "").isdigit():
-            found.setdefault(folder.parent.name, []).append(folder)
-    if len(found) != 1:
-        if not found:
-            check_name(name)
+        if info.parent.name.replace(".", "").isdigit():
+            found.setdefault(info.parent.parent.name, []).append(info.parent)
+    hint = f"Name one: {name}/{min(found, default='')}"
+    if not found:
+        check_name(name)
         where = f" --data-dir {os.fspath(data_dir)}" if data_dir else ""
-        hint = (
-            f"Name one: {name}/{min(found)}"
-            if found
-            else f"Run: {PREPARE} {name}{where}"
-        )
+        hint = f"Run: {PREPARE} {name}{where}"
+    if len(found) != 1:
         raise ValueError(
             f"{name}: expected one prepared set in {root}, got "
             f"{', '.join(sorted(found)) or 'none'}. {hint}"

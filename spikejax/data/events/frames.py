@@ -4,15 +4,16 @@ Counts by number or by duration of events, voxel grids, time surfaces. The event
 those of ``spikejax.data.events.recordings.read``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
-from spikejax.data.augment import Augment
+from spikejax.data.augment import Augment, random_crop, random_flip
 from spikejax.data.events.recordings import Size
 
 # (events, size, time_steps) -> [T, H, W, C]
 ToFrames = Callable[[np.ndarray, Size, int], np.ndarray]
+Span = tuple[int, int]  # (start, stop) in microseconds: start <= t < stop
 
 
 def by_number(events: np.ndarray, size: Size, time_steps: int) -> np.ndarray:
@@ -35,29 +36,27 @@ def by_number(events: np.ndarray, size: Size, time_steps: int) -> np.ndarray:
 
 
 def by_duration(
-    events: np.ndarray,
-    size: Size,
-    time_steps: int,
-    *,
-    span: tuple[int, int] | None = None,
+    events: np.ndarray, size: Size, time_steps: int, *, span: Span | None = None
 ) -> np.ndarray:
     """Count events in T frames of equal duration.
 
     The event at t is in frame (t - start) T // (stop - start).
 
     Args:
-        events, size, time_steps: see by_number.
+        events, size, time_steps: as in by_number.
         span: (start, stop) in microseconds with start <= t < stop; None is from the
             first event to the last.
 
     Returns:
-        counts uint8 [T, H, W, 2], see by_number.
+        counts as in by_number.
 
     Raises:
-        ValueError: as by_number, or events outside the span.
+        ValueError: as in by_number, or events outside the span.
     """
     _check("by_duration", events, size, time_steps)
-    return _counts(_parts(events, time_steps, span), events, size, time_steps)
+    start, stop = span or _span(events)
+    frame = (events["t"] - start) * time_steps // (stop - start)
+    return _counts(frame, events, size, time_steps)
 
 
 def voxel_grid(events: np.ndarray, size: Size, time_steps: int) -> np.ndarray:
@@ -66,31 +65,29 @@ def voxel_grid(events: np.ndarray, size: Size, time_steps: int) -> np.ndarray:
     V_k = sum_i p_i max(0, 1 - |k - t*_i|),  t*_i = T (t_i - t_0) / (t_last - t_0)
 
     Args:
-        events, size, time_steps: see by_number.
+        events, size, time_steps: as in by_number.
 
     Returns:
         float32 [T, H, W, 1], with p = -1 or 1.
 
     Raises:
-        ValueError: as by_number.
+        ValueError: as in by_number.
 
     Reference: Zhu et al. 2019, arXiv:1812.08156, with T - 1 in place of T; T as in
     Tonic.
     """
     _check("voxel_grid", events, size, time_steps)
+    start, stop = _span(events)
+    when = time_steps * (events["t"] - start) / max(1, stop - 1 - start)
+    left = when.astype(np.int64)
+    sign = np.where(events["p"], 1.0, -1.0)
     area = size[0] * size[1]
-    grid = np.zeros((time_steps + 2) * area)  # the last event is at T, which is cut off
-    if len(events):
-        since = (events["t"] - events["t"][0]).astype(np.float64)
-        when = time_steps * since / max(1.0, since[-1])
-        left = when.astype(np.int64)
-        sign = np.where(events["p"], 1.0, -1.0)
-        at = left * area + events["y"].astype(np.int64) * size[1] + events["x"]
-        # bincount adds up equal places, which an indexed += would count once.
-        grid += np.bincount(at, sign * (1 - when + left), len(grid))
-        grid += np.bincount(at + area, sign * (when - left), len(grid))
-    grid = grid.reshape(time_steps + 2, *size, 1)
-    return grid[:time_steps].astype(np.float32)
+    at = left * area + events["y"].astype(np.int64) * size[1] + events["x"]
+    length = (time_steps + 2) * area  # the last event is at T, which is cut off
+    # bincount adds up equal places, which an indexed += would count once.
+    grid = np.bincount(at, sign * (1 - when + left), length)
+    grid += np.bincount(at + area, sign * (when - left), length)
+    return grid.reshape(-1, *size, 1)[:time_steps].astype(np.float32)
 
 
 def time_surface(events: np.ndarray, size: Size, time_steps: int) -> np.ndarray:
@@ -101,35 +98,33 @@ def time_surface(events: np.ndarray, size: Size, time_steps: int) -> np.ndarray:
     tau is the duration of one part: our choice.
 
     Args:
-        events, size, time_steps: see by_number.
+        events, size, time_steps: as in by_number.
 
     Returns:
         float32 [T, H, W, 2] in 0..1; the channels are OFF and ON.
 
     Raises:
-        ValueError: as by_number.
+        ValueError: as in by_number.
 
     Reference: Lagorce et al. 2017, HOTS, doi:10.1109/TPAMI.2016.2574707, whose surface
     is of the neighbourhood of each event.
     """
     _check("time_surface", events, size, time_steps)
-    surfaces = np.zeros((time_steps, *size, 2), np.float32)
-    if not len(events):
-        return surfaces
-    parts = _parts(events, time_steps, None)
-    start, stop = int(events["t"][0]), int(events["t"][-1]) + 1
+    start, stop = _span(events)
+    part = (events["t"] - start) * time_steps // (stop - start)
     tau = (stop - start) / time_steps
+    surfaces = np.empty((time_steps, *size, 2), np.float32)
     last = np.full((*size, 2), -np.inf)
     for k in range(time_steps):
-        now = events[parts == k]
+        now = events[part == k]
         # Of several events at one place, numpy keeps the last.
         last[now["y"], now["x"], now["p"].astype(int)] = now["t"]
         surfaces[k] = np.exp((last - (start + (k + 1) * tau)) / tau)
     return surfaces
 
 
-def windows(events: np.ndarray, duration: int) -> Iterator[np.ndarray]:
-    """Yield the events of consecutive windows, some of which can be empty.
+def windows(events: np.ndarray, duration: int) -> list[np.ndarray]:
+    """Return the events of consecutive windows, some of which can be empty.
 
     The first window begins with the first event; a shorter rest at the end is dropped.
 
@@ -137,12 +132,10 @@ def windows(events: np.ndarray, duration: int) -> Iterator[np.ndarray]:
         events: array of recordings.EVENTS.
         duration: microseconds per window, >= 1.
     """
-    t = events["t"]
-    count = (int(t[-1]) + 1 - int(t[0])) // duration if len(t) else 0
+    start, stop = _span(events)
     # Searched in sorted times: a comparison per window would read all events each time.
-    edges = np.searchsorted(t, t[:1] + np.arange(count + 1) * duration) if count else []
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
-        yield events[start:stop]
+    edges = np.searchsorted(events["t"], np.arange(start, stop + 1, duration))
+    return np.split(events, edges)[1:-1]
 
 
 def resized(events: np.ndarray, size: Size, to: Size) -> np.ndarray:
@@ -169,8 +162,8 @@ def resized(events: np.ndarray, size: Size, to: Size) -> np.ndarray:
 
 
 def _check(who: str, events: np.ndarray, size: Size | None, time_steps: int) -> None:
-    x, y = int(events["x"].max(initial=0)), int(events["y"].max(initial=0))
-    below = len(events) and min(events["x"].min(), events["y"].min()) < 0
+    x, y = (int(events[axis].max(initial=0)) for axis in "xy")
+    below = min(events[axis].min(initial=0) for axis in "xy") < 0
     if time_steps < 1 or size is None or below or y >= size[0] or x >= size[1]:
         raise ValueError(
             f"{who}: expected time_steps >= 1 and events inside a camera of (height, "
@@ -179,14 +172,10 @@ def _check(who: str, events: np.ndarray, size: Size | None, time_steps: int) -> 
         )
 
 
-def _parts(
-    events: np.ndarray, time_steps: int, span: tuple[int, int] | None
-) -> np.ndarray:
-    """Return the index of the equal part of the span that each event is in."""
-    if not len(events):
-        return np.empty(0, np.int64)
-    start, stop = span or (int(events["t"][0]), int(events["t"][-1]) + 1)
-    return (events["t"] - start) * time_steps // (stop - start)
+def _span(events: np.ndarray) -> Span:
+    """Return the span from the first event to the last; (0, 1) if there is none."""
+    t = events["t"]
+    return (int(t[0]), int(t[-1]) + 1) if len(t) else (0, 1)
 
 
 def _counts(
@@ -201,42 +190,16 @@ def _counts(
     return np.minimum(counts, 255).astype(np.uint8).reshape(shape)
 
 
-def flip() -> Augment:
-    """Mirror each recording left to right with probability one half.
+# The augmentations take frames [B, T, H, W, C] and do the same at every step.
 
-    This and the other augmentations here take frames [B, T, H, W, C] and do the same at
-    every step.
-    """
+flip = random_flip
+"""Mirror each recording left to right with probability one half."""
 
-    def augment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        flipped = rng.random(len(frames)) < 0.5
-        out = frames.copy()
-        out[flipped] = frames[flipped, ..., ::-1, :]
-        return out
+roll = random_crop
+"""Shift each recording by -pad to pad pixels along both axes; the border is black.
 
-    return augment
-
-
-def roll(pixels: int) -> Augment:
-    """Shift each recording by -pixels to pixels along both axes; the border is black.
-
-    Args:
-        pixels: largest shift, 0 to the side of the frames - 1.
-
-    Reference: Deng et al. 2022, arXiv:2202.11946 (5 of 48 pixels), who shift in a
-    circle.
-    """
-
-    def augment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        count, _, height, width, _ = frames.shape
-        shifts = rng.integers(-pixels, pixels + 1, (count, 2))
-        out = np.zeros_like(frames)
-        for i, (y, x) in enumerate(shifts.tolist()):
-            shifted = frames[i, :, max(0, -y) : height - y, max(0, -x) : width - x]
-            out[i, :, max(0, y) : height + y, max(0, x) : width + x] = shifted
-        return out
-
-    return augment
+Reference: Deng et al. 2022, arXiv:2202.11946 (5 of 48 pixels), who shift in a circle.
+"""
 
 
 def drop(probability: float) -> Augment:

@@ -25,6 +25,7 @@ import numpy.typing as npt
 EVENTS = np.dtype([("x", np.int16), ("y", np.int16), ("t", np.int64), ("p", np.bool_)])
 
 Size = tuple[int, int]  # (height, width) in pixels
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # x, y, t and p
 
 # What struct, numpy, zipfile, XML and LZ4 (RuntimeError) raise on damaged bytes, found
 # by fuzzing: 2,500 inputs per format raised nothing else.
@@ -35,16 +36,6 @@ DAMAGE += (tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 
 class CorruptRecording(ValueError):
     """Bytes that are not events of a format: expected what, got what."""
-
-
-class Columns(NamedTuple):
-    """Columns of events [N], and the camera's (height, width) if the file says it."""
-
-    x: np.ndarray
-    y: np.ndarray
-    t: np.ndarray
-    p: np.ndarray
-    size: Size | None = None
 
 
 class Recording(NamedTuple):
@@ -77,7 +68,7 @@ def read(path: str | os.PathLike[str]) -> Recording:
         )
     # NaN and numbers too large for an integer raise here, in place of a warning.
     with naming(path, "whole data"), np.errstate(invalid="raise"):
-        return from_columns(*READERS[path.suffix.lower()](path.read_bytes()))
+        return READERS[path.suffix.lower()](path.read_bytes())
 
 
 @contextmanager
@@ -106,17 +97,12 @@ def extent(events: np.ndarray) -> Size:
 
 
 def from_columns(
-    x: np.ndarray,
-    y: np.ndarray,
-    t: np.ndarray,
-    p: np.ndarray,
-    size: Size | None = None,
+    x: np.ndarray, y: np.ndarray, t: np.ndarray, p: np.ndarray, size: Size | None = None
 ) -> Recording:
     """Return columns of events as a recording, after checking them.
 
     Args:
-        x: columns of the pixels, integers [N] with N >= 1.
-        y: rows of the pixels.
+        x, y: columns and rows of the pixels, integers [N] with N >= 1.
         t: times in microseconds, which must not fall.
         p: polarities; above 0 is brighter.
         size: (height, width) of the camera, if known.
@@ -132,9 +118,9 @@ def from_columns(
     outside = (x < 0) | (x >= width) | (y < 0) | (y >= height)
     wrong = np.flatnonzero(falls | outside)
     if not len(t) or len(wrong):
-        n = int(wrong[0]) if len(wrong) else 0
         got = "no events"
-        if len(t):
+        if len(wrong):
+            n = wrong[0]
             got = f"event {n} with x={x[n]}, y={y[n]}, t={t[n]} after t={t[n - 1]}"
         raise CorruptRecording(
             f"expected events in the order of time, inside a camera {width}x{height}, "
@@ -147,9 +133,10 @@ def from_columns(
 
 def columns(arrays: Mapping[str, np.ndarray], part: slice = slice(None)) -> Columns:
     """Return the columns x, y, p and t, or the sum of dt, of a part of named arrays."""
-    t = "t" if "t" in arrays else "dt"
-    x, y, t, p = (arrays[name][part] for name in ("x", "y", t, "p"))
-    return Columns(x, y, t if "t" in arrays else np.cumsum(t, dtype=np.int64), p)
+    x, y, p = (arrays[name][part] for name in "xyp")
+    if "t" in arrays:
+        return x, y, arrays["t"][part], p
+    return x, y, np.cumsum(arrays["dt"][part], dtype=np.int64), p
 
 
 def _split(
@@ -163,7 +150,7 @@ def _split(
     return match[0].decode("latin-1"), np.frombuffer(data, words, offset=match.end())
 
 
-def _read_aedat(data: bytes) -> Columns:
+def _read_aedat(data: bytes) -> Recording:
     """Read AEDAT 4, or AEDAT 2.0 of a DVS128: big-endian address and microseconds."""
     if data.startswith(b"#!AER-DAT4"):
         return _read_aedat4(data)
@@ -177,10 +164,10 @@ def _read_aedat(data: bytes) -> Columns:
     # Both axes of the chip run against those of the picture. Other cameras have longer
     # addresses: y is then below 0, outside the camera.
     x, y = 127 - (address >> 1 & 127), 127 - (address >> 8)
-    return Columns(x, y, words["t"], address & 1, (128, 128))
+    return from_columns(x, y, words["t"], address & 1, (128, 128))
 
 
-def _read_evt2(data: bytes) -> Columns:
+def _read_evt2(data: bytes) -> Recording:
     """Read EVT 2: 32 bits with 4 bits of kind, then 6 low bits of the time, x and y."""
     # The header ends with "% end" in newer files: binary data can begin with a "%" too.
     header = rb"(?=(?:%[^\n]*\n)*?% (?:evt |format EVT)2(?:\.0)?[;\s])"
@@ -191,33 +178,29 @@ def _read_evt2(data: bytes) -> Columns:
     # own messages. Any other kind is damage, or EVT 3 under a wrong header.
     unknown = np.flatnonzero(~np.isin(kind, (0, 1, 8, 10, 14, 15)))
     if len(unknown):
-        raise CorruptRecording(
-            f"expected words of EVT 2.0, got the kind {kind[unknown[0]]} at word "
-            f"{unknown[0]}"
-        )
-    highs = np.flatnonzero(kind == 8)
-    changes = np.flatnonzero(kind <= 1)
-    # The time of events before the first high bits is unknown: they are skipped.
-    changes = changes[changes > (highs[0] if len(highs) else len(words))]
+        n = unknown[0]
+        raise CorruptRecording(f"expected EVT 2.0, got the kind {kind[n]} at word {n}")
+    words = words.astype(np.int64)
+    highs, changes = np.flatnonzero(kind == 8), np.flatnonzero(kind <= 1)
     which = np.searchsorted(highs, changes) - 1
-    high = (words[highs] & 0x0FFFFFFF).astype(np.int64)[which]
-    seen = words[changes].astype(np.int64)
-    t = high << 6 | seen >> 22 & 63
+    # The time of events before the first high bits is unknown: they are skipped.
+    which, changes = which[which >= 0], changes[which >= 0]
+    seen = words[changes]
+    t = (words[highs[which]] & 0x0FFFFFFF) << 6 | seen >> 22 & 63
     x, y = seen >> 11 & 2047, seen & 2047
-    return Columns(x, y, t, kind[changes], _size_in_header(lines))
+    return from_columns(x, y, t, kind[changes], _size_in_header(lines))
 
 
-def _read_dat(data: bytes) -> Columns:
+def _read_dat(data: bytes) -> Recording:
     """Read DAT 2: pairs of 32 bits, microseconds and polarity, y and x."""
     # Lines, then the kind of the events (0 or 12: changes of pixels) and their 8 bytes.
     header = rb"(?!(?:%[^\n]*\n)*?% Version (?!2\s))(?:%[^\n]*\n)*[\x00\x0c]\x08"
     words = [("t", "<u4"), ("pixel", "<u4")]
-    lines, words = _split(
-        data, header, words, "a DAT file of version 2 and kind 0 or 12"
-    )
+    expected = "a DAT file of version 2 and kind 0 or 12"
+    lines, words = _split(data, header, words, expected)
     pixel = words["pixel"].astype(np.int64)
     x, y = pixel & 0x3FFF, pixel >> 14 & 0x3FFF
-    return Columns(x, y, words["t"], pixel >> 28 & 1, _size_in_header(lines))
+    return from_columns(x, y, words["t"], pixel >> 28 & 1, _size_in_header(lines))
 
 
 def _size_in_header(lines: str) -> Size | None:
@@ -229,55 +212,46 @@ def _size_in_header(lines: str) -> Size | None:
     return (int(height[1]), int(width[1])) if height and width else None
 
 
-def _read_nmnist(data: bytes) -> Columns:
+def _read_nmnist(data: bytes) -> Recording:
     """Read 40 bits per event: x, y, polarity, and 23 bits of microseconds."""
     rows = np.frombuffer(data, (np.uint8, 5)).astype(np.int64)
     x, y, first, second, third = rows.T
-    t = (first & 127) << 16 | second << 8 | third
     overflow = y == 240  # not an event: the clock started again
-    t = t + np.cumsum(overflow) * 2**13
-    seen = ~overflow
-    return Columns(x[seen], y[seen], t[seen], first[seen] >> 7, (34, 34))
+    t = ((first & 127) << 16 | second << 8 | third) + np.cumsum(overflow) * 2**13
+    x, y, t, p = np.stack([x, y, t, first >> 7])[:, ~overflow]
+    return from_columns(x, y, t, p, (34, 34))
 
 
-def _read_npz(data: bytes) -> Columns:
+def _read_npz(data: bytes) -> Recording:
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         size = None
-        if "height" in arrays and "width" in arrays:
+        if {"height", "width"} <= set(arrays):
             size = int(arrays["height"]), int(arrays["width"])
-        return columns(arrays)._replace(size=size)
+        return from_columns(*columns(arrays), size)
 
 
-def _read_gesture(data: bytes) -> Columns:
+def _read_gesture(data: bytes) -> Recording:
     """Read rows x, y, p, and t in milliseconds."""
-    x, y, p, t = np.load(io.BytesIO(data), allow_pickle=False).T
+    rows = np.load(io.BytesIO(data), allow_pickle=False)
     # Times become integers after the multiplication, as in Tonic: they have fractions.
-    x, y, p, t = (column.astype(np.int64) for column in (x, y, p, t * 1000))
-    return Columns(x, y, t, p, (128, 128))
+    x, y, p, t = (rows * (1, 1, 1, 1000)).astype(np.int64).T
+    return from_columns(x, y, t, p, (128, 128))
 
 
 # AEDAT 4: packets of flatbuffers. Read here, as a damaged file makes the package aedat,
 # which Tonic calls, end the whole process.
 
-_PACKED = np.dtype(
-    {
-        "names": ["t", "x", "y", "p"],
-        "formats": ["<i8", "<i2", "<i2", "u1"],
-        "offsets": [0, 8, 10, 12],
-        "itemsize": 16,
-    }
-)
+_PACKED = [("t", "<i8"), ("x", "<i2"), ("y", "<i2"), ("p", "u1"), ("padding", "V3")]
 
 
-def _read_aedat4(data: bytes) -> Columns:
+def _read_aedat4(data: bytes) -> Recording:
     """Read the events of the first stream of events in the file."""
     line, _ = _split(data, rb"#!AER-DAT4\.0\r\n", np.uint8, "a header #!AER-DAT4.0")
     header = _Table(data[len(line) :])
-    compression = header.number(0, "<i4", 0)
-    end = header.number(1, "<i8", -1)
-    if end < 0:  # the recorder was stopped before it wrote the table at the end
+    compression, end = header.number(0, "<i4"), header.number(1, "<i8")
+    if end <= 0:  # the recorder was stopped before it wrote the table at the end
         end = len(data)
-    stream, size = _event_stream(bytes(header.vector(2, np.dtype("u1"))).decode())
+    stream, size = _event_stream(header.vector(2, np.uint8).tobytes().decode())
     position, packets = len(line) + header.size, [np.empty(0, _PACKED)]
     while position < end:
         # frombuffer refuses a packet that is longer than the rest of the file.
@@ -287,8 +261,8 @@ def _read_aedat4(data: bytes) -> Columns:
         if number == stream:
             table = _Table(_decompress(packet.tobytes(), compression))
             packets.append(table.vector(0, _PACKED))
-    events = np.concatenate(packets)
-    return Columns(events["x"], events["y"], events["t"], events["p"], size)
+    e = np.concatenate(packets)
+    return from_columns(e["x"], e["y"], e["t"], e["p"], size)
 
 
 def _event_stream(xml: str) -> tuple[int | None, Size | None]:
@@ -297,10 +271,8 @@ def _event_stream(xml: str) -> tuple[int | None, Size | None]:
 
     for node in ElementTree.fromstring(xml).iterfind("node[@name='outInfo']/node"):
         if node.findtext("attr[@key='typeIdentifier']") == "EVTS":
-            height, width = (
-                int(node.findtext(f"node[@name='info']/attr[@key='{key}']") or "")
-                for key in ("sizeY", "sizeX")
-            )
+            path = "node[@name='info']/attr[@key='size{}']"
+            height, width = (int(node.findtext(path.format(a)) or "") for a in "YX")
             return int(node.attrib["name"]), (height, width)
     return None, None
 
@@ -331,12 +303,12 @@ class _Table:
         self.start = 4 + self._scalar("<u4", 4)
         self.fields = self.start - self._scalar("<i4", self.start)
 
-    def number(self, field: int, kind: str, missing: int) -> int:
-        """Return the number in a field, or `missing` if the field is left out."""
+    def number(self, field: int, kind: str) -> int:
+        """Return the number in a field, 0 if the field is left out."""
         at = self._place(field)
-        return self._scalar(kind, at) if at else missing
+        return self._scalar(kind, at) if at else 0
 
-    def vector(self, field: int, dtype: np.dtype) -> np.ndarray:
+    def vector(self, field: int, dtype: npt.DTypeLike) -> np.ndarray:
         """Return the array in a field, empty if the field is left out."""
         at = self._place(field)
         if not at:
@@ -356,7 +328,7 @@ class _Table:
         return int(np.frombuffer(self.data, kind, 1, at)[0])
 
 
-READERS: dict[str, Callable[[bytes], Columns]] = {
+READERS: dict[str, Callable[[bytes], Recording]] = {
     ".aedat": _read_aedat,
     ".aedat4": _read_aedat4,
     ".raw": _read_evt2,

@@ -9,7 +9,6 @@ import hashlib
 import json
 import operator
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,8 @@ KINDS: dict[str, frames.ToFrames] = {
     "voxel": frames.voxel_grid,
     "surface": frames.time_surface,
 }
-VERSION = 1  # part of the cached folder's name: a change of the frames needs a new one
+PARTS = ("train", "test")
+VERSION = 2  # part of the cached folder's name: a change of the frames needs a new one
 
 # name: (folder in data_dir, call of tonic.datasets that downloads it)
 NAMED = {
@@ -41,9 +41,7 @@ GESTURES = (
     *("left arm counter-clockwise", "arm roll", "air drums", "air guitar", "other"),
 )
 
-Files = list[
-    tuple[Path, int]
-]  # (file, label); label -1: the file holds many recordings
+Files = list[tuple[Path, int]]  # (file, label); -1: the file holds many recordings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +72,6 @@ class EventSet:
     split describes the test split in words; sensor is (height, width) of the camera.
     """
 
-    name: str
     train: ArrayImages
     test: ArrayImages
     class_names: tuple[str, ...]
@@ -118,14 +115,15 @@ def load(
         ValueError: no such set, a split without recordings of a class, recordings of
             different cameras, or a corrupted file.
     """
-    listing = find(name, data_dir)
+    listing = _find(name, data_dir)
     folder = Path(cache_dir) / _fingerprint(listing, framing)
     if not folder.is_dir():
         _build(name, listing, framing, folder)
     info = json.loads((folder / "info.json").read_text())
-    train, test = (_open(folder / part, info) for part in ("train", "test"))
-    names, sensor = tuple(info["class_names"]), tuple(info["sensor"])
-    return EventSet(name, train, test, names, listing.split, sensor)
+    train, test = (_open(folder, part, info) for part in PARTS)
+    most = max(info["train"] + info["test"])
+    names = listing.class_names or tuple(map(str, range(most + 1)))
+    return EventSet(train, test, names, listing.split, tuple(info["sensor"]))
 
 
 class Listing(NamedTuple):
@@ -138,29 +136,23 @@ class Listing(NamedTuple):
     cut: bool = False  # both splits have windows of the same recordings
 
 
-def find(name: str, data_dir: Folder) -> Listing:
-    """Return the listing of a set by name, in Tonic's folders, or of a folder.
-
-    Raises:
-        ValueError: no recordings, or a class that is not in both splits.
-    """
+def _find(name: str, data_dir: Folder) -> Listing:
+    """Return the files of a set by name, in Tonic's folders, or of a folder."""
     path, hint = Path(name), "docs/events.md shows the layouts of a folder"
     if name in NAMED:
-        folder, call = NAMED[name]
         root = Path(data_dir or "data")
-        path = root / folder
-        call = call.format(str(root))
+        path, call = root / NAMED[name][0], NAMED[name][1].format(str(root))
         hint = f"Give --data-dir, or run in Python: import tonic; tonic.datasets.{call}"
     listing = _gesture(path) if name == "dvs128-gesture" else _folder(path)
-    classes = set(range(len(listing.class_names)))
-    known = {label for _, label in listing.train} & {label for _, label in listing.test}
-    missing = [listing.class_names[label] for label in sorted(classes - known)]
-    if missing or not known or len(classes) == 1:
+    names, known = listing.class_names, {label for _, label in listing.train}
+    known &= {label for _, label in listing.test}
+    missing = [each for label, each in enumerate(names) if label not in known]
+    if missing or not known or len(names) == 1:
         raise ValueError(
             f"{name}: expected {', '.join(NAMED)} or a folder, with recordings "
             f"({', '.join(recordings.READERS)}) of at least 2 classes to train and to "
             f"test on, got {len(listing.train)} and {len(listing.test)} in {path}, of "
-            f"the classes {', '.join(listing.class_names) or 'none'}, and none of "
+            f"the classes {', '.join(names) or 'none'}, and none of "
             f"{', '.join(missing) or 'others'}. {hint}."
         )
     return listing
@@ -228,12 +220,12 @@ class _Sample(NamedTuple):
     events: np.ndarray
     label: int
     size: Size | None = None  # of the camera
-    span: tuple[int, int] | None = None  # of a window, in microseconds
+    span: frames.Span | None = None  # of a window
 
 
 def _samples(listing: Listing, part: str, framing: Framing) -> Iterator[_Sample]:
     """Yield the samples of a split, one recording in memory at a time."""
-    for path, label in listing.train if part == "train" else listing.test:
+    for path, label in getattr(listing, part):
         if label < 0:
             yield from _packed(path)
             continue
@@ -241,13 +233,12 @@ def _samples(listing: Listing, part: str, framing: Framing) -> Iterator[_Sample]
         if not listing.cut:
             yield _Sample(events, label, size)
             continue
-        cuts = list(frames.windows(events, framing.window))
+        cuts, start = frames.windows(events, framing.window), int(events["t"][0])
         trained = -(-len(cuts) * 4 // 5)
-        start = int(events["t"][0])
-        for k, window in enumerate(cuts):
-            if (k < trained) == (part == "train"):
-                since = start + k * framing.window
-                yield _Sample(window, label, size, (since, since + framing.window))
+        ks = range(len(cuts))
+        for k in ks[:trained] if part == "train" else ks[trained:]:
+            since = start + k * framing.window
+            yield _Sample(cuts[k], label, size, (since, since + framing.window))
 
 
 def _packed(path: Path) -> Iterator[_Sample]:
@@ -256,12 +247,12 @@ def _packed(path: Path) -> Iterator[_Sample]:
     with recordings.naming(path, expected):
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-        offsets, labels = arrays["offsets"], arrays["labels"]
+        offsets = arrays["offsets"]
         parts = map(slice, offsets[:-1], offsets[1:])
-        for part, label in zip(parts, labels, strict=True):
-            columns = recordings.columns(arrays, part)
-            label = operator.index(label)  # a TypeError if it is not an integer
-            yield _Sample(recordings.from_columns(*columns).events, label)
+        for part, label in zip(parts, arrays["labels"], strict=True):
+            events, _ = recordings.from_columns(*recordings.columns(arrays, part))
+            # A TypeError if it is not an integer.
+            yield _Sample(events, operator.index(label))
 
 
 def _fingerprint(listing: Listing, framing: Framing) -> str:
@@ -277,46 +268,39 @@ def _build(name: str, listing: Listing, framing: Framing, folder: Path) -> None:
     """Write the frames of a set into a folder, which exists when it is complete."""
     sensor = _sensor(listing, framing)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed at the end: an interrupted build leaves nothing, and of two processes that
-    # build the same frames the first one wins.
-    beside = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
-    try:
-        info: dict[str, Any] = {"sensor": sensor}
-        counts, most = {"train": 0, "test": 0}, 0
-        for part in counts:
-            labels, sizes = [], {sensor}
-            with open(beside / f"{part}.frames", "wb") as file:
+    info: dict[str, Any] = {"sensor": sensor}
+    with tempfile.TemporaryDirectory(prefix=folder.name, dir=folder.parent) as made:
+        for part in PARTS:
+            info[part], sizes = [], {sensor}
+            with open(Path(made, f"{part}.frames"), "wb") as file:
                 for sample in _samples(listing, part, framing):
-                    sizes |= {sample.size or sensor}
-                    made = _frame(sample, sensor, framing)
-                    info |= {"shape": made.shape, "dtype": made.dtype.name}
-                    file.write(made.tobytes())
-                    labels.append(sample.label)
-            if not labels or len(sizes) > 1:
+                    sizes.add(sample.size or sensor)
+                    xs = _frame(sample, sensor, framing)
+                    info |= {"shape": xs.shape, "dtype": xs.dtype.name}
+                    file.write(xs.tobytes())
+                    info[part].append(sample.label)
+            if not info[part] or len(sizes) > 1:
                 raise ValueError(
                     f"{name}: expected recordings of one camera for both splits, got "
-                    f"{len(labels)} for {part}, of (height, width) {sorted(sizes)}. "
-                    "Give each camera a folder of its own, or longer recordings."
+                    f"{len(info[part])} for {part}, of (height, width) {sorted(sizes)}."
+                    " Give each camera a folder of its own, or longer recordings."
                 )
-            np.save(beside / f"{part}.labels.npy", np.array(labels, np.int32))
-            most = max([most, *labels])
-        info["class_names"] = listing.class_names or [str(k) for k in range(most + 1)]
-        (beside / "info.json").write_text(json.dumps(info))
+        Path(made, "info.json").write_text(json.dumps(info))
+        # Renamed at the end: an interrupted build leaves nothing, and of two processes
+        # that build the same frames the first one wins.
         if not folder.is_dir():
-            beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            os.rename(made, folder)
 
 
 def _sensor(listing: Listing, framing: Framing) -> Size:
     """Return the camera's size: from a file, or the smallest that has all events."""
-    height = width = 0
-    for part in ("train", "test"):
+    extents = [(0, 0)]
+    for part in PARTS:
         for sample in _samples(listing, part, framing):
             if sample.size:
                 return sample.size
-            needed = recordings.extent(sample.events)
-            height, width = max(height, needed[0]), max(width, needed[1])
+            extents.append(recordings.extent(sample.events))
+    height, width = np.max(extents, 0).tolist()
     return height, width
 
 
@@ -328,9 +312,9 @@ def _frame(sample: _Sample, sensor: Size, framing: Framing) -> np.ndarray:
     return KINDS[framing.kind](events, to, framing.time_steps)
 
 
-def _open(path: Path, info: dict[str, Any]) -> ArrayImages:
+def _open(folder: Path, part: str, info: dict[str, Any]) -> ArrayImages:
     """Return a split that was built; its frames are read from disk when drawn."""
-    labels = np.load(path.with_suffix(".labels.npy"))
+    labels = np.array(info[part], np.int32)
     shape = (len(labels), *info["shape"])
-    images = np.memmap(path.with_suffix(".frames"), info["dtype"], "r", shape=shape)
+    images = np.memmap(folder / f"{part}.frames", info["dtype"], "r", shape=shape)
     return ArrayImages(images, labels)
