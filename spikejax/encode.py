@@ -19,7 +19,7 @@ def direct(images: jax.Array, time_steps: int) -> jax.Array:
             "encode: expected a batch [B, ...] and time_steps >= 1, got shape "
             f"{images.shape} and {time_steps}. For one image: image[None]."
         )
-    # Not the field's [T, B, ...]: with B sharded, folding T and B into one axis makes XLA
+    # Not the field's [T, B, ...]: with B sharded, folding T and B into one makes XLA
     # gather whole activations, silently (142 instead of 18 MB per device, on eight).
     shape = (images.shape[0], time_steps, *images.shape[1:])
     return jnp.broadcast_to(images[:, None], shape)

@@ -5,7 +5,6 @@ kept between calls: see ``keep_membranes`` and ``stepper``. Membranes are float3
 whatever the type of the input.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -313,10 +312,9 @@ def _leak(who: str, tau: Number, options: NeuronOptions, learn_tau: bool) -> Any
     """Return 1 / tau, or raise where tau is out of its range."""
     with np.errstate(all="ignore"):
         leak = 1 / np.asarray(tau, np.float64)
-    low = (leak <= 0) & (learn_tau | options.decay_input)
-    if (
-        low | (leak < 0) | np.isnan(leak) | (leak > 1) | (learn_tau & (leak == 1))
-    ).any():
+    finite = learn_tau or options.decay_input  # at tau = inf no input would arrive
+    right = (leak > 0 if finite else leak >= 0) & (leak < 1 if learn_tau else leak <= 1)
+    if not np.all(right):
         raise ValueError(
             f"{who}: expected tau >= 1, and > 1 and finite where it is learned, got "
             f"{tau}. The membrane keeps 1 - 1/tau of itself per time step; for "
@@ -482,19 +480,3 @@ def neuron_layers(model: nnx.Module) -> dict[str, Neuron]:
         for path, module in iter_modules(model)
         if isinstance(module, Neuron)
     }
-
-
-def check_factory(who: str, neuron: Callable) -> None:
-    """Check that ``neuron()`` makes an activation.
-
-    Raises:
-        ValueError: it takes arguments, or is not a function.
-    """
-    try:
-        inspect.signature(neuron).bind()
-    except TypeError as error:
-        raise ValueError(
-            f"{who}: expected neuron() to make an activation, as with neuron=LIF, "
-            f"partial(LIF, tau=4.0) or lambda: nnx.relu, got {type(neuron).__name__}: "
-            f"{error}."
-        ) from error
