@@ -14,9 +14,9 @@ FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
 
 # Runs the cells of argv[1] in one namespace; an error names the cell.
 RUN = """
-import json, sys, warnings
+import json, pathlib, sys, warnings
 warnings.simplefilter("error")
-cells = json.load(open(sys.argv[1], encoding="utf-8"))["cells"]
+cells = json.loads(pathlib.Path(sys.argv[1]).read_text("utf-8"))["cells"]
 namespace = {"__name__": "__main__"}
 for number, cell in enumerate(cells):
     if cell["cell_type"] == "code":
