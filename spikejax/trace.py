@@ -2,8 +2,8 @@
 
 ``trace`` follows a function's equations and finds its sites, the equations that a
 transformation replaces or observes: ReLUs, or products and spikes. ``run`` computes the
-function with each site handed to a handler. Energy, calibration, conversion and
-streaming are handlers; a module need not be built in any special way for them.
+function with each site handed to a handler. Energy, calibration, conversion, streaming
+and NIR are handlers; a module need not be built in any special way for them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import jax
 import numpy as np
 from flax import nnx
-from jax.core import ShapedArray, eval_jaxpr
+from jax.core import ShapedArray, Tracer, eval_jaxpr
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
@@ -127,10 +127,12 @@ class Traced(NamedTuple):
 
 
 Kept = dict[int, Any]  # number of a site -> pytree
-Handler = Callable[[int, Site, list, Any, JaxprEqn], tuple[jax.Array, Any]]
+Handler = Callable[[int, Site, list, Any, JaxprEqn], tuple[Any, Any]]
 
 
-def trace(f: Pure, params: Pytree, xs: Pytree, rule: Rule) -> Traced:
+def trace(
+    f: Pure, params: Pytree, xs: Pytree, rule: Rule, *, enter: bool = False
+) -> Traced:
     """Return f(params, xs) as a jaxpr, and its sites.
 
     Args:
@@ -138,17 +140,17 @@ def trace(f: Pure, params: Pytree, xs: Pytree, rule: Rule) -> Traced:
         params: its parameters, whose paths name the sites.
         xs: its input; only shapes and types count.
         rule: says what a site is.
+        enter: enter all calls on data, for handlers whose values are no arrays.
 
     Raises:
         ValueError: a site is inside of a loop of unknown length, or a branch.
     """
     closed, out = jax.make_jaxpr(f, return_shape=True)(params, xs)
-    walk = _Walk(rule)
+    walk, inputs = _Walk(rule, enter), set(closed.jaxpr.invars)
     paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     known = [Value(0, path.rpartition("/")[0] or path) for path in paths]
     known += [Value(1)] * len(jax.tree.leaves(xs))
     plan, _ = walk.jaxpr(closed.jaxpr, known, _Around())
-    inputs = set(closed.jaxpr.invars)
     same = [isinstance(v, Var) and v in inputs for v in closed.jaxpr.outvars]
     sites, others = tuple(walk.sites), tuple(walk.others)
     return Traced(closed, plan, sites, others, jax.tree.structure(out), tuple(same))
@@ -177,10 +179,10 @@ def run(
         the output of the function, and what the handler kept: number of a site ->
         pytree with leaves [*site.repeats, ...].
     """
-    computer = _Run(traced.sites, handler)
     flat = jax.tree.leaves((params, xs))
     given = dict.fromkeys(range(len(traced.sites))) | dict(given or {})
     jaxpr, consts = traced.closed.jaxpr, traced.closed.consts
+    computer = _Run(traced.sites, handler)
     outs, kept = computer.jaxpr(jaxpr, consts, flat, traced.plan, given)
     return jax.tree.unflatten(traced.out_tree, outs), kept
 
@@ -290,8 +292,8 @@ class _Around(NamedTuple):
 class _Walk:
     """Search for the sites of a function, by what is known of its values."""
 
-    def __init__(self, rule: Rule):
-        self.rule = rule
+    def __init__(self, rule: Rule, enter: bool):
+        self.rule, self.enter = rule, enter
         self.sites: list[Site] = []
         self.others: list[tuple[str, str]] = []
 
@@ -312,10 +314,10 @@ class _Walk:
             match = self.rule.match(eqn, values)
             if match:
                 plan[k] = len(self.sites)
-                outs = [self.site(eqn, values, match, around)]
+                outs = [self.site(eqn, values, match, around)] * len(eqn.outvars)
             elif inner_jaxprs(eqn):
                 inner, outs = self.inner(eqn, values, around)
-                if inner.plan:
+                if inner.plan or (self.enter and any(v.level for v in values)):
                     plan[k] = inner
             else:
                 outs = [self.primitive(eqn, values)] * len(eqn.outvars)
@@ -433,13 +435,8 @@ class _Run(NamedTuple):
     handler: Handler
 
     def jaxpr(
-        self,
-        jaxpr: Jaxpr,
-        consts: Sequence[jax.Array],
-        inputs: Sequence[jax.Array],
-        plan: Plan,
-        given: Kept,
-    ) -> tuple[list[jax.Array], Kept]:
+        self, jaxpr: Jaxpr, consts: Sequence, inputs: Sequence, plan: Plan, given: Kept
+    ) -> tuple[list, Kept]:
         """Return the outputs of a jaxpr, and what its sites keep."""
         known = dict(zip(jaxpr.constvars, consts, strict=True))
         known |= zip(jaxpr.invars, inputs, strict=True)
@@ -478,7 +475,9 @@ class _Run(NamedTuple):
 
         if name == "scan":
             return _scan(params, compute, values, given)
-        if name in REMAT:  # else a quantised network would lose its rematerialisation
+        leaves = jax.tree.leaves((values, given))
+        # A quantised network keeps its rematerialisation; values of NIR have none.
+        if name in REMAT and any(isinstance(v, Tracer) for v in leaves):
             policy, cse = params["policy"], params["prevent_cse"]
             compute = jax.checkpoint(compute, policy=policy, prevent_cse=cse)
         return compute(values, given)

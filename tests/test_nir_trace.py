@@ -8,22 +8,23 @@ import pytest
 from flax import nnx
 
 from spikejax.layers import LIF
-from spikejax.nir.trace import Constant, evaluate, trace
+from spikejax.nir.trace import trace
 from spikejax.nn.recurrent import Recurrent
+from spikejax.trace import run
 
 XS = jnp.ones((1, 2, 4, 4, 3))
 
 
 def operations(model, xs=XS):
-    """(name, inputs, parameters) of each operation; values are their numbers."""
-    closed, params, layers = trace(model, xs)
+    """(name, inputs, site, parameters) of each operation; values are their numbers."""
+    traced, state, layers = trace(model, xs)
     found = []
 
-    def handler(eqn, inputs):
-        found.append((eqn.primitive.name, inputs, eqn.params))
-        return len(found)
+    def handler(number, site, inputs, given, eqn):
+        found.append((eqn.primitive.name, inputs, site.name, eqn.params))
+        return len(found), None
 
-    (output,) = evaluate(closed.jaxpr, closed.consts, [*params, 0], handler)
+    (output, _), _ = run(traced, state, 0, handler)
     return SimpleNamespace(found=found, output=output, layers=layers)
 
 
@@ -47,14 +48,14 @@ class Net(nnx.Module):
 def test_neurons_are_whole_and_constants_are_computed():
     model = Net()
     traced = operations(model)
-    names = [name for name, _, _ in traced.found if name != "reshape"]
+    names = [name for name, *_ in traced.found if name != "reshape"]
     assert names == ["conv_general_dilated", "neurons", "mul", "add"]
-    by_name = {name: (inputs, params) for name, inputs, params in traced.found}
-    assert by_name["conv_general_dilated"][0][1].path == "conv"
-    assert by_name["neurons"][1]["path"] == "parts/spikes"
+    by_name = {name: operation for name, *operation in traced.found}
+    assert by_name["conv_general_dilated"][1] == "conv"
+    assert by_name["neurons"][2]["path"] == "parts/spikes"
     assert isinstance(traced.layers["parts/spikes"], LIF)
-    (constant,) = (i for i in by_name["mul"][0] if isinstance(i, Constant))
-    assert float(constant.value) == pytest.approx(float(jnp.exp(2.0)) + 1)
+    (constant,) = (i for i in by_name["mul"][0] if not isinstance(i, int))
+    assert float(constant) == pytest.approx(float(jnp.exp(2.0)) + 1)
     assert by_name["add"][0][1] == 0 and traced.output == len(traced.found)
     assert model.parts["spikes"].name == ""  # not modified
     assert model(XS).shape == XS.shape
@@ -62,7 +63,7 @@ def test_neurons_are_whole_and_constants_are_computed():
 
 def test_a_layer_may_be_the_model_and_is_called_as_before_afterwards():
     layer = LIF()
-    ((name, _, params),) = operations(layer).found
+    ((name, _, _, params),) = operations(layer).found
     assert (name, params["path"]) == ("neurons", "LIF")
     assert layer(2 * XS).sum() > 0 and layer(XS, trains=True).ndim == XS.ndim + 1
 
@@ -70,14 +71,14 @@ def test_a_layer_may_be_the_model_and_is_called_as_before_afterwards():
 def test_a_recurrent_layer_is_whole():
     layer = nnx.Sequential(Recurrent(LIF(), 3, rngs=nnx.Rngs(0)))
     traced = operations(layer, XS[:, :, 0, 0])
-    ((name, _, params),) = traced.found
+    ((name, _, _, params),) = traced.found
     assert name == "neurons"
     assert isinstance(traced.layers[params["path"]], Recurrent)
 
 
 def test_a_layer_that_is_called_twice_is_there_twice():
     layer = LIF()
-    names = [name for name, _, _ in operations(nnx.Sequential(layer, layer)).found]
+    names = [name for name, *_ in operations(nnx.Sequential(layer, layer)).found]
     assert names == ["neurons", "neurons"]
 
 
@@ -85,4 +86,9 @@ def test_branches_by_platform_are_the_default():
     def model(xs):
         return jax.lax.platform_dependent(xs, cpu=jnp.sin, default=jnp.cos)
 
-    assert [name for name, _, _ in operations(nnx.Sequential(model)).found] == ["cos"]
+    assert [name for name, *_ in operations(nnx.Sequential(model)).found] == ["cos"]
+
+
+def test_a_call_without_operations_is_entered():
+    model = nnx.Sequential(jax.jit(lambda xs: xs), jnp.sin)
+    assert [name for name, *_ in operations(model).found] == ["sin"]

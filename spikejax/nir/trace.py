@@ -1,23 +1,23 @@
 """A model as the operations that it computes, with neurons whole and constants known.
 
-The model is traced as ``jax.jit`` does. A layer of neurons is one operation of the
-trace, since NIR has nodes for it; all else is primitives of JAX, so layers and
-functions of any library come out alike.
+``spikejax.trace`` with another rule: each operation on the input is a site. A layer of
+neurons is one operation, since NIR has nodes for it; all else is primitives of JAX, so
+layers and functions of any library come out alike.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var
+from jax.extend.core import JaxprEqn, Primitive
 
 from spikejax._compat import iter_modules
 from spikejax.layers import Neuron
 from spikejax.nn.recurrent import Recurrent
-from spikejax.trace import CALLS
+from spikejax.trace import CALLS, Match, Pytree, Traced, Value, functional
+from spikejax.trace import trace as trace_function
 
 Layers = dict[str, Neuron | Recurrent]  # by path in the model
 
@@ -25,23 +25,28 @@ _neurons = Primitive("neurons")
 _neurons.def_abstract_eval(lambda xs, *, path: xs)  # spikes have the type of currents
 
 
-class Constant(NamedTuple):
-    """Value that does not depend on the input, and the path of a parameter in it."""
+class _Operations:
+    """Rule by which all that depends on the input is a site; calls are entered."""
 
-    value: jax.Array | np.ndarray
-    path: str = ""
+    def match(self, eqn: JaxprEqn, values: Sequence[Value]) -> Match | None:
+        """Return the path of the parameters that take part, or "weights"."""
+        name = eqn.primitive.name
+        chosen = name == "cond" and values[0].const == "platform"
+        if name in CALLS or chosen or not any(v.level for v in values):
+            return None
+        labels = [v.label for v in values if v.label and not v.level]
+        return Match(name, labels[0].replace("/", ".") if labels else "weights")
+
+    def level(self, eqn: JaxprEqn, values: Sequence[Value]) -> int:
+        """Return 1: nothing but calls is left."""
+        return 1
 
 
-Handler = Callable[[JaxprEqn, list], Any]
+def trace(model: nnx.Module, xs: jax.Array) -> tuple[Traced, Pytree, Layers]:
+    """Return a model in evaluation mode as a jaxpr, its state, and its neurons.
 
-
-def trace(
-    model: nnx.Module, xs: jax.Array
-) -> tuple[ClosedJaxpr, list[Constant], Layers]:
-    """Return a model in evaluation mode as a jaxpr, its parameters, and its neurons.
-
-    The jaxpr takes the parameters and then xs. A layer of neurons is an equation of the
-    primitive ``neurons``, with its path in the model.
+    A layer of neurons is an equation of the primitive ``neurons``, with its path in the
+    model.
 
     Args:
         model: it is not modified.
@@ -56,19 +61,10 @@ def trace(
             name = "/".join(map(str, path)) or type(module).__name__
             _neuron(module).name = name
             layers[name] = module
-    graphdef, state = nnx.split(model)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
-
-    def run(values: list[jax.Array], xs: jax.Array) -> Any:
-        return nnx.merge(graphdef, jax.tree.unflatten(structure, values))(xs)
-
+    f, state = functional(model)
     with _whole(layers):
-        closed = jax.make_jaxpr(run)([value for _, value in leaves], xs)
-    keys = [[str(key.key) for key in path[:-1]] for path, _ in leaves]
-    params = [
-        Constant(leaf[1], ".".join(k)) for leaf, k in zip(leaves, keys, strict=True)
-    ]
-    return closed, params, layers
+        traced = trace_function(f, state, xs, _Operations(), enter=True)
+    return traced, state, layers
 
 
 def _neuron(layer: Neuron | Recurrent) -> Neuron:
@@ -96,51 +92,3 @@ def _whole(layers: Layers) -> Iterator[None]:
     finally:
         for kind, original in calls.items():
             kind.__call__ = original
-
-
-def evaluate(
-    jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Any], handler: Handler
-) -> list[Any]:
-    """Return the outputs of a jaxpr, equation by equation.
-
-    What depends on constants alone is computed; calls are entered.
-
-    Args:
-        jaxpr: of a model.
-        consts: arrays.
-        inputs: constants and values of the handler's own.
-        handler: (equation, inputs) -> value of its first output.
-    """
-    env: dict[Any, Any] = dict(zip(jaxpr.invars, inputs, strict=True))
-    env.update(zip(jaxpr.constvars, map(Constant, consts), strict=True))
-
-    def read(var: Var | Literal) -> Any:
-        return Constant(np.asarray(var.val)) if isinstance(var, Literal) else env[var]
-
-    for eqn in jaxpr.eqns:
-        values, name = [read(var) for var in eqn.invars], eqn.primitive.name
-        known = [value for value in values if isinstance(value, Constant)]
-        if name == "platform_index":
-            outputs = [Constant(np.asarray(-1))]  # the last branch is the default
-        elif name in CALLS:  # of a jaxpr, closed or not
-            inner = eqn.params[CALLS[name]]
-            body, inside = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
-            outputs = evaluate(body, inside, values, handler)
-        elif name == "cond" and isinstance(values[0], Constant):
-            branch = eqn.params["branches"][int(values[0].value)]
-            outputs = evaluate(branch.jaxpr, branch.consts, values[1:], handler)
-        elif len(known) == len(values):
-            path = next((path for _, path in known if path), "")
-            ys = eqn.primitive.bind(*(value for value, _ in known), **eqn.params)
-            ys = ys if eqn.primitive.multiple_results else [ys]
-            outputs = [Constant(y, path) for y in ys]
-        else:
-            outputs = [handler(eqn, values)] * len(eqn.outvars)
-        env.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(var) for var in jaxpr.outvars]
-
-
-def shape_of(eqn: JaxprEqn) -> tuple[int, ...]:
-    """Return the shape of the first output of an equation."""
-    aval: Any = eqn.outvars[0].aval
-    return aval.shape

@@ -9,7 +9,8 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 import jax
 import nir
@@ -20,10 +21,11 @@ from jax.extend.core import JaxprEqn
 from spikejax.nir import layers
 from spikejax.nir.graph import reachable
 from spikejax.nir.neurons import EULER, Integration, SoftReset, loop, specs, write
-from spikejax.nir.trace import Constant, Layers, evaluate, shape_of, trace
+from spikejax.nir.trace import Layers, trace
 from spikejax.nn.recurrent import Recurrent
-from spikejax.trace import where
+from spikejax.trace import Site, run, where
 
+PRODUCT = "a product of two values or a division by one"
 HINTS = {
     "max": "For a ReLU network, call calibrate and convert first.",
     "scan": "For recurrent neurons, use spikejax.nn.recurrent.Recurrent.",
@@ -71,36 +73,31 @@ def to_nir(
             "to_nir: expected dt > 0 in seconds and an input [B, T, H, W, C] or "
             f"[B, T, C], got {dt} and {xs.shape}."
         )
-    closed, params, neurons = trace(model, xs)
+    traced, state, neurons = trace(model, xs)
     writer = _Writer(neurons, dt, soft_reset, integration, sum_pool)
-    example = xs.shape[2:]
-    node = nir.Input({"input": np.array(_channels_first(example))})
-    value = _Value((writer.add("input", node),), example, xs.shape)
-    inputs = [*params, value]
-    outputs = evaluate(closed.jaxpr, closed.consts, inputs, writer.operation)
-    if len(outputs) != 1 or not isinstance(outputs[0], _Value):
+    shape = xs.shape[2:]
+    node = nir.Input({"input": np.array(_channels_first(shape))})
+    value = _Value((writer.add("input", node),), shape)
+    (output, _), _ = run(traced, state, value, writer.operation)
+    if not isinstance(output, _Value):
         refuse("an output that is not one array, made from the input")
-    if outputs[0].unflat is not None:  # NIR would have it in another order
+    if output.unflat is not None:  # NIR would have it in another order
         refuse("an output that is a flattened image")
-    node = nir.Output({"output": np.array(_channels_first(outputs[0].shape))})
-    return writer.graph(writer.add("output", node, writer.plain(outputs[0])))
+    node = nir.Output({"output": np.array(_channels_first(output.shape))})
+    return writer.graph(writer.add("output", node, writer.plain(output)))
 
 
-Input = Any  # _Value or Constant
-
-
-class _Value(NamedTuple):
+@dataclass(frozen=True)  # a NamedTuple would be a pytree, and a value is a leaf
+class _Value:
     """Value in the network: the sum of the outputs of some nodes, times a factor.
 
     shape: of one example at one step, channels-last.
-    full: shape with the leading axes.
     unflat: shape that it was flattened from.
     binary: it is 0 or the factor.
     """
 
     sources: tuple[int, ...]  # numbers of nodes
     shape: tuple[int, ...]
-    full: tuple[int, ...]
     factor: float = 1.0
     unflat: tuple[int, ...] | None = None
     binary: bool = False
@@ -111,11 +108,7 @@ def _channels_first(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def refuse(what: str, eqn: JaxprEqn | None = None) -> NoReturn:
-    """Raise an error with the line of the model that NIR has no nodes for.
-
-    Raises:
-        ValueError: always.
-    """
+    """Raise an error with the line of the model that NIR has no nodes for."""
     at, hint = "", "Move it out of the model."
     if eqn is not None:
         at = f" at {where(eqn)}"
@@ -123,21 +116,24 @@ def refuse(what: str, eqn: JaxprEqn | None = None) -> NoReturn:
     raise ValueError(f"to_nir: expected what NIR can say, got {what}{at}. {hint}")
 
 
+def _shapes(eqn: JaxprEqn) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of the first input and of the output."""
+    avals: Any = eqn.invars[0].aval, eqn.outvars[0].aval
+    return avals[0].shape, avals[1].shape
+
+
+@dataclass
 class _Writer:
     """Nodes and edges of a graph, written operation by operation."""
 
-    def __init__(
-        self,
-        neurons: Layers,
-        dt: float,
-        soft_reset: SoftReset,
-        integration: Integration,
-        sum_pool: bool,
-    ):
-        self.neurons, self.dt, self.soft_reset = neurons, dt, soft_reset
-        self.integration, self.sum_pool = integration, sum_pool
-        self.nodes: list[tuple[str, nir.NIRNode]] = []  # with the name that they want
-        self.edges: list[tuple[int, int]] = []
+    neurons: Layers
+    dt: float
+    soft_reset: SoftReset
+    integration: Integration
+    sum_pool: bool
+    # Nodes with the names that they want; edges between their numbers.
+    nodes: list[tuple[str, nir.NIRNode]] = field(default_factory=list)
+    edges: list[tuple[int, int]] = field(default_factory=list)
 
     def add(self, name: str, node: nir.NIRNode, value: _Value | None = None) -> int:
         """Add a node that takes a value without its factor, and return its number."""
@@ -170,37 +166,40 @@ class _Writer:
             return value
         scale = np.broadcast_to(scale, _channels_first(value.shape))
         name = self.add("scale", nir.Scale(np.ascontiguousarray(scale)), value)
-        return value._replace(sources=(name,), factor=1.0, binary=False)
+        return replace(value, sources=(name,), factor=1.0, binary=False)
 
-    def operation(self, eqn: JaxprEqn, inputs: list[Any]) -> _Value:
-        """Return the output of an equation."""
+    def operation(
+        self, number: int, site: Site, inputs: list, given: None, eqn: JaxprEqn
+    ) -> tuple[_Value, None]:
+        """Return the output of an equation: a handler of ``spikejax.trace``."""
         name, first = eqn.primitive.name, inputs[0]
-        shape = shape_of(eqn)
-        constants = any(isinstance(value, Constant) for value in inputs)
+        linear = sum(isinstance(value, _Value) for value in inputs) == 1
         if name in ("copy", "convert_element_type", "optimization_barrier"):
-            return first
-        if name == "neurons":
-            return self.spikes(eqn, first)
-        if name in ("reshape", "squeeze", "expand_dims"):
-            return self.reshaped(eqn, first, shape)
-        if name in ("reduce_sum", "reduce_window_sum", "reduce_window_max"):
-            return self.pooled(eqn, first, shape)
-        if name in ("conv_general_dilated", "dot_general") and constants:
-            return self.weighted(eqn, *inputs)
-        if name in ("mul", "div", "add", "add_any", "sub") and constants:
-            return self.affine(eqn, *inputs)
-        if name in ("add", "add_any", "sub"):
-            return self.total(eqn, *inputs)
-        products = ("mul", "div", "dot_general", "conv_general_dilated")
-        what = "a product of two values or a division by one"
-        refuse(what if name in products else f"the operation {name}", eqn)
+            value = first
+        elif name == "neurons":
+            value = self.spikes(eqn, first)
+        elif name in ("reshape", "squeeze", "expand_dims"):
+            value = self.reshaped(eqn, first)
+        elif name in ("reduce_sum", "reduce_window_sum", "reduce_window_max"):
+            value = self.pooled(eqn, first)
+        elif name in ("conv_general_dilated", "dot_general") and linear:
+            value = self.weighted(eqn, first, inputs[1], site.name)
+        elif name in ("mul", "div", "add", "add_any", "sub") and linear:
+            value = self.affine(eqn, *inputs)
+        elif name in ("add", "add_any", "sub"):
+            value = self.total(eqn, *inputs)
+        else:
+            product = name in ("mul", "div", "dot_general", "conv_general_dilated")
+            refuse(PRODUCT if product else f"the operation {name}", eqn)
+        return value, None
 
-    def weighted(self, eqn: JaxprEqn, value: Input, constant: Input) -> _Value:
+    def weighted(self, eqn: JaxprEqn, value: Any, weights: Any, name: str) -> _Value:
         """Return the output of a convolution or a linear layer."""
-        if isinstance(value, Constant):
+        if not isinstance(value, _Value):
             refuse("weights on the left of a product", eqn)
-        kernel = np.asarray(constant.value, np.float32) * np.float32(value.factor)
-        node: nir.NIRNode | None
+        kernel = np.asarray(weights, np.float32) * np.float32(value.factor)
+        before, after = _shapes(eqn)
+        node: nir.NIRNode | None = None
         if eqn.primitive.name == "conv_general_dilated":
             node = layers.convolution(kernel, value.shape[:-1], eqn.params)
             what = (
@@ -210,48 +209,44 @@ class _Writer:
                 "padding with zeros on both sides)"
             )
         else:
-            rank, vector = len(value.full), len(value.shape) == 1
-            node = layers.linear(kernel, rank, value.unflat, eqn.params)
-            node = node if vector else None
+            if len(value.shape) == 1:
+                node = layers.linear(kernel, len(before), value.unflat, eqn.params)
             what = (
                 f"a linear layer of an input {value.shape}, not of the last axis of a "
                 "vector (for an image, take a convolution with a kernel of (1, 1))"
             )
         if node is None:
             refuse(what, eqn)
-        number = self.add(constant.path or "weights", node, value)
-        full = shape_of(eqn)
-        return _Value((number,), full[len(value.full) - len(value.shape) :], full)
+        shape = after[len(before) - len(value.shape) :]
+        return _Value((self.add(name, node, value),), shape)
 
-    def affine(self, eqn: JaxprEqn, a: Input, b: Input) -> _Value:
+    def affine(self, eqn: JaxprEqn, a: Any, b: Any) -> _Value:
         """Return a value times or plus constants: a factor, or changed weights."""
-        value, constant = (b, a) if isinstance(a, Constant) else (a, b)
+        value, constant = (a, b) if isinstance(a, _Value) else (b, a)
         name = eqn.primitive.name
         if name == "div" and value is b:
-            refuse("a product of two values or a division by one", eqn)
-        lead = len(value.full) - len(value.shape)
-        each = np.broadcast_to(np.asarray(constant.value, np.float64), value.full)
-        number = each[(0,) * lead]
+            refuse(PRODUCT, eqn)
+        each = np.broadcast_to(np.asarray(constant, np.float64), _shapes(eqn)[1])
+        number = each[(0,) * (each.ndim - len(value.shape))]
         if not (each == number).all():
             refuse("constants that differ from step to step", eqn)
         number = np.moveaxis(number, -1, 0)
-        gain, shift = np.ones_like(number), None
+        gain, shift = np.ones_like(number), number
         if name in ("mul", "div"):
-            gain = number if name == "mul" else 1 / number
-        else:
-            shift = -number if name == "sub" and value is a else number
-            gain = -gain if name == "sub" and value is b else gain
+            gain, shift = number if name == "mul" else 1 / number, None
+        elif name == "sub":
+            gain, shift = (gain, -number) if value is a else (-gain, number)
         if len(value.sources) == 1 and value.unflat is None:
             changed = self.absorbed(value.sources[0], gain, shift)
             if changed is not None:
-                return value._replace(sources=(changed,))
+                return replace(value, sources=(changed,))
         uniform = (gain == gain.flat[0]).all()
         flattened = value.unflat is not None and not uniform
         if flattened or (shift is not None and shift.any()):
             refuse("the addition of a constant, or factors of a flattened image", eqn)
         if not uniform or not gain.any():  # a factor of 0 could not be divided out
             return self.plain(value, gain)
-        return value._replace(factor=value.factor * float(gain.flat[0]))
+        return replace(value, factor=value.factor * float(gain.flat[0]))
 
     def absorbed(
         self, number: int, gain: np.ndarray, shift: np.ndarray | None
@@ -275,68 +270,61 @@ class _Writer:
         if a.unflat != b.unflat or a.shape != b.shape:
             refuse("a sum of an image and a flattened image", eqn)
         if eqn.primitive.name == "sub":
-            b = b._replace(factor=-b.factor)
+            b = replace(b, factor=-b.factor)
         if a.factor != b.factor:
             a, b = self.plain(a), self.plain(b)
         if set(a.sources) & set(b.sources):  # NIR has no two edges between two nodes
             node = nir.Scale(np.ones(_channels_first(b.shape), np.float32))
-            b = b._replace(sources=(self.add("scale", node, b),))
-        return a._replace(sources=(*a.sources, *b.sources), binary=False)
+            b = replace(b, sources=(self.add("scale", node, b),))
+        return replace(a, sources=(*a.sources, *b.sources), binary=False)
 
-    def reshaped(self, eqn: JaxprEqn, value: _Value, shape: tuple[int, ...]) -> _Value:
+    def reshaped(self, eqn: JaxprEqn, value: _Value) -> _Value:
         """Return the same for each example, or an image that is flattened."""
+        before, after = _shapes(eqn)
         rank, size = len(value.shape), math.prod(value.shape)
-        if shape[len(shape) - rank :] == value.shape:
-            return value._replace(full=shape)
-        lead = math.prod(value.full[: len(value.full) - rank])
-        if shape[-1] != size or math.prod(shape[:-1]) != lead:
-            refuse(f"a change of shape from {value.full} to {shape}", eqn)
+        if after[len(after) - rank :] == value.shape:
+            return value
+        lead = before[: len(before) - rank]
+        if after[-1] != size or math.prod(after[:-1]) != math.prod(lead):
+            refuse(f"a change of shape from {before} to {after}", eqn)
         image = np.array(_channels_first(value.shape))
         node = nir.Flatten({"input": image}, start_dim=0, end_dim=-1)
-        return value._replace(
-            sources=(self.add("flatten", node, value),),
-            shape=(size,),
-            full=shape,
-            unflat=value.shape if size > value.shape[-1] else None,
-        )
+        number = self.add("flatten", node, value)
+        unflat = value.shape if size > value.shape[-1] else None
+        return replace(value, sources=(number,), shape=(size,), unflat=unflat)
 
-    def pooled(self, eqn: JaxprEqn, value: _Value, full: tuple[int, ...]) -> _Value:
+    def pooled(self, eqn: JaxprEqn, value: _Value) -> _Value:
         """Return sums over windows or over the image, or the OR of spikes."""
         name, p = eqn.primitive.name, eqn.params
-        lead = len(value.full) - 3
+        before, after = _shapes(eqn)
+        lead = len(before) - 3
         if len(value.shape) != 3:
             refuse(f"the operation {name} on an input that is not an image", eqn)
-
-        def split(numbers: Sequence[Any]) -> tuple[tuple, tuple]:
-            return tuple(numbers[lead : lead + 2]), (*numbers[:lead], numbers[-1])
-
         size = stride = value.shape[:2]
-        pads: tuple = ((0, 0), (0, 0))
-        shape = (1, 1, value.shape[-1])
+        padding, shape = [0, 0], (1, 1, value.shape[-1])
         if name != "reduce_sum":
-            (size, ones), (stride, _) = map(
-                split, (p["window_dimensions"], p["window_strides"])
-            )
-            pads, shape = split(p["padding"])[0], full[lead:]
-            dilated = {*ones, *p["base_dilation"], *p["window_dilation"]} != {1}
-            outside = split(full)[1] != split(value.full)[1]
-            if dilated or outside or any(a != b for a, b in pads):
+            windows, image = p["window_dimensions"], slice(lead, lead + 2)
+            size, stride = windows[image], p["window_strides"][image]
+            padding, shape = [low for low, _ in p["padding"][image]], after[lead:]
+            others = (*range(lead), -1)
+            if (
+                any(windows[k] != 1 or after[k] != before[k] for k in others)
+                or {*p["base_dilation"], *p["window_dilation"]} != {1}
+                or any(low != high for low, high in p["padding"][image])
+            ):
                 refuse("pooling with uneven padding, dilated or not of the image", eqn)
         elif tuple(p["axes"]) != (lead, lead + 1):
             refuse(f"a sum over the axes {tuple(p['axes'])}", eqn)
-        padding = np.array([a for a, _ in pads])
-        node = nir.SumPool2d(np.array(size), np.array(stride), padding)
-        number = self.add("pool", node, value)
-        image = (*value.full[:lead], *shape)
-        pooled = value._replace(sources=(number,), shape=shape, full=image)
+        node = nir.SumPool2d(np.array(size), np.array(stride), np.array(padding))
+        pooled = replace(value, sources=(self.add("pool", node, value),), shape=shape)
         if name == "reduce_window_max":
             if not value.binary or value.factor < 0:
                 refuse("a maximum of what is not spikes (pool by the mean)", eqn)
             # A sum of 0s and 1s is above 1/2 where one of them is 1.
             half = nir.Threshold(np.full(_channels_first(shape), 0.5))
-            return pooled._replace(sources=(self.add("or", half, pooled),))
-        pooled = pooled._replace(binary=False)
-        return pooled if name != "reduce_sum" else self.reshaped(eqn, pooled, full)
+            return replace(pooled, sources=(self.add("or", half, pooled),))
+        pooled = replace(pooled, binary=False)
+        return pooled if name != "reduce_sum" else self.reshaped(eqn, pooled)
 
     def spikes(self, eqn: JaxprEqn, value: _Value) -> _Value:
         """Return the output of a layer of neurons."""
@@ -357,9 +345,9 @@ class _Writer:
         # The factor of all outputs is that of the first; the others get a Scale.
         weight = outputs[0][1]
         unit = float(weight.flat[0]) if (weight == weight.flat[0]).all() else 1.0
-        fired = value._replace(factor=1.0, binary=False)
-        ones = [self.plain(fired._replace(sources=(o,)), w / unit) for o, w in outputs]
-        fired = fired._replace(sources=tuple(one.sources[0] for one in ones))
+        fired = replace(value, factor=1.0, binary=False)
+        ones = [self.plain(replace(fired, sources=(o,)), w / unit) for o, w in outputs]
+        fired = replace(fired, sources=tuple(one.sources[0] for one in ones))
         if isinstance(layer, Recurrent):
             if value.unflat is not None:
                 refuse("a flattened image before recurrent neurons", eqn)
@@ -369,4 +357,4 @@ class _Writer:
             number = self.add(f"{name}.recurrent", back, fired)
             self.edges += [(number, entry) for entry in entries]
         binary = [len(spec.thresholds) for spec in found] == [1]
-        return fired._replace(factor=unit, binary=binary)
+        return replace(fired, factor=unit, binary=binary)
