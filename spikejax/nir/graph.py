@@ -13,6 +13,7 @@ from spikejax.layers import Memory, Neuron
 from spikejax.unroll import unroll
 
 Edge = tuple[str, str]
+Nodes = dict[str, nnx.Module]
 Values = dict[str, jax.Array]  # by the name of the node that they come from
 
 
@@ -28,39 +29,36 @@ class Graph(nnx.Module):
         source, target: names of input and output, which are not among the nodes.
     """
 
-    def __init__(
-        self,
-        nodes: dict[str, nnx.Module],
-        edges: Sequence[Edge],
-        source: str,
-        target: str,
-    ):
-        self.edges, self.source, self.target = tuple(edges), source, target
+    def __init__(self, nodes: Nodes, edges: Sequence[Edge], source: str, target: str):
+        self.source, self.target = source, target
         self.groups = _groups(tuple(nodes), edges)
+        inner = {(a, b) for group in self.groups for a in group for b in group}
+        self.edges = tuple(edge for edge in edges if edge not in inner)
         # One part per group. A list, since Flax 0.11 has no dict of modules.
         self.parts = List(
             Loop({name: nodes[name] for name in group}, edges)
-            if len(group) > 1 or (group[0], group[0]) in self.edges
+            if any(set(edge) <= set(group) for edge in edges)
             else nodes[group[0]]
             for group in self.groups
         )
 
     def __call__(self, xs: jax.Array) -> jax.Array:
         """Return outputs [B, T, ...] for inputs [B, T, ...]."""
-        values = {self.source: xs}
+        sums = _sums(self.edges, {self.source: xs})
         for group, part in zip(self.groups, self.parts, strict=True):
-            currents = {name: _total(name, self.edges, values) for name in group}
-            if isinstance(part, Loop):
-                values |= part({k: x for k, x in currents.items() if x is not None})
-            else:
-                values[group[0]] = part(currents[group[0]])
-        return _total(self.target, self.edges, values)
+            x = {name: sums[name] for name in group if name in sums}
+            values = part(x) if isinstance(part, Loop) else jax.tree.map(part, x)
+            sums = _sums(self.edges, values, sums)
+        return sums[self.target]
 
 
-def _total(name: str, edges: Iterable[Edge], *values: Values) -> Any:
-    """Return the sum of the values with an edge to a node, None if there are none."""
-    found = [given[a] for given in values for a, b in edges if b == name and a in given]
-    return sum(found[1:], found[0]) if found else None
+def _sums(edges: Iterable[Edge], values: Values, sums: Values | None = None) -> Values:
+    """Return the sums of the values that edges lead to, by node, added to others."""
+    sums = dict(sums or {})
+    for a, b in edges:
+        if a in values:
+            sums[b] = sums[b] + values[a] if b in sums else values[a]
+    return sums
 
 
 class Loop(nnx.Module):
@@ -74,13 +72,11 @@ class Loop(nnx.Module):
         edges: (from, to); those from and to other nodes say where currents enter.
     """
 
-    def __init__(self, nodes: dict[str, nnx.Module], edges: Sequence[Edge]):
+    def __init__(self, nodes: Nodes, edges: Sequence[Edge]):
         inner = [edge for edge in edges if set(edge) <= set(nodes)]
         entries = [b for a, b in edges if b in nodes and a not in nodes]
-        self.late = _closing(entries, inner)
+        self.names, self.late = _ordered(entries, inner)
         self.early = tuple(edge for edge in inner if edge not in self.late)
-        before = {name: [a for a, b in self.early if b == name] for name in nodes}
-        self.names = tuple(TopologicalSorter(before).static_order())
         self.modules = List(nodes[name] for name in self.names)
         self.memory = Memory()
 
@@ -91,20 +87,16 @@ class Loop(nnx.Module):
         """
         states, late = state
         after, values = {}, {}
+        sums = _sums(self.late, late, currents)
         for name, module in zip(self.names, self.modules, strict=True):
-            parts = [
-                currents.get(name),
-                _total(name, self.early, values),
-                _total(name, self.late, late),
-            ]
-            parts = [part for part in parts if part is not None]
-            x = sum(parts[1:], parts[0])
+            x = sums[name]
             if not isinstance(module, Neuron):
                 values[name] = module(x[:, None])[:, 0]
             elif states is None:
                 after[name], values[name] = module.start(x.shape), jnp.zeros_like(x)
             else:
                 after[name], values[name] = module.step(states[name], x)
+            sums = _sums(self.early, {name: values[name]}, sums)
         return (after, {a: values[a] for a, _ in self.late}), values
 
     def __call__(self, currents: Values) -> Values:
@@ -139,27 +131,30 @@ def _groups(names: tuple[str, ...], edges: Sequence[Edge]) -> tuple[Any, ...]:
         for a in names
     }
     # Lists, not sets: the order names the parameters, so it must not depend on hashes.
-    before: dict[Any, list] = {own: [] for own in group.values()}
-    for a, b in edges:
-        if group[a] != group[b]:
-            before[group[b]].append(group[a])
+    before = {
+        own: [group[a] for a, b in edges if b in own and a not in own]
+        for own in group.values()
+    }
     return tuple(TopologicalSorter(before).static_order())
 
 
-def _closing(entries: Sequence[str], edges: Sequence[Edge]) -> tuple[Edge, ...]:
-    """Return the edges that lead back to a node on the path from an entry to them."""
+def _ordered(
+    entries: Sequence[str], edges: Sequence[Edge]
+) -> tuple[tuple[str, ...], tuple[Edge, ...]]:
+    """Return the nodes of a loop in the order of a step, and the edges against it."""
     # Depth first: from the first entry, the last edge of each loop is the late one.
-    closing, done = [], set()
+    order: list[str] = []
+    late = []
 
     def visit(name: str, path: tuple[str, ...]) -> None:
         for a, b in edges:
             if a == name and b in path:
-                closing.append((a, b))
-            elif a == name and b not in done:
+                late.append((a, b))
+            elif a == name and b not in order:
                 visit(b, (*path, b))
-        done.add(name)
+        order.insert(0, name)
 
-    for entry in dict.fromkeys(entries):
-        if entry not in done:
+    for entry in entries:
+        if entry not in order:
             visit(entry, (entry,))
-    return tuple(closing)
+    return tuple(order), tuple(late)

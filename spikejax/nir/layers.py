@@ -65,20 +65,20 @@ class Pool(nnx.Module):
 
     def __init__(
         self,
-        size: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int] = (0, 0),
+        size: tuple[int, ...],
+        stride: tuple[int, ...],
+        padding: tuple[int, ...] = (0, 0),
         *,
         mean: bool,
     ):
-        self.size, self.stride, self.mean = tuple(size), tuple(stride), mean
-        self.padding = tuple(padding)
+        self.size, self.stride, self.mean = size, stride, mean
+        self.padding = padding
 
     def __call__(self, xs: jax.Array) -> jax.Array:
-        pads = [(0, 0), (0, 0), *((p, p) for p in self.padding), (0, 0)]
-        window, stride = (1, 1, *self.size, 1), (1, 1, *self.stride, 1)
-        zero = np.zeros((), xs.dtype)  # a constant: a traced zero has no gradient rule
-        ys = jax.lax.reduce_window(xs, zero, jax.lax.add, window, stride, pads)
+        # Over [T, H, W]: Flax pads one more axis in front of these, and no two.
+        size, stride = (1, *self.size), (1, *self.stride)
+        pads = ((0, 0), *((p, p) for p in self.padding))
+        ys = nnx.pool(xs, 0.0, jax.lax.add, size, stride, pads)
         return ys / math.prod(self.size) if self.mean else ys
 
 
@@ -130,14 +130,14 @@ def convolution(
     ):
         return None
     weight = np.ascontiguousarray(np.moveaxis(kernel, (-1, -2), (0, 1)))
-    bias = np.zeros(len(weight), np.float32)
     padding = tuple(a for a, _ in pads)
     numbers = (size, params["window_strides"], padding, params["rhs_dilation"])
-    kind: Any = nir.Conv2d
     if rank == 1:
-        kind, numbers = nir.Conv1d, tuple(n[0] for n in numbers)
-    shape, stride, padding, dilation = numbers
-    return kind(shape, weight, stride, padding, dilation, 1, bias)
+        numbers = tuple(n[0] for n in numbers)
+    shape, *strides_and_pads, dilation = numbers
+    kind: Any = (nir.Conv1d, nir.Conv2d)[rank - 1]
+    bias = np.zeros(len(weight), np.float32)
+    return kind(shape, weight, *strides_and_pads, dilation, 1, bias)
 
 
 def absorb(
@@ -155,15 +155,12 @@ def absorb(
         if mean and fits and shift is None:
             return nir.AvgPool2d(node.kernel_size, node.stride, node.padding)
         return None
-    gain, bias = (
-        np.zeros((len(gain), 1)) if array is None else array.reshape(len(array), -1)
-        for array in (gain, shift)
-    )
-    if not hasattr(node, "weight") or any((a != a[:, :1]).any() for a in (gain, bias)):
+    both = (gain, np.zeros_like(gain) if shift is None else shift)
+    flat = [array.reshape(len(array), -1) for array in both]
+    if not hasattr(node, "weight") or any(np.ptp(a, 1).any() for a in flat):
         return None
-    gain, bias = gain[:, 0], bias[:, 0]
-    weight = node.weight * gain.reshape(-1, *(1,) * (node.weight.ndim - 1))
-    weight = weight.astype(np.float32)
+    gain, bias = (array[:, 0] for array in flat)
+    weight = (node.weight.T * gain).T.astype(np.float32)
     if isinstance(node, nir.Linear) and shift is None:
         return nir.Linear(weight)
     bias = (getattr(node, "bias", 0) * gain + bias).astype(np.float32)
@@ -186,17 +183,13 @@ def broadcastable(value: npt.ArrayLike) -> Any:
 def read_layer(node: Node) -> nnx.Module | None:
     """Return the layer for a node without time, or None for any other node."""
     if isinstance(node, nir.Affine | nir.Linear) and np.ndim(node.weight) == 2:
-        outputs, inputs = np.shape(node.weight)
-        bias = getattr(node, "bias", None)
-        layer = nnx.Linear(inputs, outputs, use_bias=bias is not None, **_unset())
-        return _filled(layer, node.weight, bias)
+        return _weighted(nnx.Linear, node, *np.shape(node.weight)[::-1])
     if isinstance(node, nir.Conv1d | nir.Conv2d):
         return _read_convolution(node)
     if isinstance(node, nir.SumPool2d | nir.AvgPool2d):
         numbers = (node.kernel_size, node.stride, node.padding)
-        size, stride, padding = (_numbers(n, 2) for n in numbers)
         mean = isinstance(node, nir.AvgPool2d)
-        return Pool(size, stride, padding, mean=mean)
+        return Pool(*(_numbers(n, 2) for n in numbers), mean=mean)
     if isinstance(node, nir.Flatten) and int(node.start_dim) == 0:
         shape = (node.input_type or {}).get("input")
         last = -1 if shape is None else len(shape) - 1
@@ -208,17 +201,13 @@ def read_layer(node: Node) -> nnx.Module | None:
     return None
 
 
-def _unset() -> dict[str, Any]:
-    """Return options for a layer whose weights come next."""
+def _weighted(kind: Any, node: Node, *shape: Any, **options: Any) -> nnx.Module:
+    """Return a Linear or Conv with weights [out, in, ...] and bias of a node."""
+    bias = getattr(node, "bias", None)
     # Random weights would compile once per shape.
-    return {"kernel_init": nnx.initializers.zeros, "rngs": nnx.Rngs(0)}
-
-
-def _filled(
-    layer: nnx.Linear | nnx.Conv, weight: np.ndarray, bias: np.ndarray | None
-) -> nnx.Module:
-    """Return the layer with weights [out, in, ...] and bias of a node."""
-    kernel = np.moveaxis(np.asarray(weight), (0, 1), (-1, -2))
+    options |= {"kernel_init": nnx.initializers.zeros, "rngs": nnx.Rngs(0)}
+    layer = kind(*shape, use_bias=bias is not None, **options)
+    kernel = np.moveaxis(np.asarray(node.weight), (0, 1), (-1, -2))
     layer.kernel = nnx.Param(jnp.asarray(kernel, jnp.float32))
     if bias is not None:
         layer.bias = nnx.Param(jnp.asarray(np.asarray(bias), jnp.float32))
@@ -232,17 +221,10 @@ def _read_convolution(node: Node) -> nnx.Module:
         padding = (padding if isinstance(padding, str) else padding.decode()).upper()
     else:
         padding = tuple((p, p) for p in _numbers(padding, len(size)))
-    layer = nnx.Conv(
-        inputs * groups,
-        outputs,
-        size,
-        strides=_numbers(node.stride, len(size)),
-        padding=padding,
-        kernel_dilation=_numbers(node.dilation, len(size)),
-        feature_group_count=groups,
-        **_unset(),
-    )
-    return _filled(layer, node.weight, node.bias)
+    strides, dilation = (_numbers(n, len(size)) for n in (node.stride, node.dilation))
+    options = {"strides": strides, "padding": padding, "kernel_dilation": dilation}
+    shape = (inputs * groups, outputs, size)
+    return _weighted(nnx.Conv, node, *shape, feature_group_count=groups, **options)
 
 
 def _numbers(value: npt.ArrayLike, rank: int) -> tuple[int, ...]:

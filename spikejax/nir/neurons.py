@@ -20,6 +20,7 @@ Reference: Pedersen et al. 2024, arXiv:2311.14641.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -77,13 +78,8 @@ def node_step(
     u = v + leak (v_leak - v) + gain x,  z = H(u - threshold)
     v' = u - amount z  (soft)   or   v_reset where z = 1
 
-    Args:
-        params: see ``NodeParams``.
-        v, x: membrane and current, as in ``neurons.lif``.
-        options: only detach_reset and surrogate count.
-
-    Returns:
-        v', and one spike train, or none for an integrator.
+    Args and results are those of ``neurons.lif``, with ``NodeParams`` and no spike
+    train for an integrator. Of the options, detach_reset and surrogate count.
     """
     u = v + params.leak * (params.v_leak - v) + params.gain * x
     if not len(params.thresholds):
@@ -148,9 +144,10 @@ def specs(
     Raises:
         ValueError: NIR has no nodes for these neurons.
     """
-    found = _specs(layer, shape, factor) if layer.cell in CELLS else []
+    found: list[Spec] = []
     problem = f"the cell {getattr(layer.cell, '__name__', layer.cell)!r}"
-    if found:
+    if layer.cell in (node_step, *CELLS):
+        found = _specs(layer, shape, factor)
         problem = _problem(found[0], integration)
     if problem:
         raise ValueError(
@@ -161,6 +158,10 @@ def specs(
     return found
 
 
+CELLS = (neurons.lif, neurons.parallel, neurons.cascade)
+CELLS += (neurons.independent, neurons.late_reset, neurons.integrate)
+
+
 def _specs(layer: Neuron, shape: tuple[int, ...], factor: float) -> list[Spec]:
     cell, params, v_reset = layer.cell, layer.params, layer.options.v_reset
     unit = layer.bind()[1][1]
@@ -169,12 +170,13 @@ def _specs(layer: Neuron, shape: tuple[int, ...], factor: float) -> list[Spec]:
     gain, v_leak = leak if layer.options.decay_input else 1.0, v_reset or 0.0
     if cell is node_step:
         gain, v_leak, v_reset = params.gain, params.v_leak, params.v_reset
-    if v_reset is not None:  # the cell counts membranes in units of a spike
-        v_reset = np.asarray(v_reset) * unit
     numbers: tuple[Any, ...] = ((), (), ())
-    if cell is not neurons.integrate:
+    if cell is neurons.integrate:
+        gain = gain / unit  # its output is the membrane, in units of a spike
+    else:
         amounts = neurons.spike_amounts(cell, params)
         numbers = params.thresholds, amounts, neurons.spike_weights(cell, params)
+    # The cell counts membranes in units of a spike.
     thresholds, amounts, weights = (
         tuple(np.asarray(n) * unit for n in ns) for ns in numbers
     )
@@ -184,70 +186,57 @@ def _specs(layer: Neuron, shape: tuple[int, ...], factor: float) -> list[Spec]:
     spec = Spec(
         shape,
         leak,
-        np.asarray(gain) * factor / (unit if cell is neurons.integrate else 1.0),
+        np.asarray(gain) * factor,
         np.asarray(v_leak) * unit,
         thresholds,
         amounts,
         weights,
         chained=cell is neurons.cascade,
-        v_reset=v_reset,
+        v_reset=None if v_reset is None else np.asarray(v_reset) * unit,
         v_start=start.reshape(-1, *shape)[0] * unit,
     )
-    found = [spec]
-    if cell is neurons.independent:
-        alone = zip(thresholds, weights, strict=True)
-        found = [
-            spec._replace(thresholds=(t,), amounts=(t,), weights=(w,)) for t, w in alone
-        ]
-    return found
+    if cell is not neurons.independent:
+        return [spec]
+    return [
+        spec._replace(thresholds=(t,), amounts=(t,), weights=(w,))
+        for t, w in zip(thresholds, weights, strict=True)
+    ]
 
 
 def _problem(spec: Spec, integration: Integration) -> str:
     """Return the reason why NIR has no nodes for neurons, or nothing."""
-    with np.errstate(divide="ignore"):
-        tau = integration.tau(1.0, spec.leak)
     if len(spec.thresholds) > 1 and spec.v_reset is not None:
         return "hard reset of one membrane by several thresholds"
     if any((a < 0).any() for a in spec.amounts):
         return "spikes of negative amounts"
-    if (spec.leak == 0).any() and (spec.leak != 0).any():
+    if np.any(spec.leak == 0) != np.all(spec.leak == 0):
         return "only some neurons with a leak"
+    with np.errstate(divide="ignore"):
+        tau = integration.tau(1.0, spec.leak)
     return "" if np.all(tau > 0) else "tau = 1, which exponential decay cannot have"
-
-
-CELLS = (
-    neurons.lif,
-    neurons.parallel,
-    neurons.cascade,
-    neurons.independent,
-    neurons.late_reset,
-    neurons.integrate,
-    node_step,
-)
 
 
 def _node(
     spec: Spec, dt: float, integration: Integration, metadata: dict[str, Any]
 ) -> nir.NIRNode:
     """Return LIF or LI, or IF or I where nothing leaks."""
-    leaks, kinds = bool(np.any(spec.leak)), (nir.LI, nir.I)
+    leaks = bool(np.any(spec.leak))
     numbers: dict[str, Any] = {"r": spec.full(spec.gain / (spec.leak if leaks else dt))}
-    starts = spec.v_leak if leaks else 0.0  # of readers, unless the metadata say more
     if leaks:
         numbers["tau"] = spec.full(integration.tau(dt, spec.leak))
         numbers["v_leak"] = spec.full(spec.v_leak)
     if spec.thresholds:
-        kinds = nir.LIF, nir.IF
         numbers["v_threshold"] = spec.full(spec.thresholds[0])
         numbers["v_reset"] = spec.full(0.0 if spec.v_reset is None else spec.v_reset)
-    if spec.v_reset is not None:
-        starts = spec.v_reset
-    # NIR has no membrane before the first step, and no name for it in its text.
+    # NIR has no membrane before the first step, and no name for it in its text. Readers
+    # start from here, unless the metadata say more.
+    rest = spec.v_reset if spec.v_reset is not None else spec.v_leak * leaks
     start = spec.full(spec.v_start)
-    if (start != spec.full(starts)).any():
+    if (start != spec.full(rest)).any():
         uniform = (start == start.flat[0]).all()
         metadata = metadata | {"v_start": float(start.flat[0]) if uniform else start}
-    return kinds[0 if leaks else 1](**numbers, metadata=metadata)
+    kinds = (nir.IF, nir.LIF) if spec.thresholds else (nir.I, nir.LI)
+    return kinds[leaks](**numbers, metadata=metadata)
 
 
 def node(name: str, spec: Spec, dt: float, integration: Integration) -> Part:
@@ -284,20 +273,22 @@ def loop(name: str, spec: Spec, dt: float, integration: Integration) -> Part:
     membrane, v0 = f"{name}.membrane", spec.v_start
     moved = spec._replace(v_leak=spec.v_leak - v0, thresholds=(), v_start=0.0)
     nodes: dict[str, Any] = {membrane: _node(moved, dt, integration, {})}
-    edges, outputs, carried = [], [], []
-    for k, threshold in enumerate(spec.thresholds, 1):
-        fires, resets = f"{name}.threshold_{k}", f"{name}.reset_{k}"
-        amount = spec.amounts[k - 1]
+    edges, outputs, sources = [], [], [membrane]
+    numbers = zip(spec.thresholds, spec.amounts, spec.weights, strict=True)
+    for k, (threshold, amount, weight) in enumerate(numbers, 1):
+        fires, resets, carry = (
+            f"{name}.{x}_{k}" for x in ("threshold", "reset", "carry")
+        )
         nodes[fires] = nir.Threshold(threshold=spec.full(threshold - v0))
         back = -(1 - spec.leak) * amount / spec.gain
         nodes[resets] = nir.Scale(scale=spec.full(back))
-        edges += [(source, fires) for source in (membrane, *carried)]
+        edges += [(source, fires) for source in sources]
         edges += [(fires, resets), (resets, membrane)]
-        outputs.append((fires, spec.weights[k - 1]))
+        outputs.append((fires, weight))
         if spec.chained and k < len(spec.thresholds):
-            carried.append(f"{name}.carry_{k}")
-            nodes[carried[-1]] = nir.Scale(scale=spec.full(-amount))
-            edges.append((fires, carried[-1]))
+            nodes[carry] = nir.Scale(scale=spec.full(-amount))
+            edges.append((fires, carry))
+            sources.append(carry)
     return Part(nodes, edges, membrane, outputs)
 
 
@@ -361,8 +352,7 @@ def read_neurons(name: str, node: Node, dt: float, dialect: Dialect) -> Neuron |
             "wrote the graph."
         )
     start = np.asarray(node.metadata.get("v_start", rest))
-    late = params.amounts is not None and dialect.soft_reset is neurons.late_reset
-    plain = _plain(params, start, late)
+    plain = _plain(params, start, dialect.soft_reset is neurons.late_reset)
     if plain is not None:
         return plain
     params = jax.tree.map(broadcastable, params)
@@ -381,17 +371,16 @@ def _read(node: Node, dt: float, dialect: Dialect) -> NodeParams:
         gain = leak * get("r")
     if isinstance(node, nir.I | nir.LI):
         return NodeParams(leak, gain, get("v_leak"))
-    threshold = get("v_threshold")
+    threshold = amount = get("v_threshold")
     subtracts = node.metadata.get("reset") in ("subtract", b"subtract")
-    if subtracts or dialect.soft_reset is not None:
-        amount = threshold
-        if dialect.soft_reset is neurons.late_reset:
-            with np.errstate(divide="ignore"):  # beta = 0 is out of range
-                amount = threshold / (1 - leak)
-        return NodeParams(leak, gain, get("v_leak"), (threshold,), (amount,))
-    v_reset = get("v_reset")
-    v_leak = get("v_leak", v_reset)  # IF has none
-    return NodeParams(leak, gain, v_leak, (threshold,), None, v_reset)
+    if not subtracts and dialect.soft_reset is None:
+        v_reset = get("v_reset")
+        v_leak = get("v_leak", v_reset)  # IF has none
+        return NodeParams(leak, gain, v_leak, (threshold,), None, v_reset)
+    if dialect.soft_reset is neurons.late_reset:
+        with np.errstate(divide="ignore"):  # beta = 0 is out of range
+            amount = threshold / (1 - leak)
+    return NodeParams(leak, gain, get("v_leak"), (threshold,), (amount,))
 
 
 def _plain(params: NodeParams, start: np.ndarray, late: bool) -> Neuron | None:
@@ -403,15 +392,17 @@ def _plain(params: NodeParams, start: np.ndarray, late: bool) -> Neuron | None:
     same &= (params.v_leak == v_reset).all() and (start == v_reset).all()
     if not same or not (decays or np.allclose(params.gain, 1, rtol=1e-9, atol=0)):
         return None
-    reset = None if params.v_reset is None else float(v_reset.flat[0])
     leak = broadcastable(params.leak)
     tau = 1 / leak if np.any(leak) else np.inf
     if not params.thresholds:
         return LI(tau, decay_input=decays)
     threshold = broadcastable(params.thresholds[0])
     if late:
-        plain = NeuronParams(leak, (threshold,))
-        return Neuron(neurons.late_reset, plain, NeuronOptions(decay_input=decays))
-    if not np.any(leak):
-        return IF(threshold, v_reset=reset)
-    return LIF(tau, threshold, v_reset=reset, decay_input=decays)
+        late_params, options = (
+            NeuronParams(leak, (threshold,)),
+            NeuronOptions(None, decays),
+        )
+        return Neuron(neurons.late_reset, late_params, options)
+    reset = None if params.v_reset is None else float(v_reset.flat[0])
+    layer = partial(LIF, tau, decay_input=decays) if np.any(leak) else IF
+    return layer(v_threshold=threshold, v_reset=reset)
