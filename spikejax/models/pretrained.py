@@ -5,7 +5,7 @@ model = resnet18(1000, neuron=neuron, residual=sew, rngs=nnx.Rngs(0))
 load_resnet(model, torch.load("sew18.pth"))
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,25 +24,20 @@ SIGMOID = surrogate.sigmoid(4.0)  # SpikingJelly's default
 def spikingjelly_neuron(
     *,
     tau: float | None = 2.0,
-    decay_input: bool = True,
-    v_threshold: float = 1.0,
     v_reset: float | None = 0.0,
-    detach_reset: bool = False,
     surrogate: Spike = SIGMOID,
+    **options: Any,
 ) -> LIF:
     """Return the layer that computes what SpikingJelly's LIFNode does by default.
 
     Args:
         tau: membrane time constant in steps; None for IFNode.
-        decay_input, v_threshold, v_reset, detach_reset: as there. v_reset=None is soft
-            reset.
+        v_reset: membrane after a spike; None is soft reset.
         surrogate: of the gradient; as there, Sigmoid with alpha 4 by default.
+        options: others of LIF, as there: v_threshold, decay_input, detach_reset.
     """
-    options: dict[str, Any] = {"v_reset": v_reset, "detach_reset": detach_reset}
-    options |= {"surrogate": surrogate}
-    if tau is None:
-        return IF(v_threshold, **options)
-    return LIF(tau, v_threshold, decay_input=decay_input, **options)
+    options |= {"v_reset": v_reset, "surrogate": surrogate}
+    return IF(**options) if tau is None else LIF(tau, **options)
 
 
 def snntorch_neuron(
@@ -118,7 +113,7 @@ def load_resnet(model: ResNet, state: Mapping[str, Any]) -> ResNet:
         for name, value in state.items()
         if not name.endswith("num_batches_tracked")  # used by no layer in evaluation
     }
-    layers, spiking = _layers(model, arrays)
+    layers, spiking = _layers(model)
     for name, neuron in spiking.items():
         keys = [k for k in ("w", "beta", "threshold") if f"{name}.{k}" in arrays]
         _set(name, neuron, {key: arrays.pop(f"{name}.{key}") for key in keys})
@@ -160,20 +155,16 @@ NAMES = (  # of torchvision, and ours
 )
 
 
-def _layers(
-    model: ResNet, state: Iterable[str]
-) -> tuple[dict[str, nnx.Module], dict[str, Neuron]]:
+def _layers(model: ResNet) -> tuple[dict[str, nnx.Module], dict[str, Neuron]]:
     """Return layers by torchvision's names, and neurons by SpikingJelly's."""
-    layers: dict[str, Any] = {
-        "conv1": model.stem_conv,
-        "bn1": model.stem_norm,
-        "fc": model.head,
-    }
+    layers: dict[str, Any] = {"conv1": model.stem_conv, "bn1": model.stem_norm}
+    layers["fc"] = model.head
     spiking: dict[str, Any] = {"sn1": model.stage_neuron}
-    # layer1.0, layer1.1, layer2.0, ...: the model does not keep its stages apart.
-    pairs = {tuple(name.split(".")[:2]) for name in state if name.startswith("layer")}
-    names = [".".join(p) for p in sorted(pairs, key=lambda p: (p[0], int(p[1])))]
-    for name, block in zip(names, model.blocks, strict=False):
+    stage, number = 1, -1
+    for block in model.blocks:  # a stage starts where a block projects; so may layer1
+        starts = block.projects and number >= 0
+        stage, number = (stage + 1, 0) if starts else (stage, number + 1)
+        name = f"layer{stage}.{number}"
         for k, (conv, norm, neuron) in enumerate(block.units, 1):
             layers |= {f"{name}.conv{k}": conv, f"{name}.bn{k}": norm}
             spiking[f"{name}.sn{k}"] = neuron
