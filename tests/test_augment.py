@@ -245,11 +245,7 @@ def test_a_random_part_is_anywhere(boxes):
 
 
 @pytest.mark.parametrize(
-    ("size", "box"),
-    [
-        ((300, 6), (146, 0, 154, 6)),
-        ((6, 300), (0, 146, 6, 154)),
-    ],
+    ("size", "box"), [((300, 6), (146, 0, 154, 6)), ((6, 300), (0, 146, 6, 154))]
 )
 def test_where_nothing_fits_the_middle_is_taken(boxes, size, box):
     found = boxes(inception_crop(8), *size, 50)

@@ -7,12 +7,7 @@ from spikejax.data.augment import compose
 from spikejax.data.events import frames
 from spikejax.data.events.recordings import EVENTS
 
-KINDS = [
-    frames.by_number,
-    frames.by_duration,
-    frames.voxel_grid,
-    frames.time_surface,
-]
+KINDS = [frames.by_number, frames.by_duration, frames.voxel_grid, frames.time_surface]
 # x, y, t, p
 HAND = np.array(
     [(0, 0, 100, 1), (1, 0, 101, 0), (1, 0, 109, 0), (2, 1, 119, 1)], EVENTS

@@ -339,14 +339,8 @@ def test_files_of_many_recordings_are_checked(tmp_path, made):
     good = {"x": [1, 2], "y": [1, 2], "p": [0, 1], "t": [5, 6]}
     good |= {"offsets": [0, 2], "labels": [0]}
     for wrong, text in (
-        (
-            {"t": [6, 5]},
-            r"train\.npz: expected events in the order",
-        ),
-        (
-            {"offsets": [0, 1, 2]},
-            r"one more than labels, got .* shorter",
-        ),
+        ({"t": [6, 5]}, r"train\.npz: expected events in the order"),
+        ({"offsets": [0, 1, 2]}, r"one more than labels, got .* shorter"),
         ({"labels": None}, r"labels, and offsets, .* got damaged data \('labels'\)"),
         ({"labels": [0.5]}, r"got damaged data \(.*integer"),
         ({"t": None}, r"got damaged data \('dt'\)"),

@@ -249,11 +249,7 @@ ODD = {"image": png(np.zeros((4, 4), np.uint8)), "label": 0}
     [
         (GREY | {"image": colours(np.uint16)}, {}, r"image \(uint8\) .* dtype=uint16"),
         (VARYING, {}, "expected a crop, as the images"),
-        (
-            GREY,
-            {"train": grey(3, label=-1)},
-            "labels 0 to 2, got .* and -1 at index 0",
-        ),
+        (GREY, {"train": grey(3, label=-1)}, "labels 0 to 2, got .* and -1 at index 0"),
         (
             GREY,
             {"train": [*grey(3), ODD]},

@@ -138,11 +138,11 @@ def _splits(
             )
         labels = [label_of[each] for _, each in found]
         read = file_reader(root, [path for path, _ in found], labels)
-        title = f"{name}, {split} in {root}"
-        return EncodedImages(title, len(found), read, shape, len(classes))
+        title, count = f"{name}, {split} in {root}", len(classes)
+        return EncodedImages(title, len(found), read, shape, count)
 
     train, test = map(encoded, files)
-    return Splits(train, test, tuple(classes.values()))
+    return train, test, tuple(classes.values())
 
 
 def _scan(root: Path, split: str) -> Files:

@@ -80,9 +80,10 @@ def load(name: str, data_dir: Folder = None) -> ImageSet:
         ValueError: the set is unknown, not there, or damaged.
     """
     splits = OWN[name](data_dir) if name in OWN else prepared_set(name, data_dir)
-    usual = PHOTOGRAPHS if None in splits.train.shape else STATISTICS.get(name)
-    statistics = usual or _statistics(splits.train)
-    return ImageSet(*splits, *statistics)
+    train, test, class_names = splits
+    usual = PHOTOGRAPHS if None in train.shape else STATISTICS.get(name)
+    mean, std = usual or _statistics(train)
+    return ImageSet(train, test, class_names, mean, std)
 
 
 def train_batches(
@@ -147,11 +148,7 @@ def train_batches(
 
 
 def eval_batches(
-    source: Source,
-    batch_size: int,
-    *,
-    crop: Crop | None = None,
-    shard: Shard = (0, 1),
+    source: Source, batch_size: int, *, crop: Crop | None = None, shard: Shard = (0, 1)
 ) -> grain.IterDataset[Batch]:
     """Return batches of each example once, in order; the last one can be smaller.
 
@@ -161,16 +158,14 @@ def eval_batches(
 
     Args:
         source: the examples, by index; at least one per process.
-        batch_size: examples per batch of this process.
-        crop: crop of each image; needed if their sizes differ.
-        shard: (process index, number of processes); takes every count-th example.
+        batch_size, crop, shard: as in `train_batches`; a process takes every
+            count-th example.
 
     Returns:
-        An iterable over batches like those of train_batches, which can be iterated
-        several times.
+        An iterable over such batches, which can be iterated several times.
 
     Raises:
-        ValueError: as train_batches.
+        ValueError: as in `train_batches`.
     """
     index, count = shard
     _check("eval_batches", source, batch_size, count, crop, shard)
@@ -240,12 +235,7 @@ class TrainBatches(grain.DatasetIterator):
 
 
 def _check(
-    who: str,
-    source: Source,
-    batch_size: int,
-    needed: int,
-    crop: Crop | None,
-    shard: Shard,
+    who: str, source: Source, size: int, needed: int, crop: Crop | None, shard: Shard
 ) -> None:
     if None in source.shape and crop is None:
         raise ValueError(
@@ -253,11 +243,11 @@ def _check(
             "got none. Give an image size, such as 224."
         )
     index, count = shard
-    if batch_size < 1 or not 0 <= index < count or needed > len(source):
+    if size < 1 or not 0 <= index < count or needed > len(source):
         raise ValueError(
             f"{who}: expected batch_size >= 1, shard (process, processes) with 0 <= "
             f"process < processes, and at least {needed} examples, got batch_size "
-            f"{batch_size}, shard {shard} and {len(source)} examples. Take a smaller "
+            f"{size}, shard {shard} and {len(source)} examples. Take a smaller "
             "batch, or shard=(0, 1) for one process."
         )
 
@@ -294,7 +284,7 @@ def _fake(_: Folder) -> Splits:
 def _in_memory(images: np.ndarray, labels: np.ndarray, count: int) -> Splits:
     train = ArrayImages(images[:count], labels[:count])
     test = ArrayImages(images[count:], labels[count:])
-    return Splits(train, test, tuple("0123456789"))
+    return train, test, tuple("0123456789")
 
 
 OWN = {"digits": _digits, "fake": _fake}

@@ -22,6 +22,7 @@ Indices = Sequence[int] | np.ndarray
 Rngs = Sequence[np.random.Generator]
 Folder = str | os.PathLike[str] | None
 Shape = tuple[int | None, ...]  # None: images have different heights and widths
+Splits = tuple["Source", "Source", tuple[str, ...]]  # train, test, names of classes
 
 # A split up to this size is decoded once: CIFAR-10 takes 150 MB, Tiny-ImageNet's
 # 1.2 GB would be a copy per worker.
@@ -37,13 +38,9 @@ class Source(Protocol):
     """A split that train_batches and eval_batches can read."""
 
     @property
-    def shape(self) -> Shape:
-        """Shape of one image, [H, W, C], or of the frames of one recording."""
-        ...
+    def shape(self) -> Shape: ...  # of an image, or of the frames of a recording
 
-    def cached(self) -> "Source":
-        """Return the split in memory if it is small enough, else the split itself."""
-        ...
+    def cached(self) -> "Source": ...  # in memory if it is small enough, else itself
 
     def __len__(self) -> int: ...
 
@@ -211,14 +208,6 @@ class EncodedImages:
                 f"{record.place}. Give a crop, or leave out what has no label."
             )
         return pixels
-
-
-class Splits(NamedTuple):
-    """The two splits of an image set and the names of its classes."""
-
-    train: Source
-    test: Source
-    class_names: tuple[str, ...]
 
 
 def _seeded(indices: Indices) -> list[np.random.Generator]:

@@ -72,7 +72,7 @@ def prepared_set(name: str, data_dir: Folder) -> Splits:
     # ImageNet's test labels are withheld (-1): its validation split is used instead.
     if more and test.records([0])[0].label < 0:
         test = more[0]
-    return Splits(train, test, tuple(features["label"].names))
+    return train, test, tuple(features["label"].names)
 
 
 def _split(name: str, builder: "DatasetBuilder", split: str) -> EncodedImages:

@@ -43,15 +43,15 @@ def by_duration(
     The event at t is in frame (t - start) T // (stop - start).
 
     Args:
-        events, size, time_steps: as in by_number.
+        events, size, time_steps: as in `by_number`.
         span: (start, stop) in microseconds with start <= t < stop; None is from the
             first event to the last.
 
     Returns:
-        counts as in by_number.
+        counts as in `by_number`.
 
     Raises:
-        ValueError: as in by_number, or events outside the span.
+        ValueError: as in `by_number`, or events outside the span.
     """
     _check("by_duration", events, size, time_steps)
     start, stop = span or _span(events)
@@ -64,14 +64,10 @@ def voxel_grid(events: np.ndarray, size: Size, time_steps: int) -> np.ndarray:
 
     V_k = sum_i p_i max(0, 1 - |k - t*_i|),  t*_i = T (t_i - t_0) / (t_last - t_0)
 
-    Args:
-        events, size, time_steps: as in by_number.
+    Arguments and errors are those of `by_number`.
 
     Returns:
         float32 [T, H, W, 1], with p = -1 or 1.
-
-    Raises:
-        ValueError: as in by_number.
 
     Reference: Zhu et al. 2019, arXiv:1812.08156, with T - 1 in place of T; T as in
     Tonic.
@@ -97,14 +93,10 @@ def time_surface(events: np.ndarray, size: Size, time_steps: int) -> np.ndarray:
 
     tau is the duration of one part: our choice.
 
-    Args:
-        events, size, time_steps: as in by_number.
+    Arguments and errors are those of `by_number`.
 
     Returns:
         float32 [T, H, W, 2] in 0..1; the channels are OFF and ON.
-
-    Raises:
-        ValueError: as in by_number.
 
     Reference: Lagorce et al. 2017, HOTS, doi:10.1109/TPAMI.2016.2574707, whose surface
     is of the neighbourhood of each event.

@@ -48,14 +48,10 @@ Files = list[tuple[Path, int]]  # (file, label); -1: the file holds many recordi
 class Framing:
     """Conversion of recordings to frames."""
 
-    time_steps: int
-    """T, frames per recording."""
-    kind: str = "number"
-    """A key of KINDS."""
-    side: int | None = None
-    """Height and width of the frames; None is the camera's size."""
-    window: int = 100_000
-    """Microseconds per sample, if the recordings are cut into samples."""
+    time_steps: int  # T, frames per recording
+    kind: str = "number"  # a key of KINDS
+    side: int | None = None  # height and width of the frames; None is the camera's
+    window: int = 100_000  # microseconds per sample, if recordings are cut into samples
 
     def __post_init__(self):
         if self.kind not in KINDS or not 1 <= self.time_steps <= self.window:
@@ -90,11 +86,7 @@ class EventSet:
 
 
 def load(
-    name: str,
-    framing: Framing,
-    data_dir: Folder = None,
-    *,
-    cache_dir: str | os.PathLike[str],
+    name: str, framing: Framing, data_dir: Folder = None, *, cache_dir: str | Path
 ) -> EventSet:
     """Return the event set of that name or in that folder, framed once and cached.
 
