@@ -9,15 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spikejax.data.split import (
-    DAMAGE,
-    EncodedImages,
-    Folder,
-    Read,
-    Record,
-    Shape,
-    Splits,
-)
+from spikejax.data.split import DAMAGE, EncodedImages, Folder, Read, Record, Splits
 
 TINY = "tiny-imagenet-200.zip"
 TINY_ADDRESS = f"http://cs231n.stanford.edu/{TINY}"
@@ -91,11 +83,9 @@ def tiny_imagenet(data_dir: Folder) -> Splits:
     train = [(name, name.split("/")[depth]) for name in images]
     # The first of several names: "goldfish, Carassius auratus".
     names = {line[0]: line[-1].split(",")[0] for line in words}
-    classes = {
-        wnid: names.get(wnid, wnid) for wnid in sorted(line[0] for line in wnids)
-    }
+    classes = {wnid: names.get(wnid, wnid) for wnid, *_ in sorted(wnids)}
     files = {"train": train, "test": test}
-    return _splits("tiny_imagenet", path, files, classes, (64, 64, 3))
+    return _splits("tiny_imagenet", path, files, classes, 64)
 
 
 def image_folder(data_dir: Folder) -> Splits:
@@ -114,7 +104,7 @@ def image_folder(data_dir: Folder) -> Splits:
     held_out = next((name for name in HELD_OUT if (root / name).is_dir()), HELD_OUT[0])
     files = {split: _scan(root, split) for split in ("train", held_out)}
     classes = {name: name for name in sorted({name for _, name in files["train"]})}
-    return _splits("folder", root, files, classes, (None, None, 3))
+    return _splits("folder", root, files, classes, None)
 
 
 def _splits(
@@ -122,7 +112,7 @@ def _splits(
     root: Path,
     files: dict[str, Files],
     classes: dict[str, str],
-    shape: Shape,
+    side: int | None,
 ) -> Splits:
     label_of = {known: label for label, known in enumerate(classes)}
 
@@ -139,7 +129,7 @@ def _splits(
         labels = [label_of[each] for _, each in found]
         read = file_reader(root, [path for path, _ in found], labels)
         title, count = f"{name}, {split} in {root}", len(classes)
-        return EncodedImages(title, len(found), read, shape, count)
+        return EncodedImages(title, len(found), read, (side, side, 3), count)
 
     train, test = map(encoded, files)
     return train, test, tuple(classes.values())
