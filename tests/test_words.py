@@ -40,9 +40,10 @@ BANNED = {
     r"\b[Mm]end(?:s|ed)?\b": "fix",
 }
 
-# Names of parameters that may be Any: pytrees, JSON, and arguments that are checked.
+# Names of parameters that may be Any: pytrees, JSON, operands that an interpreter
+# traces, and arguments that are checked.
 ANY = {"params", "state", "tree", "leaf", "value", "content", "settings", "train_data"}
-ANY |= {"batch", "source", "neuron", "dtype"}
+ANY |= {"batch", "source", "neuron", "dtype", "a", "b"}
 
 
 def short_name(path: Path) -> str:

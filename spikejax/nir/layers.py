@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -201,7 +201,9 @@ def read_layer(node: Node) -> nnx.Module | None:
     return None
 
 
-def _weighted(kind: Any, node: Node, *shape: Any, **options: Any) -> nnx.Module:
+def _weighted(
+    kind: Callable[..., Any], node: Node, *shape: Any, **options: Any
+) -> nnx.Module:
     """Return a Linear or Conv with weights [out, in, ...] and bias of a node."""
     bias = getattr(node, "bias", None)
     # Random weights would compile once per shape.

@@ -17,6 +17,7 @@ import nir
 import numpy as np
 from flax import nnx
 from jax.extend.core import JaxprEqn
+from jax.typing import ArrayLike
 
 from spikejax.nir import layers
 from spikejax.nir.graph import reachable
@@ -193,7 +194,9 @@ class _Writer:
             refuse(PRODUCT if product else f"the operation {name}", eqn)
         return value, None
 
-    def weighted(self, eqn: JaxprEqn, value: Any, weights: Any, name: str) -> _Value:
+    def weighted(
+        self, eqn: JaxprEqn, value: Any, weights: ArrayLike, name: str
+    ) -> _Value:
         """Return the output of a convolution or a linear layer."""
         if not isinstance(value, _Value):
             refuse("weights on the left of a product", eqn)
