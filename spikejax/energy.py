@@ -144,9 +144,8 @@ def measure(model: nnx.Module, xs: jax.Array) -> Report:
             "depend on the input, found none: there is nothing to count.",
             stacklevel=2,
         )
-    dense: dict[int, tuple[float, float]] = {}
-    counts = jax.jit(partial(_count, traced, dense))(state, xs)
-    return _report(traced.sites, jax.device_get(counts), dense, *xs.shape[:2])
+    counts = jax.jit(partial(_count, traced))(state, xs)
+    return _report(traced.sites, *jax.device_get(counts), *xs.shape[:2])
 
 
 def _named(model: nnx.Module) -> nnx.Module:
@@ -170,17 +169,14 @@ class _Operations:
         data = [v for v in values if v.level]
         if called == "spiking_output":
             return Match(called, trace.scope(eqn))
-        if (
-            called == "quantised_relu" and data
-        ):  # levels at a scale of 1 look like spikes
+        if called == "quantised_relu" and data:
+            # Its levels at a scale of 1 look like spikes.
             return Match(called, None, level=REAL)
         if name not in PRODUCTS or not data:
             return None
-        # Products of spike counts are whole numbers too.
-        level = 1 if len(data) == 1 else REAL
-        return Match(
-            name, trace.last_label(values) if level == 1 else None, level=level
-        )
+        if len(data) == 1:
+            return Match(name, trace.last_label(values))
+        return Match(name, None, level=REAL)  # products of counts are whole numbers too
 
     def level(self, eqn: JaxprEqn, values: Sequence[Value]) -> int:
         """Return 1 for comparisons, which make spikes of anything."""
@@ -189,36 +185,32 @@ class _Operations:
 
 
 def _count(
-    traced: trace.Traced, dense: dict, state: trace.Pytree, xs: jax.Array
+    traced: trace.Traced, state: trace.Pytree, xs: jax.Array
 ) -> tuple[trace.Kept, trace.Kept]:
     """Run the model with its own outputs, then with spike counts in their place."""
 
-    def real(
-        n: int, site: Site, values: list, given: None, eqn: JaxprEqn
-    ) -> tuple[jax.Array, jax.Array | None]:
-        (y,) = trace.bind(eqn, values)
+    def real(n: int, site: Site, values: list, given: None) -> tuple[jax.Array, Any]:
         if site.kind == "spiking_output":
-            return y, values[1]
-        if site.kind not in PRODUCTS:
-            return y, None
-        dense[n] = _dense(site, eqn)
-        return y, _product(eqn, [v != 0 for v in values])
+            y, count = values
+            return y, count
+        (y,) = trace.bind(site.eqn, values)
+        is_product = site.kind in PRODUCTS
+        return y, _product(site.eqn, [v != 0 for v in values]) if is_product else None
 
     def counted(
-        n: int, site: Site, values: list, given: jax.Array, eqn: JaxprEqn
+        n: int, site: Site, values: list, count: jax.Array
     ) -> tuple[jax.Array, Any]:
         if site.kind == "spiking_output":
-            return given.astype(values[0].dtype), _rows(given)
-        (y,) = trace.bind(eqn, values)
+            return count.astype(values[0].dtype), _rows(count)
+        (y,) = trace.bind(site.eqn, values)
         if site.kind not in PRODUCTS:
             return y, None
-        whole = [
-            (level == 1) & jnp.all(v == jnp.round(v))
-            for v, level in zip(values, site.levels, strict=True)
-        ]
-        pairs = zip(values, whole, strict=True)
-        met = [jnp.where(spikes, abs(v), v != 0) for v, spikes in pairs]
-        return y, (whole[0] | whole[1], _product(eqn, met))
+        met, is_ac = [v != 0 for v in values], jnp.array(False)
+        for k, v in enumerate(values):
+            whole = (site.levels[k] == 1) & jnp.all(v == jnp.round(v))
+            met[k] = jnp.where(whole, abs(v), met[k])
+            is_ac |= whole
+        return y, (is_ac, _product(site.eqn, met))
 
     kept = trace.run(traced, state, xs, real)[1]
     return kept, trace.run(traced, state, xs, counted, kept)[1]
@@ -237,68 +229,55 @@ def _product(eqn: JaxprEqn, operands: Sequence[jax.Array]) -> jax.Array:
     return _rows(eqn.primitive.bind(*operands, **params))
 
 
-def _dense(site: Site, eqn: JaxprEqn) -> tuple[float, float]:
+def _dense(site: Site) -> tuple[float, float]:
     """Return the MACs of a product of which nothing is zero, and its number of calls.
 
     A call is one time step of an image, or one token of it. Shapes alone count.
     """
-    lhs, rhs, out = map(trace.aval, (*eqn.invars, *eqn.outvars))
+    params = site.eqn.params
+    lhs, rhs, out = map(trace.aval, (*site.eqn.invars, *site.eqn.outvars))
+    dims = params["dimension_numbers"]
     if site.kind == "dot_general":
-        contracted, _ = eqn.params["dimension_numbers"]
-        size = math.prod(lhs.shape[k] for k in contracted[0])
+        size = math.prod(lhs.shape[k] for k in dims[0][0])
         return out.size * size, (lhs if site.levels[0] else rhs).size / size
-    dims = eqn.params["dimension_numbers"]
-    calls, *_ = (lhs.shape[k] for k in dims.lhs_spec)
+    calls, _, *pixels = (lhs.shape[k] for k in dims.lhs_spec)
     outputs, inputs, *kernel = (rhs.shape[k] for k in dims.rhs_spec)
-    macs = calls * outputs * inputs / eqn.params["batch_group_count"]
-    for k, size in enumerate(kernel):  # padding meets no weight
-        pixels, positions = (
-            array.shape[spec[k + 2]]
-            for array, spec in ((lhs, dims.lhs_spec), (out, dims.out_spec))
-        )
-        stride, (pad, _), holes, spread = (
-            eqn.params[name][k]
-            for name in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
-        )
-        at = stride * np.arange(positions)[:, None] + spread * np.arange(size) - pad
-        macs *= ((at >= 0) & (at % holes == 0) & (at <= holes * (pixels - 1))).sum()
+    macs = calls * outputs * inputs / params["batch_group_count"]
+    names = "window_strides", "padding", "lhs_dilation", "rhs_dilation"
+    axes = zip(*(params[name] for name in names), strict=True)
+    for k, (stride, (pad, _), holes, spread) in enumerate(axes):
+        at = stride * np.arange(out.shape[dims.out_spec[k + 2]])[:, None] - pad
+        at = at + spread * np.arange(kernel[k])
+        # Padding and holes meet no weight.
+        inside = (at >= 0) & (at % holes == 0) & (at <= holes * (pixels[k] - 1))
+        macs *= inside.sum()
     return float(macs), calls
 
 
 def _report(
-    sites: Sequence[Site], counts: tuple, dense: dict, batch: int, steps: int
+    sites: Sequence[Site], real: trace.Kept, counted: trace.Kept, batch: int, steps: int
 ) -> Report:
     """Return the report: the sites of one name make one row."""
-
-    def per_image(values: np.ndarray) -> float:
-        return np.sum(values, dtype=np.float64) / batch
-
     neurons: dict[str, np.ndarray] = {}
     products: dict[str, np.ndarray] = {}
+
+    def add(rows: dict[str, np.ndarray], name: str, *sums: Any) -> None:
+        row = np.array([np.sum(v, dtype=np.float64) for v in sums]) / batch
+        rows[name] = rows.get(name, 0.0) + row
+
     for n, site in enumerate(sites):
-        repeats = math.prod(site.repeats) / batch
+        repeats = math.prod(site.repeats)
         if site.kind == "spiking_output":
-            row = [per_image(counts[1][n]), math.prod(site.shape) * repeats]
-            neurons[site.name] = neurons.get(site.name, np.zeros(2)) + row
+            add(neurons, site.name, counted[n], math.prod(site.shape) * repeats)
         elif site.kind in PRODUCTS:
-            spikes, acs = counts[1][n]
-            is_ac = bool(np.all(spikes))
-            macs, calls = dense[n]
-            row = [
-                per_image(acs) * is_ac,
-                per_image(counts[0][n]) * (not is_ac),
-                macs * repeats,
-                calls * repeats,
-            ]
-            products[site.name] = products.get(site.name, np.zeros(4)) + row
-    firing = [
-        # neurons: of all time steps, as a loop over time has a site for each
-        Firing(name, float(spikes / neurons), float(spikes))
-        for name, (spikes, neurons) in neurons.items()
-    ]
+            is_ac, acs = counted[n]
+            acs, macs = (acs, 0) if np.all(is_ac) else (0, real[n])
+            add(products, site.name, acs, macs, *(repeats * v for v in _dense(site)))
+    # Neurons of all time steps, as a loop over time has a site for each.
+    firing = [Firing(k, float(n / size), float(n)) for k, (n, size) in neurons.items()]
     operations = [
         # A layer behind a mean over time is called once, others once per time step.
-        Operations(name, float(acs), float(macs), float(all_ / min(steps, calls)))
-        for name, (acs, macs, all_, calls) in products.items()
+        Operations(name, float(acs), float(macs), float(dense / min(steps, calls)))
+        for name, (acs, macs, dense, calls) in products.items()
     ]
     return Report(tuple(firing), tuple(operations))

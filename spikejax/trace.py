@@ -6,9 +6,9 @@ function with each site handed to a handler. Energy, calibration, conversion, st
 and NIR are handlers; a module need not be built in any special way for them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import jax
 import numpy as np
@@ -19,7 +19,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 Pytree = Any
 Pure = Callable[[Pytree, Any], Any]  # (params, xs) -> ys
-Plan = Mapping[int, "int | Inner"]  # number of an equation -> number of a site, or more
+# Number of an equation -> number of its site, or the plan of the jaxpr inside of it.
+Plan: TypeAlias = "dict[int, int | Plan]"
 
 # Calls of functions, and the parameter that holds what they compute. Names differ
 # between versions of JAX, so the table has the old beside the new.
@@ -35,6 +36,7 @@ CALLS = {
     "checkpoint": "jaxpr",
 }
 REMAT = ("remat2", "checkpoint")
+PLATFORM = -1.0  # the index of the platform in a cond, whose last branch is the default
 
 
 class Value(NamedTuple):
@@ -42,13 +44,13 @@ class Value(NamedTuple):
 
     level: 0 where it depends on parameters alone; above, the rule says what it means.
     label: path of the last parameter that took part in it.
-    const: the number that it is everywhere, or "platform".
+    const: the number that it is everywhere.
     site: number of the site that it is the output of.
     """
 
     level: int
     label: str | None = None
-    const: float | str | None = None
+    const: float | None = None
     site: int | None = None
 
 
@@ -92,22 +94,9 @@ class Site(NamedTuple):
     shape: tuple[int, ...]
     cap: float
     levels: tuple[int, ...]
+    eqn: JaxprEqn
     repeats: tuple[int, ...]
     custom: bool
-
-
-class Inner(NamedTuple):
-    """Sites in a jaxpr inside of an equation; branch is the one taken of a cond."""
-
-    plan: Plan
-    branch: int | None = None
-
-    def numbers(self) -> list[int]:
-        """Return the numbers of the sites inside."""
-        found: list[int] = []
-        for item in self.plan.values():
-            found += item.numbers() if isinstance(item, Inner) else [item]
-        return found
 
 
 class Traced(NamedTuple):
@@ -127,7 +116,7 @@ class Traced(NamedTuple):
 
 
 Kept = dict[int, Any]  # number of a site -> pytree
-Handler = Callable[[int, Site, list, Any, JaxprEqn], tuple[Any, Any]]
+Handler = Callable[[int, Site, list, Any], tuple[Any, Any]]
 
 
 def trace(
@@ -171,7 +160,7 @@ def run(
     Args:
         traced: from ``trace``, for the same shapes.
         params, xs: as in ``trace``.
-        handler: (number, site, operands, given, equation) -> (output, kept).
+        handler: (number, site, operands, given) -> (output, kept).
         given: number of a site -> pytree for its handler. In scans each step gets its
             slice: leaves [*site.repeats, ...].
 
@@ -221,6 +210,16 @@ def scope(eqn: JaxprEqn) -> str:
 def where(eqn: JaxprEqn) -> str:
     """Return file, line and function of an equation, as 'net.py:12 (__call__)'."""
     return source_info_util.summarize(eqn.source_info).rpartition("/")[-1]
+
+
+def body(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[jax.Array]]:
+    """Return the jaxpr of a call, a scan or a cond by platform, and its constants."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "cond":
+        inner = params["branches"][-1]  # the default comes last
+    else:
+        inner = params[CALLS.get(name, "jaxpr")]
+    return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
 
 
 def call_name(eqn: JaxprEqn) -> str:
@@ -308,7 +307,7 @@ class _Walk:
                 return Value(0, None, float(v.val) if np.ndim(v.val) == 0 else None)
             return known.get(v, Value(0))  # else a constant of the jaxpr
 
-        plan: dict[int, int | Inner] = {}
+        plan: Plan = {}
         for k, eqn in enumerate(jaxpr.eqns):
             values = [read(v) for v in eqn.invars]
             match = self.rule.match(eqn, values)
@@ -317,7 +316,7 @@ class _Walk:
                 outs = [self.site(eqn, values, match, around)] * len(eqn.outvars)
             elif inner_jaxprs(eqn):
                 inner, outs = self.inner(eqn, values, around)
-                if inner.plan or (self.enter and any(v.level for v in values)):
+                if inner or (self.enter and any(v.level for v in values)):
                     plan[k] = inner
             else:
                 outs = [self.primitive(eqn, values)] * len(eqn.outvars)
@@ -330,9 +329,8 @@ class _Walk:
         """Note a site, and return what is known of its output."""
         name = match.name or where(eqn)
         shape, levels = aval(eqn.outvars[0]).shape, tuple(v.level for v in values)
-        self.sites.append(
-            Site(name, match.kind, where(eqn), shape, match.cap, levels, *around)
-        )
+        found = name, match.kind, where(eqn), shape, match.cap, levels, eqn
+        self.sites.append(Site(*found, *around))
         return Value(match.level, match.name, None, len(self.sites) - 1)
 
     def primitive(self, eqn: JaxprEqn, values: list[Value]) -> Value:
@@ -340,7 +338,7 @@ class _Walk:
         name, label = eqn.primitive.name, last_label(values)
         if not any(v.level for v in values):
             if name == "platform_index":
-                return Value(0, None, "platform")
+                return Value(0, None, PLATFORM)
             kept = name in ("broadcast_in_dim", "convert_element_type")
             return Value(0, label, values[0].const if kept else None)
         # A minimum right behind a site: min(max(x, 0), c) without a call around it.
@@ -356,17 +354,15 @@ class _Walk:
 
     def inner(
         self, eqn: JaxprEqn, values: list[Value], around: _Around
-    ) -> tuple[Inner, list[Value]]:
-        """Return the sites in the jaxprs of an equation, and its outputs."""
-        name, params = eqn.primitive.name, eqn.params
+    ) -> tuple[Plan, list[Value]]:
+        """Return the plan of the jaxprs in an equation, and its outputs."""
+        name = eqn.primitive.name
         if name in CALLS:
             return self.call(eqn, values, around)
         if name == "scan":
             return self.scan(eqn, values, around)
-        if name == "cond" and values[0].const == "platform":
-            branches = params["branches"]  # the default comes last
-            plan, outs = self.jaxpr(branches[-1].jaxpr, values[1:], around)
-            return Inner(plan, len(branches) - 1), outs
+        if name == "cond" and values[0].const == PLATFORM:
+            return self.jaxpr(body(eqn)[0], values[1:], around)
         found = len(self.sites)
         for jaxpr in inner_jaxprs(eqn):
             self.jaxpr(jaxpr, [Value(1)] * len(jaxpr.invars), around)
@@ -376,39 +372,38 @@ class _Walk:
                 f"trace: expected {site.kind} at {site.where} outside of {name}, which "
                 "runs it an unknown number of times. Use jax.lax.scan or a Python loop."
             )
-        return Inner({}), [Value(max(v.level for v in values))] * len(eqn.outvars)
+        return {}, [Value(max(v.level for v in values))] * len(eqn.outvars)
 
     def call(
         self, eqn: JaxprEqn, values: list[Value], around: _Around
-    ) -> tuple[Inner, list[Value]]:
+    ) -> tuple[Plan, list[Value]]:
         """Walk the function of a call."""
-        inner, first = eqn.params[CALLS[eqn.primitive.name]], len(self.others)
+        first = len(self.others)
         # jax.nn.relu has a gradient of its own too, but the rule matches all of it.
         custom = around.custom or eqn.primitive.name.startswith("custom_")
-        jaxpr, around = getattr(inner, "jaxpr", inner), around._replace(custom=custom)
-        plan, outs = self.jaxpr(jaxpr, values, around)
+        plan, outs = self.jaxpr(body(eqn)[0], values, around._replace(custom=custom))
         # Report silu, and not the logistic in it, which is on the same line.
         lines = {line for _, line in self.others[first:]}
         if lines and not plan and lines <= {"", where(eqn)}:
             self.others[first:] = [(call_name(eqn), where(eqn))]
-        return Inner(plan), outs
+        return plan, outs
 
     def scan(
         self, eqn: JaxprEqn, values: list[Value], around: _Around
-    ) -> tuple[Inner, list[Value]]:
+    ) -> tuple[Plan, list[Value]]:
         """Walk the body of a scan until what is known of the carry is stable."""
         params, first = eqn.params, eqn.params["num_consts"]
         last = first + params["num_carry"]
         around = around._replace(repeats=(*around.repeats, params["length"]))
         while True:
             marks = len(self.sites), len(self.others)
-            plan, outs = self.jaxpr(params["jaxpr"].jaxpr, values, around)
+            plan, outs = self.jaxpr(body(eqn)[0], values, around)
             carry = [
                 Value(max(before.level, after.level), before.label or after.label)
                 for before, after in zip(values[first:last], outs, strict=False)
             ]
             if [v.level for v in carry] == [v.level for v in values[first:last]]:
-                return Inner(plan), [v._replace(site=None) for v in outs]
+                return plan, [v._replace(site=None) for v in outs]
             values = [*values[:first], *carry, *values[last:]]
             del self.sites[marks[0] :], self.others[marks[1] :]
 
@@ -449,30 +444,28 @@ class _Run(NamedTuple):
             values, item = [read(v) for v in eqn.invars], plan.get(k)
             if item is None:
                 outs = bind(eqn, values)
-            elif isinstance(item, Inner):
-                mine = {n: given[n] for n in item.numbers()}
-                outs, more = self.inner(eqn, values, item, mine)
+            elif isinstance(item, dict):
+                outs, more = self.inner(eqn, values, item, given)
                 kept |= more
             else:
                 site = self.sites[item]
-                y, kept[item] = self.handler(item, site, values, given[item], eqn)
+                y, kept[item] = self.handler(item, site, values, given[item])
                 outs = [y]
             known.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars], kept
 
     def inner(
-        self, eqn: JaxprEqn, values: list, item: Inner, given: Kept
+        self, eqn: JaxprEqn, values: list, plan: Plan, given: Kept
     ) -> tuple[list[jax.Array], Kept]:
         """Compute a call, scan or branch that has sites inside."""
         name, params = eqn.primitive.name, eqn.params
-        inner = params[CALLS.get(name, "jaxpr")] if name != "cond" else None
-        if inner is None:
-            inner, values = params["branches"][item.branch], values[1:]
-        jaxpr, consts = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+        jaxpr, consts = body(eqn)
 
         def compute(values: list, given: Kept) -> tuple[list[jax.Array], Kept]:
-            return self.jaxpr(jaxpr, consts, values, item.plan, given)
+            return self.jaxpr(jaxpr, consts, values, plan, given)
 
+        # Only the sites inside have the axis of the scan, or are inputs of the remat.
+        given = {n: given[n] for n in _numbers(plan)}
         if name == "scan":
             return _scan(params, compute, values, given)
         leaves = jax.tree.leaves((values, given))
@@ -480,7 +473,12 @@ class _Run(NamedTuple):
         if name in REMAT and any(isinstance(v, Tracer) for v in leaves):
             policy, cse = params["policy"], params["prevent_cse"]
             compute = jax.checkpoint(compute, policy=policy, prevent_cse=cse)
-        return compute(values, given)
+        return compute(values[1:] if name == "cond" else values, given)
+
+
+def _numbers(plan: Plan) -> Iterator[int]:
+    for item in plan.values():
+        yield from _numbers(item) if isinstance(item, dict) else (item,)
 
 
 def _scan(

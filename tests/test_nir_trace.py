@@ -20,7 +20,8 @@ def operations(model, xs=XS):
     traced, state, layers = trace(model, xs)
     found = []
 
-    def handler(number, site, inputs, given, eqn):
+    def handler(number, site, inputs, given):
+        eqn = site.eqn
         found.append((eqn.primitive.name, inputs, site.name, eqn.params))
         return len(found), None
 

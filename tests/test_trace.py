@@ -73,7 +73,7 @@ def test_a_function_computed_again_is_the_same_with_the_same_gradient():
     assert [site.repeats for site in found.sites] == [(3,)]
 
     def again(params, x):
-        handler = lambda n, site, values, given, eqn: (given * nnx.relu(values[0]), n)  # noqa: E731
+        handler = lambda n, site, values, given: (given * nnx.relu(values[0]), n)  # noqa: E731
         return run(found, params, x, handler, {0: jnp.ones(3)})[0]
 
     for g in (f, again):
@@ -86,7 +86,7 @@ def test_what_a_handler_keeps_has_the_axis_of_the_scan():
         return jax.lax.scan(lambda x, w: (nnx.relu(x * w), None), x, params)[0]
 
     found = trace(f, jnp.arange(1.0, 4.0), jnp.ones(2), Relus())
-    handler = lambda n, site, values, given, eqn: (values[0] + given, values[0])  # noqa: E731
+    handler = lambda n, site, values, given: (values[0] + given, values[0])  # noqa: E731
     given = {0: jnp.array([0.0, 10.0, 0.0])}
     y, kept = run(found, jnp.arange(1.0, 4.0), jnp.ones(2), handler, given)
     assert y.tolist() == [36, 36] and kept[0][:, 0].tolist() == [1, 2, 36]

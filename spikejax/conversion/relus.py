@@ -6,7 +6,6 @@ jax.nn.relu6, jnp.clip(x, 0, 1) and jnp.maximum(x, 0) are all the same to it.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal, Var
@@ -26,15 +25,9 @@ LINEAR = """
 MAXIMA = frozenset(("reduce_window_max", "reduce_max"))
 # Linear in each operand: affine if one of them depends on parameters alone.
 BILINEAR = frozenset(("mul", "dot_general", "conv_general_dilated"))
+# Parts of a ReLU; those of one number return it.
+EXTREMES = ("max", "min", "convert_element_type", "broadcast_in_dim", "copy")
 AFFINE, OTHER = 1, 2  # levels: affine in x since the last site, or not
-SMALL = 8  # equations of a call that may be a ReLU; jax.nn.relu6 has 2, jnp.clip 4
-
-
-class _Clip(NamedTuple):
-    """Result of min(max(x, 0), cap), or only min(x, cap) where not yet rectified."""
-
-    cap: float
-    rectified: bool
 
 
 class Relus:
@@ -62,10 +55,14 @@ class Relus:
         affine = self.places is not None or name in CALLS or data[0].level == AFFINE
         if len(data) != 1 or not known or not affine:
             return None
-        clip = _symbol(eqn, ["x" if v.level else v.const for v in values])
-        if isinstance(clip, _Clip) and clip.rectified:
-            return Match(called, label, clip.cap)
-        return None
+        # Maxima and minima with numbers clip x to the range of their results.
+        low, high = (
+            _extreme(eqn, [x if v.level else v.const for v in values])
+            for x in (-math.inf, math.inf)
+        )
+        if low != 0 or high is None or high <= 0:
+            return None
+        return Match(called, label, high)
 
     def level(self, eqn: JaxprEqn, values: Sequence[Value]) -> int:
         """Return whether the output is affine in the input."""
@@ -78,38 +75,22 @@ class Relus:
         return max(v.level for v in values) if affine else OTHER
 
 
-Symbol = str | float | _Clip | None  # "x", a number, a clip of x, or anything else
-
-
-def _symbol(eqn: JaxprEqn, operands: Sequence[Symbol]) -> Symbol:
-    """Return an equation's output as a function of x, if it is a simple one."""
+def _extreme(eqn: JaxprEqn, operands: Sequence[float | None]) -> float | None:
+    """Return the output of maxima and minima of numbers, None of anything else."""
     name = eqn.primitive.name
-    if name in CALLS:
-        inner = eqn.params[CALLS[name]]
-        jaxpr = getattr(inner, "jaxpr", inner)
-        if len(jaxpr.outvars) != 1 or len(jaxpr.eqns) > SMALL:
-            return None
-        known = dict(zip(jaxpr.invars, operands, strict=False))
+    if name in CALLS and len(eqn.outvars) == 1:
+        jaxpr, _ = trace.body(eqn)
+        known = dict(zip(jaxpr.invars, operands, strict=True))
 
-        def read(v: Var | Literal) -> Symbol:
+        def read(v: Var | Literal) -> float | None:
             if isinstance(v, Literal):
                 return float(v.val) if np.ndim(v.val) == 0 else None
             return known.get(v)
 
-        for inner_eqn in jaxpr.eqns:
-            made = _symbol(inner_eqn, [read(v) for v in inner_eqn.invars])
-            known[inner_eqn.outvars[0]] = made
+        for inner in jaxpr.eqns:
+            known[inner.outvars[0]] = _extreme(inner, [read(v) for v in inner.invars])
         return read(jaxpr.outvars[0])
-    numbers = [v for v in operands if isinstance(v, float)]
-    others = [v for v in operands if not isinstance(v, float)]
-    if name in ("convert_element_type", "broadcast_in_dim", "copy"):
-        return operands[0]
-    if len(numbers) != 1 or len(others) != 1 or others[0] is None:
+    numbers = [v for v in operands if v is not None]
+    if name not in EXTREMES or len(numbers) < len(operands):
         return None
-    (number,), (other,) = numbers, others
-    clip = other if isinstance(other, _Clip) else _Clip(math.inf, False)
-    if name == "max" and number == 0:
-        return clip._replace(rectified=True)
-    if name == "min" and number > 0:
-        return clip._replace(cap=min(clip.cap, number))
-    return None
+    return min(numbers) if name == "min" else max(numbers)

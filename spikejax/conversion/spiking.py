@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import unflatten_dict
-from jax.extend.core import JaxprEqn
 
 from spikejax import trace
 from spikejax._compat import List, iter_modules
@@ -134,7 +133,7 @@ class Replaced(nnx.Module):
         whole = spiking and self._has_time(traced, xs)
 
         def handler(
-            n: int, site: Site, values: list, given: tuple, eqn: JaxprEqn
+            n: int, site: Site, values: list, given: tuple
         ) -> tuple[jax.Array, tuple]:
             x, module, state = _input(site, values), self.sites[n], None
             if isinstance(module, QuantReLU):
@@ -374,7 +373,7 @@ def calibrate(
     quants = [quant or neuron() for quant in found]
 
     def handler(
-        n: int, site: Site, values: list, given: None, eqn: JaxprEqn
+        n: int, site: Site, values: list, given: None
     ) -> tuple[jax.Array, jax.Array]:
         y = jnp.minimum(nnx.relu(_input(site, values)), site.cap)
         # The largest activation must not be at the clip exactly, where the last bit

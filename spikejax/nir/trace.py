@@ -16,7 +16,7 @@ from jax.extend.core import JaxprEqn, Primitive
 from spikejax._compat import iter_modules
 from spikejax.layers import Neuron
 from spikejax.nn.recurrent import Recurrent
-from spikejax.trace import CALLS, Match, Pytree, Traced, Value, functional
+from spikejax.trace import CALLS, PLATFORM, Match, Pytree, Traced, Value, functional
 from spikejax.trace import trace as trace_function
 
 Layers = dict[str, Neuron | Recurrent]  # by path in the model
@@ -31,7 +31,7 @@ class _Operations:
     def match(self, eqn: JaxprEqn, values: Sequence[Value]) -> Match | None:
         """Return the path of the parameters that take part, or "weights"."""
         name = eqn.primitive.name
-        chosen = name == "cond" and values[0].const == "platform"
+        chosen = name == "cond" and values[0].const == PLATFORM
         if name in CALLS or chosen or not any(v.level for v in values):
             return None
         labels = [v.label for v in values if v.label and not v.level]

@@ -170,10 +170,11 @@ class _Writer:
         return replace(value, sources=(name,), factor=1.0, binary=False)
 
     def operation(
-        self, number: int, site: Site, inputs: list, given: None, eqn: JaxprEqn
+        self, number: int, site: Site, inputs: list, given: None
     ) -> tuple[_Value, None]:
         """Return the output of an equation: a handler of ``spikejax.trace``."""
-        name, first = eqn.primitive.name, inputs[0]
+        eqn, first = site.eqn, inputs[0]
+        name = eqn.primitive.name
         linear = sum(isinstance(value, _Value) for value in inputs) == 1
         if name in ("copy", "convert_element_type", "optimization_barrier"):
             value = first
