@@ -1,5 +1,7 @@
+import contextlib
 import io
 import json
+import os
 import re
 import struct
 from types import SimpleNamespace
@@ -13,9 +15,9 @@ from spikejax.train import progress
 from spikejax.train.progress import (
     NonFinite,
     Progress,
-    Trace,
     check_finite,
     table,
+    tracing,
 )
 
 
@@ -128,7 +130,7 @@ def test_the_old_metrics_are_replaced_in_one_go(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(progress.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, [2], start=1)
     assert [entry["step"] for entry in entries(tmp_path)] == [1, 2, 3]
@@ -266,15 +268,17 @@ def test_finite_numbers_pass():
 )
 def test_a_profile_is_of_steps_4_to_8(tmp_path, monkeypatch, steps, expected):
     calls = []
-    fake = SimpleNamespace(
-        start_trace=lambda folder: calls.append(("start", step, folder)),
-        stop_trace=lambda: calls.append(("stop", step)),
-    )
-    monkeypatch.setattr(jax, "profiler", fake)
-    trace = Trace(tmp_path)
-    for step in range(1, steps + 1):
-        trace.before(step, {})
-    trace.close()
+
+    @contextlib.contextmanager
+    def profile(folder):
+        calls.append(("start", step, folder))
+        yield
+        calls.append(("stop", step))
+
+    monkeypatch.setattr(jax, "profiler", SimpleNamespace(trace=profile))
+    with tracing(tmp_path) as before:
+        for step in range(1, steps + 1):
+            before(step, {})
     assert [call[0] for call in calls] == expected
     if calls:
         assert calls[0] == ("start", 4, str(tmp_path))
@@ -283,10 +287,9 @@ def test_a_profile_is_of_steps_4_to_8(tmp_path, monkeypatch, steps, expected):
 
 def test_without_a_folder_nothing_is_profiled(monkeypatch):
     monkeypatch.setattr(jax, "profiler", None)
-    trace = Trace(None)
-    for step in range(1, 20):
-        trace.before(step, {})
-    trace.close()
+    with tracing(None) as before:
+        for step in range(1, 20):
+            before(step, {})
 
 
 def test_a_table_has_its_numbers_to_the_right(capsys):

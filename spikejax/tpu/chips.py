@@ -37,15 +37,13 @@ _SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 # v6e the documented ICI bandwidth of a chip (400, 1200 and 800 GB/s, both ways) over
 # its 4 or 6 links; for v4 Austin et al. 2025, "How to Scale Your Model", chapter 2,
 # which also says where links close to rings.
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("v4", 275e12, 30.75 * GIB, 1200e9, 45e9, 4096, _SMALL, True),
-        Chip("v5e", 197e12, 15.75 * GIB, 819e9, 50e9, 256, _FLAT),
-        Chip("v5p", 459e12, 95.74 * GIB, 2765e9, 100e9, 6144, _SMALL, True),
-        Chip("v6e", 918e12, 31.25 * GIB, 1638e9, 100e9, 256, _FLAT),
-    )
-}
+_ALL = (
+    Chip("v4", 275e12, 30.75 * GIB, 1200e9, 45e9, 4096, _SMALL, True),
+    Chip("v5e", 197e12, 15.75 * GIB, 819e9, 50e9, 256, _FLAT),
+    Chip("v5p", 459e12, 95.74 * GIB, 2765e9, 100e9, 6144, _SMALL, True),
+    Chip("v6e", 918e12, 31.25 * GIB, 1638e9, 100e9, 256, _FLAT),
+)
+CHIPS = {chip.name: chip for chip in _ALL}
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,9 @@ class Slice:
     def exists(self) -> bool:
         """Tell if the slice can be had."""
         # libtpu itself would compile for v5e:32x32 and 2x2x2, which nobody can rent.
-        if self.shape in self.chip.shapes:
-            return True
         is_cubes = self.chip.cubes and self.rings == (True,) * 3
-        return is_cubes and 0 < self.chips <= self.chip.largest
+        fits = is_cubes and 0 < self.chips <= self.chip.largest
+        return fits or self.shape in self.chip.shapes
 
     @property
     def rings(self) -> tuple[bool, ...]:
@@ -101,20 +98,17 @@ def find_slice(topology: str) -> Slice:
     Raises:
         ValueError: no such chip, or the chip has no slice of that shape.
     """
-    names = f"a chip ({', '.join(CHIPS)}) and a shape, such as v5e:16x16"
-    hint = ""
+    known, hint = f"a chip ({', '.join(CHIPS)}) and a shape, such as v5e:16x16", ""
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
-    if match and match[1] in CHIPS:
-        chip = CHIPS[match[1]]
+    if match and (chip := CHIPS.get(match[1])):
         found = Slice(chip, tuple(map(int, match[2].split("x"))))
         if found.exists:
             return found
-        names = f"a slice that {chip.name} has"
-        hint = " Take " + ", ".join("x".join(map(str, shape)) for shape in chip.shapes)
-        if chip.cubes:
-            hint += f" or multiples of 4, up to {chip.largest} chips"
-        hint += "."
-    raise ValueError(f"topology: expected {names}, got {topology!r}.{hint}")
+        known = f"a slice that {chip.name} has"
+        shapes = ", ".join("x".join(map(str, shape)) for shape in chip.shapes)
+        cubes = f" or multiples of 4, up to {chip.largest} chips" if chip.cubes else ""
+        hint = f" Take {shapes}{cubes}."
+    raise ValueError(f"topology: expected {known}, got {topology!r}.{hint}")
 
 
 # libtpu looks for the TPU of its host and claims it for one process. These say that
@@ -130,9 +124,6 @@ _COMPILE_ONLY = {
 
 def tpu_devices(target: Slice) -> list[Device]:
     """Return the devices of a slice, to compile for; they hold no data and run nothing.
-
-    Args:
-        target: the slice.
 
     Raises:
         ValueError: libtpu, which holds the TPU compiler, is not installed.

@@ -8,7 +8,7 @@ The text is that of ``jax.jit(f).lower(...).compile().as_text()``.
 
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,24 +54,20 @@ class Collective:
 
         Reference: Chan et al. 2007, doi:10.1002/cpe.1206.
         """
-        share = (self.devices - 1) / self.devices
         if self.kind in ("collective-permute", "collective-broadcast"):
-            share = 1.0
-        return self.bytes * (2 * share if self.kind == "all-reduce" else share)
+            return self.bytes
+        times = 2 if self.kind == "all-reduce" else 1
+        return times * self.bytes * (self.devices - 1) / self.devices
 
 
 def collectives(hlo: str) -> tuple[Collective, ...]:
     """Return the collectives of a compiled program, summed by kind and group size.
 
     An operation in the body of a loop counts once.
-
-    Args:
-        hlo: text of the compiled program.
     """
     partitions = re.match(r"HloModule.*?num_partitions=(\d+)", hlo)
     everyone = int(partitions[1]) if partitions else 1
-    count: Counter[tuple[str, int]] = Counter()
-    size: Counter[tuple[str, int]] = Counter()
+    found: dict[tuple[str, int], list[int]] = defaultdict(list)  # bytes of operations
     seen, computation = set(), ""
     for line in hlo.splitlines():
         if header := _COMPUTATION.match(line):
@@ -85,22 +81,17 @@ def collectives(hlo: str) -> tuple[Collective, ...]:
             if channel[1] in seen:
                 continue
             seen.add(channel[1])
-        kind, devices = operation["kind"], _group_size(line, everyone)
-        data = _group_bytes(operation, devices)
+        devices = _group_size(line, everyone)
         # TPU writes a reduce-scatter as an all-reduce of which a part is kept.
-        if computation.startswith("all-reduce-scatter"):
-            kind = "reduce-scatter"
-        count[kind, devices] += 1
-        size[kind, devices] += data
-    return tuple(
-        Collective(kind, devices, count[kind, devices], n)
-        for (kind, devices), n in sorted(size.items())
-    )
+        scatters = computation.startswith("all-reduce-scatter")
+        kind = "reduce-scatter" if scatters else operation["kind"]
+        found[kind, devices].append(_group_bytes(operation, devices))
+    return tuple(Collective(*k, len(n), sum(n)) for k, n in sorted(found.items()))
 
 
 def _group_bytes(operation: re.Match[str], devices: int) -> int:
     """Return the bytes of a group's whole array, from the type of the result."""
-    arrays = [_bytes(array) for array in ARRAY.finditer(operation["type"])]
+    arrays = [_bytes(d, _ints(s)) for d, s, *_ in ARRAY.findall(operation["type"])]
     if operation["kind"] == "reduce-scatter":
         return sum(arrays) * devices
     if operation["start"] and operation["kind"] == "all-gather":  # (inputs, outputs)
@@ -130,9 +121,6 @@ def hbm_bytes(hlo: str) -> int:
     Every array that an instruction takes or gives counts once, with the padding of its
     tiles, unless it is in on-chip memory. The body of a loop counts once. CPU programs
     name no memory space, so all their arrays count.
-
-    Args:
-        hlo: text of the compiled program.
     """
     called, total = set(_CALLED.findall(hlo)), 0
     counts, types = False, {}
@@ -150,8 +138,8 @@ def hbm_bytes(hlo: str) -> int:
         arrays = list(_padded_arrays(found["type"]))
         if kind in ("copy-start", "slice-start"):
             # Types are (from, to, flag) or (to, from, flag): the smaller one is moved.
-            ends = arrays[:2]
-            total += min(size for size, _ in ends) * sum(is_hbm for _, is_hbm in ends)
+            sizes, are_hbm = zip(*arrays[:2], strict=True)
+            total += min(sizes) * sum(are_hbm)
             continue
         for operand in re.findall(r"%([\w.-]+)", found["operands"]):
             arrays += _padded_arrays(types.get(operand, ""))
@@ -169,27 +157,23 @@ def cycles(hlo: str) -> int:
 
 def _padded_arrays(text: str) -> Iterator[tuple[int, bool]]:
     """Yield (bytes with padding, True if in HBM) for each array of a type."""
-    for array in ARRAY.finditer(text):
-        order = [int(n) for n in (array["order"] or "").split(",") if n]
-        rest = array["rest"] or ""
+    for dtype, axes, fastest_first, rest in ARRAY.findall(text):
+        shape, order = _ints(axes), _ints(fastest_first)
         tile = re.match(r"T\(([\d,]+)\)", rest)
-        shape = _shape(array)
         if tile and order:
             # Tiles cover the fastest axes, which are the last ones of the layout. 64
             # channels in tiles of 128 take twice their bytes.
             shape = [shape[axis] for axis in reversed(order)]
-            sizes = [int(n) for n in tile[1].split(",")][-len(shape) :]
+            sizes = _ints(tile[1])[-len(shape) :]
             for axis, size in enumerate(sizes, len(shape) - len(sizes)):
                 shape[axis] = -(-shape[axis] // size) * size
-        yield _bytes(array, shape), "S(" not in rest
+        yield _bytes(dtype, shape), "S(" not in rest
 
 
-def _shape(array: re.Match[str]) -> list[int]:
-    return [int(n) for n in array["shape"].split(",") if n]
+def _ints(text: str) -> list[int]:
+    return [int(n) for n in text.split(",") if n]
 
 
-def _bytes(array: re.Match[str], shape: list[int] | None = None) -> int:
-    """Return the bytes of an array, or of one of another shape and the same dtype."""
-    bits = re.search(r"\d+", array["dtype"])  # bf16, f32, s8, f8e4m3fn; pred is a byte
-    elements = math.prod(_shape(array) if shape is None else shape)
-    return elements * int(bits[0] if bits else 8) // 8
+def _bytes(dtype: str, shape: list[int]) -> int:
+    bits = re.search(r"\d+", dtype)  # bf16, f32, s8, f8e4m3fn; pred is a byte
+    return math.prod(shape) * int(bits[0] if bits else 8) // 8

@@ -8,11 +8,11 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Sharding
 from jax.stages import Wrapped
 
 from spikejax.tpu.chips import GIB, Device, Slice, tpu_devices
@@ -100,32 +100,24 @@ def make_plan(
         state: dict with 'params', 'opt' and more, its leaves jax.ShapeDtypeStruct with
             shardings over the devices of the slice (``tpu_devices``).
         batch: dict of such, 'image' and 'label' with all images of a step.
-        target: the slice.
-        train_images: epochs times the images of the training set.
+        target, train_images: as in `plan_training`.
 
     Raises:
         JaxRuntimeError: the compiler refused the step, not for lack of memory.
     """
-    known: dict[str, Any] = {
-        "target": target,
-        "batch_size": batch["label"].shape[0],
-        "train_images": train_images,
-        "parameters": bytes_per_device(state["params"]),
-        "optimizer": bytes_per_device(state["opt"]),
-    }
+    parameters, opt = map(bytes_per_device, (state["params"], state["opt"]))
+    size = batch["label"].shape[0]
+    plan = partial(Plan, target, size, train_images, parameters, opt)
     try:
         compiled: Any = train_step.lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         # The compiler has no other way to say how much memory was missing.
-        needed = out_of_memory(str(error))
-        if needed is None:
+        if (needed := out_of_memory(str(error))) is None:
             raise
-        inputs = bytes_per_device((state, batch))
-        return Plan(**known, inputs=inputs, temporaries=needed)
+        return plan(bytes_per_device((state, batch)), needed)
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     hlo = compiled.as_text()
-    return Plan(
-        **known,
+    return plan(
         inputs=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -172,14 +164,18 @@ def plan_training(
     graphdef, _ = graphs(nnx.eval_shape(build))
     step: Any = jit_train_step(config, graphdef, loss, encode, optimizer, state, mesh)
 
-    def placed(leaf: jax.ShapeDtypeStruct, where: Sharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-    state = jax.tree.map(placed, state, sharding.state_shardings(state, mesh))
-    images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), "uint8")
-    labels = jax.ShapeDtypeStruct((config.batch_size,), "int32")
-    over_batch = sharding.batch_sharding(mesh)
-    batch = {"image": placed(images, over_batch), "label": placed(labels, over_batch)}
+    state = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=where
+        ),
+        *(state, sharding.state_shardings(state, mesh)),
+    )
+    images = partial(jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh))
+    size = config.batch_size
+    batch = {
+        "image": images((size, *image_shape), "uint8"),
+        "label": images((size,), "int32"),
+    }
     return make_plan(step, state, batch, target, train_images=train_images)
 
 
@@ -193,12 +189,9 @@ def bytes_per_device(tree: Tree) -> int:
 
 def out_of_memory(message: str) -> int | None:
     """Return the bytes of temporaries in the TPU compiler's error; None if no such."""
-    found = re.search(
-        r"memory required for HLO temporaries \(([\d.]+)([KMG])\)", message
-    )
-    if not found:
-        return None
-    return round(float(found[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30}[found[2]])
+    needed = re.search(r"required for HLO temporaries \(([\d.]+)([KMG])\)", message)
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return round(float(needed[1]) * units[needed[2]]) if needed else None
 
 
 def batch_that_fits(plan: Plan) -> int:
@@ -216,11 +209,9 @@ def batch_that_fits(plan: Plan) -> int:
 
 def verdict(plan: Plan) -> str:
     """Return one line: it fits or not, and how much it needs."""
-    chip = plan.target.chip
-    needs = (
-        f"{plan.peak / GIB:.2f} GiB of the {chip.hbm / GIB:.2f} GiB of a {chip.name}"
-    )
-    return f"{'fits' if plan.fits else 'does not fit'}: {needs}"
+    chip, fits = plan.target.chip, "fits" if plan.fits else "does not fit"
+    has = f"{chip.hbm / GIB:.2f} GiB of a {chip.name}"
+    return f"{fits}: {plan.peak / GIB:.2f} GiB of the {has}"
 
 
 def rows(plans: Mapping[str, Plan]) -> list[list[str]]:
@@ -230,7 +221,7 @@ def rows(plans: Mapping[str, Plan]) -> list[list[str]]:
         plans: at least one plan by name, all of the same chip.
     """
     listed = list(plans.values())
-    hbm = f"{listed[0].target.chip.hbm / GIB:.2f}"
+    hbm = listed[0].target.chip.hbm / GIB
     kinds = sorted({c.kind for plan in listed for c in plan.collectives})
 
     def row(
@@ -242,8 +233,8 @@ def rows(plans: Mapping[str, Plan]) -> list[list[str]]:
     def exchanged(kind: str) -> list[str]:
         def data(plan: Plan) -> str:
             same = [c for c in plan.collectives if c.kind == kind]
-            count, size = sum(c.count for c in same), sum(c.bytes for c in same)
-            return f"{count} x, {size / 1e6:,.1f}"
+            size = sum(c.bytes for c in same) / 1e6
+            return f"{sum(c.count for c in same)} x, {size:,.1f}"
 
         return row(f"{kind}, MB", data, "")
 
@@ -254,6 +245,9 @@ def rows(plans: Mapping[str, Plan]) -> list[list[str]]:
     def others(plan: Plan) -> float:
         return (plan.inputs - plan.parameters - plan.optimizer) / MIB
 
+    def rate(plan: Plan) -> float:
+        return plan.batch_size / plan.seconds
+
     loops = row("loops, the body counted once", lambda p: p.loops, "")
     return [
         row("images per chip", lambda p: p.batch_size / p.target.chips, ",.0f"),
@@ -262,7 +256,7 @@ def rows(plans: Mapping[str, Plan]) -> list[list[str]]:
         row("statistics and images, MiB", others, ",.1f"),
         row("activations and scratch, MiB", lambda p: p.temporaries / MIB, ",.1f"),
         row("program, MiB", lambda p: p.program / MIB, ",.1f"),
-        row(f"peak of {hbm} GiB HBM, GiB", lambda p: p.peak / GIB),
+        row(f"peak of {hbm:.2f} GiB HBM, GiB", lambda p: p.peak / GIB),
         row("fits", lambda p: "yes" if p.fits else "no", ""),
         row("operations, GFLOP", lambda p: p.flops / 1e9, ",.1f"),
         row("bytes accessed, GB", lambda p: p.bytes_accessed / 1e9),
@@ -272,9 +266,7 @@ def rows(plans: Mapping[str, Plan]) -> list[list[str]]:
         *(row(f"{k}, ms", lambda p, k=k: 1e3 * p.times[k]) for k in listed[0].times),
         row("bound by", bound, ""),
         row("cycles by the compiler's model, million", lambda p: p.cycles / 1e6),
-        row(
-            "images/s of the slice, at most", lambda p: p.batch_size / p.seconds, ",.0f"
-        ),
+        row("images/s of the slice, at most", rate, ",.0f"),
         row("hours of training, at least", lambda p: p.hours),
         row("chip-hours, at least", lambda p: p.hours * p.target.chips, ",.1f"),
     ]

@@ -57,23 +57,22 @@ class Checkpoints:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._keep = keep
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._saving: Future[None] | None = None
+        self._saving: Future[None] = self._thread.submit(lambda: None)
 
     # Made late, as it reads the metrics of all checkpoints: `restore` verifies them
     # first, and moves those away on which it would raise.
     @functools.cached_property
     def _manager(self) -> ocp.training.Checkpointer:
         policies = ocp.training.preservation_policies
+        latest: Any = policies.LatestN(self._keep)
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics["metric"],
             n=1,
             keep_checkpoints_without_metrics=False,
         )
-        latest = policies.LatestN(self._keep)
-        keep: Any = policies.AnyPreservationPolicy([latest, best])
         return ocp.training.Checkpointer(
             str(self.directory),
-            preservation_policy=keep,
+            preservation_policy=policies.AnyPreservationPolicy([latest, best]),
             cleanup_tmp_directories=True,  # of saves that a kill interrupted
         )
 
@@ -95,7 +94,7 @@ class Checkpoints:
         """Save in the background; the state may be donated on return.
 
         Args:
-            step: number of steps done, above that of every checkpoint there is.
+            step: number of steps done, >= 1 and above that of every checkpoint.
             state: nested dict of `jax.Array`, typed random keys among them.
             data: its position is saved with the state.
             metric: higher is better; None or NaN is never the best.
@@ -106,23 +105,20 @@ class Checkpoints:
             "data": processes.all_gather(data.get_state()),
             "clock": dict(clock or {}),
         }
-        self._finish()
-        saving = self._manager.save_checkpointables_async(
+        known = metric is not None and not math.isnan(metric)
+        self._saving.result()
+        saving: Any = self._manager.save_checkpointables_async(
             step,
             {"state": by_path(state)},
-            # By default Orbax skips a save while another one is in progress.
-            force=True,
-            metrics=None
-            if metric is None or math.isnan(metric)
-            else {"metric": metric},
+            force=True,  # by default Orbax skips a save while another is in progress
+            metrics={"metric": metric} if known else None,
             custom_metadata=notes,
         )
         self._saving = self._thread.submit(self._seal, saving, step)
 
-    def _seal(self, saving: ocp.AsyncResponse[bool] | None, step: int) -> None:
+    def _seal(self, saving: ocp.AsyncResponse[bool], step: int) -> None:
         """Write the checksums once all processes have written their files."""
-        if saving is not None:
-            saving.result()
+        saving.result()
         if processes.is_primary():
             write_checksums(self.directory / str(step))
 
@@ -143,64 +139,13 @@ class Checkpoints:
             ValueError: the checkpoint has other leaves, or all are corrupted.
         """
         # One process reads: the disk is shared, and the others would read it all again.
-        corrupt = self._find_corrupt() if processes.is_primary() else []
-        corrupt = processes.all_gather(corrupt)[0]
-        intact = sorted(set(self.steps) - {step for step, _ in corrupt})
-        if corrupt and not intact:
-            found = "; ".join(f"{step}: {reason}" for step, reason in corrupt)
-            raise ValueError(
-                f"Checkpoints.restore: expected an intact checkpoint in "
-                f"{self.directory}, got only corrupted ones ({found}). Put a copy of "
-                "one back, or delete the folder to start from the first step."
-            )
-        if processes.is_primary():
-            self._move_away(corrupt, max(intact, default=0))
-        processes.all_gather(0)  # nobody continues before the folder is in order
-        return self._load(intact[-1], abstract_state, data) if intact else None
-
-    def close(self) -> None:
-        """Wait for the last save, and raise what it raised."""
-        try:
-            self._finish()
-        finally:
-            self._thread.shutdown()
-            if "_manager" in vars(self):
-                self._manager.close()
-
-    def _finish(self) -> None:
-        if self._saving is not None:
-            saving, self._saving = self._saving, None
-            saving.result()
-
-    def _find_corrupt(self) -> list[tuple[int, str]]:
-        """Return (step, what is wrong) of corrupted checkpoints, newest first."""
-        steps = self.steps
-        newest = self.directory / str(max(steps, default=""))
-        if steps and not (newest / SUMS).exists():
-            shutil.rmtree(newest)  # a kill came between the save and its checksums
-            steps.pop()
-        reasons = {step: find_corruption(self.directory / str(step)) for step in steps}
-        return [(step, reasons[step]) for step in reversed(steps) if reasons[step]]
-
-    def _move_away(self, corrupt: list[tuple[int, str]], good: int) -> None:
-        """Rename corrupted checkpoints, so that their steps can be saved again."""
-        for step, reason in corrupt:
-            path = self.directory / str(step)
-            if step < good:
-                shutil.rmtree(path)  # a kill may have come while Orbax removed it
-                continue
-            kept = path.with_name(f"corrupt-{step}-{time.strftime('%Y%m%d-%H%M%S')}")
-            path.rename(kept)
-            warnings.warn(
-                f"checkpoint {step} in {self.directory} is corrupted ({reason}): "
-                f"resuming from checkpoint {good}; it is now {kept.name}",
-                CheckpointWarning,
-                stacklevel=4,
-            )
-
-    def _load(
-        self, step: int, abstract_state: dict[str, Any], data: DataIterator
-    ) -> tuple[int, dict[str, Any], dict[str, float]]:
+        # They wait for what it found, and with that for the folder to be in order.
+        found = self._find_intact() if processes.is_primary() else None
+        step, error = processes.all_gather(found)[0]
+        if error:
+            raise ValueError(f"Checkpoints.restore: {error}")
+        if not step:
+            return None
         notes: Any = self._manager.checkpointables_metadata(step).custom_metadata
         # Orbax would cast another dtype silently, and call another shape a KeyError.
         if different := first_difference(notes["leaves"], signatures(abstract_state)):
@@ -213,12 +158,10 @@ class Checkpoints:
         found = self._manager.load_checkpointables(step, {"state": targets})["state"]
         leaves = [found[path] for path in targets]
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
-        index, count = processes.shard()
-        positions = notes["data"]
-        if len(positions) == count:
-            data.set_state(positions[index])
-        elif positions.count(positions[0]) == len(positions):
-            data.set_state(positions[0])  # any number of processes can resume from it
+        positions, (index, count) = notes["data"], processes.shard()
+        # One that all had in common fits any number of processes.
+        if len(positions) == count or positions.count(positions[0]) == len(positions):
+            data.set_state(positions[index % len(positions)])
         else:
             warnings.warn(
                 f"checkpoint {step} in {self.directory} is of {len(positions)} "
@@ -228,3 +171,44 @@ class Checkpoints:
                 stacklevel=3,
             )
         return step, state, notes["clock"]
+
+    def close(self) -> None:
+        """Wait for the last save, and raise what it raised."""
+        try:
+            self._saving.result()
+        finally:
+            self._thread.shutdown()
+            if "_manager" in vars(self):
+                self._manager.close()
+
+    def _find_intact(self) -> tuple[int, str]:
+        """Return the newest intact step or 0, and an error; put the folder in order."""
+        steps = self.steps
+        if steps and not (self.directory / str(steps[-1]) / SUMS).exists():
+            # A kill came between the save and its checksums.
+            shutil.rmtree(self.directory / str(steps.pop()))
+        reasons = {step: find_corruption(self.directory / str(step)) for step in steps}
+        corrupt = [step for step in reversed(steps) if reasons[step]]
+        intact = max(set(steps) - set(corrupt), default=0)
+        if corrupt and not intact:
+            found = "; ".join(f"{step}: {reasons[step]}" for step in corrupt)
+            return 0, (
+                f"expected an intact checkpoint in {self.directory}, got only "
+                f"corrupted ones ({found}). Put a copy of one back, or delete the "
+                "folder to start from the first step."
+            )
+        for step in corrupt:
+            path = self.directory / str(step)
+            if step < intact:
+                shutil.rmtree(path)  # a kill may have come while Orbax removed it
+                continue
+            # Renamed, so that the step can be saved again.
+            kept = path.with_name(f"corrupt-{step}-{time.strftime('%Y%m%d-%H%M%S')}")
+            path.rename(kept)
+            warnings.warn(
+                f"checkpoint {step} in {self.directory} is corrupted ({reasons[step]}):"
+                f" resuming from checkpoint {intact}; it is now {kept.name}",
+                CheckpointWarning,
+                stacklevel=4,
+            )
+        return intact, ""

@@ -11,24 +11,21 @@ import numpy as np
 SUMS = "SHA256SUMS"  # the format of sha256sum: `sha256sum -c SHA256SUMS` reads it too
 
 
-def write_checksums(folder: Path) -> None:
-    """Write the SHA-256 of every file below a folder to SHA256SUMS in it, atomically.
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file; a kill leaves the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)
 
-    Args:
-        folder: whose files nobody changes any more.
-    """
+
+def write_checksums(folder: Path) -> None:
+    """Write the SHA-256 of every file below a folder to SHA256SUMS in it."""
     lines = "".join(f"{line}\n" for line in sorted(_lines(folder)))
-    temporary = folder / f"{SUMS}.tmp"
-    temporary.write_text(lines, "utf-8")
-    os.replace(temporary, folder / SUMS)
+    write_atomically(folder / SUMS, lines)
 
 
 def find_corruption(folder: Path) -> str:
-    """Return which file is not as `write_checksums` saw it, or "" if all are.
-
-    Args:
-        folder: on which `write_checksums` was called.
-    """
+    """Return which file is not as `write_checksums` saw it, or "" if all are."""
     if not (folder / SUMS).exists():
         return f"{SUMS} is missing"
     # Not splitlines: it takes a newline with a flipped bit for another kind of newline.

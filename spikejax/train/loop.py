@@ -1,10 +1,10 @@
 """The training loop: a run that is killed resumes, and ends with the same bits."""
 
-import contextlib
 import glob
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from spikejax.nn.memory import has_held
 from spikejax.train import processes, sharding
 from spikejax.train.checkpoint import Checkpoints
 from spikejax.train.checksum import by_path, parameters_sha256
-from spikejax.train.progress import Progress, Trace, check_finite
+from spikejax.train.progress import Progress, check_finite, tracing
 from spikejax.train.recipe import TrainConfig, make_optimizer
 from spikejax.train.step import (
     Encode,
@@ -54,15 +54,16 @@ def evaluate(
         batch_size: of this process, to which the last batch is padded.
         mesh: of the devices of all processes.
     """
+
+    def padded(values: np.ndarray) -> np.ndarray:  # the step is compiled for one shape
+        missing = batch_size - len(values)
+        return np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1))
+
     sums = []
     for batch in batches:
-        weight = np.ones(len(batch["label"]), np.float32)
-        batch = {"image": batch["image"], "label": batch["label"], "weight": weight}
-        # Padded, so that the step is compiled for one shape only.
-        missing = batch_size - len(weight)
-        for name, a in batch.items():
-            batch[name] = np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1))
-        sums.append(eval_step(state, sharding.shard_batch(batch, mesh)))
+        batch = batch | {"weight": np.ones(len(batch["label"]), np.float32)}
+        whole = {name: padded(batch[name]) for name in ("image", "label", "weight")}
+        sums.append(eval_step(state, sharding.shard_batch(whole, mesh)))
     total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
     examples = total.pop("examples")
     return {name: value / examples for name, value in total.items()}
@@ -129,16 +130,12 @@ def fit(
     del model  # it holds all parameters on one device
     train_step = jit_train_step(config, graphdef, loss, encode, optimizer, state, mesh)
     predict = make_predict(eval_graphdef, encode, sharding.replicate(mesh))
-    eval_step = jax.jit(
-        make_eval_step(predict, loss),
-        out_shardings=sharding.replicated(mesh),
-        compiler_options=_options(mesh),
-    )
+    eval_step = _jit(make_eval_step(predict, loss), mesh, sharding.replicated(mesh))
     size = config.batch_size // jax.process_count()
     score = partial(evaluate, eval_step, batches=eval_data, batch_size=size, mesh=mesh)
     run = _Run(config, steps, steps_per_epoch, train_step, score, mesh, workdir)
-    state, metrics = _train(run, state, train_data, profile)
-    return _fitted(eval_graphdef, state, metrics, steps)
+    state, scores = _train(run, state, train_data, profile)
+    return _fitted(eval_graphdef, state, scores, steps)
 
 
 def graphs(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.GraphDef]:
@@ -162,15 +159,13 @@ def jit_train_step(
     state: State,
     mesh: Mesh,
 ) -> TrainStep:
-    """Return the training step of ``fit``, jitted for a state, or its shapes.
+    """Return the training step of ``fit``, jitted; it donates the state.
 
     Args:
-        config: the recipe.
+        config, loss, encode, mesh: as in ``fit``.
         graphdef: of the model, in training mode.
-        loss, encode: see ``fit``.
         optimizer: of the recipe.
-        state: sharded on the mesh, or abstract; the step donates it.
-        mesh: of the devices.
+        state: sharded on the mesh, or abstract.
     """
     step = make_train_step(
         *(graphdef, loss, encode, optimizer, config.ema),
@@ -180,13 +175,12 @@ def jit_train_step(
     # Without out_shardings XLA is free to return replicated kernels, for which the next
     # call would compile again.
     out = sharding.state_shardings(state, mesh), sharding.replicated(mesh)
-    return jax.jit(
-        step, donate_argnums=0, out_shardings=out, compiler_options=_options(mesh)
-    )
+    return _jit(step, mesh, out, donate_argnums=0)
 
 
-def _options(mesh: Mesh) -> dict[str, Any]:
-    return compiler_options(mesh.devices.flat[0].platform)
+def _jit(step: Callable[..., Any], mesh: Mesh, out: Any, **options: Any) -> Any:
+    options["compiler_options"] = compiler_options(mesh.devices.flat[0].platform)
+    return jax.jit(step, out_shardings=out, **options)
 
 
 class _Run(NamedTuple):
@@ -207,67 +201,56 @@ def _train(
     """Train from the newest checkpoint to the last step, or to SIGTERM."""
     config, workdir = run.config, run.workdir
     every = max(1, round(config.evaluate_every * run.steps_per_epoch))
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         stop = stack.enter_context(processes.Terminated())
-        checkpoints = Checkpoints(workdir / "checkpoints")
-        stack.enter_context(contextlib.closing(checkpoints))
-        trace = Trace(workdir / "profile" if profile else None)
-        stack.enter_context(contextlib.closing(trace))
-        restored = checkpoints.restore(jax.tree.map(_abstract, state), train_data)
+        checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints")))
+        trace = stack.enter_context(tracing(workdir / "profile" if profile else None))
+        restored = checkpoints.restore(state, train_data)
         start, state, saved = restored or (0, state, {})
         clock = _Clock(config.batch_size, **saved)
         scores = run.score(state) if start >= run.steps else {}  # resumed at the end
-        progress = stack.enter_context(
-            Progress(workdir, run.steps, start=start, batch_size=config.batch_size)
-        )
-        pending: list[tuple[int, Any]] = []  # steps whose metrics are not yet read
+        progress = Progress(workdir, run.steps, start, config.batch_size)
+        stack.enter_context(progress)
+        pending: dict[int, Any] = {}  # metrics that are not yet read, by step
         for step in range(start + 1, run.steps + 1):
             batch = _checked(next(train_data, {}), config.batch_size)
             batch |= stop.flag(len(batch["label"]))
             batch = sharding.shard_batch(batch, run.mesh)
-            trace.before(step - start, state)
+            trace(step - start, state)
             state, metrics = run.train_step(state, batch)
             # The metrics of a step are read while the next one runs: reading its own
             # would leave the device idle between two steps.
-            stops = _report(run, progress, stop, pending)
-            pending.append((step, metrics))
+            _report(progress, stop, pending)
+            pending[step] = metrics | {"epoch": step / run.steps_per_epoch}
             clock.tick()
             evaluates = step % every == 0 or step == run.steps
-            if not (evaluates or stops or step % config.save_every == 0):
+            if not (evaluates or stop.now or step % config.save_every == 0):
                 continue
             # Nothing is saved before its loss and gradients are known to be finite.
-            stops |= _report(run, progress, stop, pending)
-            clock.pause()
+            _report(progress, stop, pending)
             scores = run.score(state) if evaluates else scores
-            saved = clock.state()
+            saved = clock.pause()
             if evaluates:
                 progress.evaluate(step, scores | saved)
             metric = scores["accuracy"] if evaluates else None
             checkpoints.save(step, state, train_data, metric=metric, clock=saved)
-            if stops or stop.should_stop({}):
+            if stop.now:
                 break
     return state, scores | saved
 
 
 def _report(
-    run: _Run,
-    progress: Progress,
-    stop: processes.Terminated,
-    pending: list[tuple[int, Any]],
-) -> bool:
-    """Log the metrics of pending steps, and return whether the run is to stop."""
-    stops = stop.should_stop({})
+    progress: Progress, stop: processes.Terminated, pending: dict[int, Any]
+) -> None:
+    """Check and log the metrics of pending steps."""
     while pending:
-        step, metrics = pending.pop()
+        step, metrics = pending.popitem()
         metrics = jax.device_get(metrics)
         norms = by_path(metrics.pop("gradient_norms"))
         check_finite(step, float(metrics["loss"]), norms)
-        stops |= stop.should_stop(metrics)
-        metrics.pop("stop", None)
+        stop.read(metrics)
         metrics["gradient_norm"] = math.hypot(*norms.values())
-        metrics["epoch"] = step / run.steps_per_epoch
         progress.train(step, {name: float(value) for name, value in metrics.items()})
-    return stops
 
 
 def _fitted(
@@ -317,19 +300,14 @@ def _checked(batch: Any, batch_size: int) -> HostBatch:
     return {"image": batch["image"], "label": batch["label"]}
 
 
-def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
 class _Clock:
     """Elapsed seconds and training rate of a run, over all the times it was resumed."""
 
     def __init__(
         self, batch_size: int, seconds: float = 0.0, images_per_second: float = 0.0
     ):
-        self._began = time.perf_counter() - seconds
-        self._batch_size, self._rate_before = batch_size, images_per_second
-        self._last: float | None = None
+        self._began, self._rate = time.perf_counter() - seconds, images_per_second
+        self._batch_size, self._last = batch_size, None
         self._seconds, self._steps = 0.0, 0
 
     def tick(self) -> None:
@@ -339,13 +317,10 @@ class _Clock:
             self._steps += 1
         self._last = now
 
-    def pause(self) -> None:
-        self._last = None  # evaluations and saves do not count
-
-    def state(self) -> dict[str, float]:
+    def pause(self) -> dict[str, float]:
         """Return what a checkpoint saves and the constructor takes."""
-        rate = self._batch_size * self._steps / self._seconds if self._seconds else 0.0
-        return {
-            "seconds": time.perf_counter() - self._began,
-            "images_per_second": rate or self._rate_before,
-        }
+        self._last = None  # evaluations and saves do not count
+        if self._steps:
+            self._rate = self._batch_size * self._steps / self._seconds
+        elapsed = time.perf_counter() - self._began
+        return {"seconds": elapsed, "images_per_second": self._rate}

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,40 +64,31 @@ def distributed(flags: Processes) -> Iterator[None]:
     if flags.coordinator_address is None:
         yield
         return
+    auto = flags.coordinator_address == "auto"  # JAX asks Slurm, or the TPU's metadata
+    address = None if auto else flags.coordinator_address
     try:
         if not jax.distributed.is_initialized():  # else by an earlier run of the script
-            _initialize(flags)
+            jax.distributed.initialize(
+                *(address, flags.num_processes, flags.process_id),
+                heartbeat_timeout_seconds=flags.heartbeat,
+            )
         yield
     except Exception as error:  # anything: the peers wait for this process
-        if not isinstance(error, (ValueError, OSError, *PEER_ERRORS)):
+        message = " ".join(str(error).split())
+        if isinstance(error, PEER_ERRORS):
+            reason = f"as when another process dies ({message[:200]})"
+            message = f"JAX failed, {reason}. {RESUME}"
+        elif not isinstance(error, ValueError | OSError):
             traceback.print_exc()
+            message = f"{type(error).__name__}: {message[:200]}"
         joined = jax.distributed.is_initialized()
         index = jax.process_index() if joined else flags.process_id
-        print(f"process {index}: {_message(error)}", file=sys.stderr)
+        print(f"process {index}: {message}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         # sys.exit would run JAX's shutdown barrier, which waits for the peers, which
         # wait for this process in a collective.
         os._exit(1)
-
-
-def _initialize(flags: Processes) -> None:
-    where: dict[str, Any] = {}
-    if flags.num_processes is not None:  # else JAX asks Slurm, or the TPU's metadata
-        where = {
-            "coordinator_address": flags.coordinator_address,
-            "num_processes": flags.num_processes,
-            "process_id": flags.process_id,
-        }
-    jax.distributed.initialize(heartbeat_timeout_seconds=flags.heartbeat, **where)
-
-
-def _message(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, PEER_ERRORS):
-        return f"JAX failed, as when another process dies ({text[:200]}). {RESUME}"
-    known = isinstance(error, ValueError | OSError)
-    return text if known else f"{type(error).__name__}: {text[:200]}"
 
 
 def all_gather(value: Any) -> list[Any]:
@@ -134,7 +125,7 @@ class Terminated:
     step from another thread, and then the processes can miss the step agreed on.)
     """
 
-    requested = False
+    requested = agreed = False
 
     def __enter__(self) -> "Terminated":
         # Python delivers signals to the main thread only. JAX's preemption service has
@@ -144,25 +135,23 @@ class Terminated:
             self._previous = signal.signal(signal.SIGTERM, self._record)
         return self
 
-    def flag(self, size: int) -> dict[str, np.ndarray]:
-        """Return {"stop": [size]} for the batch, or {} for a single process."""
-        if jax.process_count() == 1:
-            return {}
-        return {"stop": np.full(size, self.requested)}
-
-    def should_stop(self, metrics: Mapping[str, Any]) -> bool:
-        """Return whether the run is to end now; the same in all processes.
-
-        Args:
-            metrics: of the last step whose metrics have been read.
-        """
-        if jax.process_count() == 1:
-            return self.requested
-        return bool(metrics.get("stop", False))
+    def __exit__(self, *_: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGTERM, self._previous)
 
     def _record(self, *_: object) -> None:
         self.requested = True
 
-    def __exit__(self, *_: object) -> None:
-        if self._main:
-            signal.signal(signal.SIGTERM, self._previous)
+    def flag(self, size: int) -> dict[str, np.ndarray]:
+        """Return {"stop": [size]} for the batch, or {} for a single process."""
+        single = jax.process_count() == 1
+        return {} if single else {"stop": np.full(size, self.requested)}
+
+    def read(self, metrics: dict[str, Any]) -> None:
+        """Remove what the step made of the flag from its metrics."""
+        self.agreed |= bool(metrics.pop("stop", False))
+
+    @property
+    def now(self) -> bool:
+        """Return True if the run is to end now; the same in all processes."""
+        return self.requested if jax.process_count() == 1 else self.agreed

@@ -3,12 +3,12 @@
 Only the primary process of a run writes and prints.
 """
 
+import contextlib
 import json
 import math
-import os
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from spikejax.train import processes
+from spikejax.train.checksum import write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,13 +42,13 @@ def check_finite(step: int, loss: float, gradient_norms: Mapping[str, float]) ->
     bad = [path for path, norm in gradient_norms.items() if not math.isfinite(norm)]
     if math.isfinite(loss) and not bad:
         return
-    what = f"the loss became {loss}"
+    found = f"the loss became {loss}"
     if math.isfinite(loss):
-        what = f"gradients became {gradient_norms[bad[0]]} (loss {loss:.4g})"
+        found = f"gradients became {gradient_norms[bad[0]]} (loss {loss:.4g})"
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     where = f"; first non-finite gradients: {', '.join(bad[:3])}{more}" if bad else ""
     raise NonFinite(
-        f"train: {what} at step {step}{where}. Lower the learning rate "
+        f"train: {found} at step {step}{where}. Lower the learning rate "
         "(--learning-rate) or clip gradients (--clip)."
     )
 
@@ -67,10 +68,10 @@ class Progress:
     """
 
     def __init__(
-        self, workdir: Path, total_steps: int, *, start: int = 0, batch_size: int = 1
+        self, workdir: Path, total_steps: int, start: int = 0, batch_size: int = 1
     ):
-        self._workdir, self._batch_size = workdir, batch_size
-        self._total, self._start = total_steps, start
+        self._workdir, self._total = workdir, total_steps
+        self._start, self._batch_size = start, batch_size
         self._primary = processes.is_primary()
         self._bar: Bar | None = None
         self._next_line = 0.0
@@ -80,12 +81,12 @@ class Progress:
         if self._primary:
             self._open_files()
             self._console = _console()
-            if self._console.is_terminal:
-                self._bar = _bar(self._console)
-                self._task = self._bar.add_task(
-                    "", total=self._total, completed=self._start, text="compiling"
-                )
-                self._bar.start()
+        if self._primary and self._console.is_terminal:
+            self._bar = _bar(self._console)
+            self._task = self._bar.add_task(
+                "", total=self._total, completed=self._start, text="compiling"
+            )
+            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -97,25 +98,28 @@ class Progress:
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a training step; "loss" among them is shown."""
+        if not self._primary:
+            return
         now = time.monotonic()
         self._recent.append((now, step))
         self._record(step, "train", metrics)
+        text = self._describe(step, metrics["loss"])
         if self._bar is not None:
-            text = self._describe(step, metrics)
             self._bar.update(self._task, completed=step, text=text)
-        elif self._primary and (now >= self._next_line or step == self._total):
+        elif now >= self._next_line or step == self._total:
             self._next_line = now + SECONDS_BETWEEN_LINES
-            self._print(f"step {step}/{self._total}  {self._describe(step, metrics)}")
+            self._print(step, text)
 
     def evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record and print an evaluation; metrics.jsonl names its metrics eval_*.
 
         "seconds", which is about the run, keeps its name.
         """
+        if not self._primary:
+            return
         self._record(step, "eval", metrics)
         values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        if self._primary:
-            self._print(f"step {step}/{self._total}  evaluation: {values}")
+        self._print(step, f"evaluation: {values}")
         self._recent.clear()  # the rate is that of training alone
 
     def _open_files(self) -> None:
@@ -124,10 +128,8 @@ class Progress:
         path = self._workdir / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         old = path.read_text("utf-8").splitlines() if path.exists() else []
-        temporary = path.with_name("metrics.jsonl.tmp")
         kept = [f"{line}\n" for line in old if self._is_before_start(line)]
-        temporary.write_text("".join(kept), "utf-8")
-        os.replace(temporary, path)  # a kill leaves the old file or the new one
+        write_atomically(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
         board = str(self._workdir / "tensorboard")
         self._board = SummaryWriter(board, purge_step=self._start + 1)
@@ -139,58 +141,53 @@ class Progress:
             return False
 
     def _record(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
-        if not self._primary:
-            return
         entry: dict[str, float | None] = {"step": step}
         for name, value in metrics.items():
-            self._board.add_scalar(f"{kind}/{name}", float(value), step)
+            self._board.add_scalar(f"{kind}/{name}", value, step)
             key = f"eval_{name}" if kind == "eval" and name != "seconds" else name
-            entry[key] = float(value) if math.isfinite(value) else None  # not in JSON
+            entry[key] = value if math.isfinite(value) else None  # NaN is not in JSON
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
 
-    def _describe(self, step: int, metrics: Mapping[str, float]) -> str:
+    def _describe(self, step: int, loss: float) -> str:
         """Return such as "loss 0.123  3.21 steps/s  411 images/s  0:04:35 left"."""
-        parts = [f"loss {metrics['loss']:.3f}"]
         (began, first), (now, _) = self._recent[0], self._recent[-1]
-        if step > first and now > began:
-            rate = (step - first) / (now - began)
-            left = timedelta(seconds=round((self._total - step) / rate))
-            images = f"{rate * self._batch_size:.0f} images/s"
-            parts += [f"{rate:.3g} steps/s", images, f"{left} left"]
-        return "  ".join(parts)
+        if now == began:
+            return f"loss {loss:.3f}"
+        rate = (step - first) / (now - began)
+        left = timedelta(seconds=round((self._total - step) / rate))
+        images = rate * self._batch_size
+        return (
+            f"loss {loss:.3f}  {rate:.3g} steps/s  {images:.0f} images/s  {left} left"
+        )
 
-    def _print(self, line: str) -> None:
+    def _print(self, step: int, text: str) -> None:
+        line = f"step {step}/{self._total}  {text}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-class Trace:
-    """A profile of five steps, after three that compile and warm up; or nothing.
+@contextlib.contextmanager
+def tracing(folder: Path | None) -> Iterator[Callable[[int, Any], None]]:
+    """Profile five steps, after three that compile and warm up; or nothing.
 
     TensorBoard's XProf opens the folder: operations, their times and memory.
 
     Args:
         folder: of the profile; None profiles nothing.
+
+    Returns:
+        a context whose value is called with step (from 1) and state before each step.
     """
+    with contextlib.ExitStack() as active:
 
-    def __init__(self, folder: Path | None):
-        self._folder, self._active = folder, False
+        def before(step: int, state: Any) -> None:
+            if folder and step in (4, 9):
+                jax.block_until_ready(state)
+                active.close()
+            if folder and step == 4:
+                active.enter_context(jax.profiler.trace(str(folder)))
 
-    def before(self, step: int, state: Any) -> None:
-        """Start or stop the trace; to be called before each step, counted from 1."""
-        if self._folder and step == 4:
-            jax.block_until_ready(state)
-            jax.profiler.start_trace(str(self._folder))
-            self._active = True
-        elif self._active and step == 9:
-            jax.block_until_ready(state)
-            self.close()
-
-    def close(self) -> None:
-        """Stop the trace if it is active."""
-        if self._active:
-            jax.profiler.stop_trace()
-            self._active = False
+        yield before
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -18,8 +18,8 @@ def check_settings(settings: Any, ranges: Ranges | None = None) -> None:
     misspelled choice would otherwise train something else.
 
     Args:
-        settings: instance of a dataclass. Its fields annotated as a `Literal` are
-            checked to be one of the choices.
+        settings: instance of a dataclass; a field annotated as a `Literal` is to be one
+            of the choices.
         ranges: {field: (expected, test of the value)}; None is not tested.
 
     Raises:
@@ -29,10 +29,7 @@ def check_settings(settings: Any, ranges: Ranges | None = None) -> None:
     for name, hint in get_type_hints(type(settings)).items():
         if get_origin(hint) is Literal:
             choices = get_args(hint)
-            ranges[name] = (
-                f"one of {', '.join(map(str, choices))}",
-                choices.__contains__,
-            )
+            ranges[name] = f"one of {', '.join(choices)}", choices.__contains__
     for name, (expected, is_good) in ranges.items():
         value = getattr(settings, name)
         if value is not None and not is_good(value):
@@ -105,15 +102,10 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
     Reference: the rate in proportion to the batch, Goyal et al. 2017, arXiv:1706.02677.
     """
     warmup = int(config.warmup * steps)
-    peak = config.learning_rate
-    if config.learning_rate_batch:
-        peak *= config.batch_size / config.learning_rate_batch
-    schedule = optax.warmup_cosine_decay_schedule(
-        peak / max(1, warmup),
-        peak,
-        warmup,
-        steps,  # never zero, as a step of 0 is lost
-    )
+    reference = config.learning_rate_batch or config.batch_size
+    peak = config.learning_rate * (config.batch_size / reference)
+    start = peak / max(1, warmup)  # never zero, as a step of 0 is lost
+    schedule = optax.warmup_cosine_decay_schedule(start, peak, warmup, steps)
 
     def is_kernel(params: Any) -> Any:
         # Leaks and thresholds are scalars: decay would pull them to no useful value.

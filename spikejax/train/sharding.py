@@ -5,6 +5,7 @@ parameters and of the optimizer state, each with its part of every kernel.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -79,18 +80,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Return this process's part [B, ...] of a batch as arrays sharded on the mesh."""
-    return {
-        name: jax.make_array_from_process_local_data(batch_sharding(mesh), values)
-        for name, values in batch.items()
-    }
+    place = partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    return {name: place(values) for name, values in batch.items()}
 
 
 def place_state(state: Any, mesh: Mesh) -> Any:
     """Return a copy of a state, sharded by `spec`; safe to donate.
 
-    Args:
-        state: the same in every process, which keeps its own part.
-        mesh: of the devices of all processes.
+    The state is the same in every process, which keeps its own part.
     """
 
     def place(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
@@ -120,10 +117,7 @@ def replicate(mesh: Mesh) -> Callable[[Any], Any]:
 
 
 def to_local_device(tree: Any) -> Any:
-    """Return a replicated copy of every leaf on one device of this process.
-
-    Every process must call it, as the processes exchange their parts.
-    """
+    """Return a replicated copy of every leaf on one device; all processes must call."""
 
     def fetch(leaf: Any) -> jax.Array:
         if not leaf.is_fully_replicated:

@@ -1,26 +1,18 @@
 """The folder of a run: its files, and the check that it belongs to the same run."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from spikejax.train import processes
-from spikejax.train.checksum import first_difference
+from spikejax.train.checksum import first_difference, write_atomically
 
 
 def write(path: Path, content: Any) -> None:
-    """Write JSON atomically: a kill leaves the old file or the new one.
-
-    Args:
-        path: of the file; of several processes only the primary one writes.
-        content: anything that JSON can hold.
-    """
+    """Write JSON atomically; of several processes only the primary one writes."""
     if processes.is_primary():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(json.dumps(content, indent=2))
-        os.replace(temporary, path)
+        write_atomically(path, json.dumps(content, indent=2))
 
 
 def check(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
@@ -39,11 +31,9 @@ def check(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> N
     if not path.exists():
         return
     try:
-        saved = {
-            name: value
-            for name, value in (defaults | json.loads(path.read_text())).items()
-            if name in settings  # others were removed from the script since
-        }
+        saved = defaults | json.loads(path.read_text())
+        for name in saved.keys() - settings.keys():
+            del saved[name]  # it was removed from the script since
         different = first_difference(saved, settings)
     except (ValueError, TypeError):
         different = "config.json is corrupted"
@@ -55,18 +45,14 @@ def check(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> N
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> Path:
-    """Write config.json, and return the folder.
-
-    Args:
-        folder: of the run.
-        settings: those that `check` compares.
+    """Write the settings that `check` compares, and return the folder.
 
     Raises:
         ValueError: not all processes see the folder.
     """
     path = folder / "config.json"
     write(path, settings)
-    processes.all_gather(0)  # all wait for the primary
+    processes.all_gather(0)  # all wait for the primary one
     seen = processes.all_gather(path.exists())
     if not all(seen):
         raise ValueError(
