@@ -67,11 +67,11 @@ class Plan:
 
         The parts are the matrix units, the memory, and all links (without latency).
         """
-        sent = sum(operation.sent for operation in self.collectives)
+        chip, sent = self.target.chip, sum(c.sent for c in self.collectives)
         network = sent / self.target.bandwidth if sent else 0.0  # one chip: no link
         return {
-            "compute": self.flops / self.target.chip.flops,
-            "memory": self.hbm_bytes / self.target.chip.hbm_bandwidth,
+            "compute": self.flops / chip.flops,
+            "memory": self.hbm_bytes / chip.hbm_bandwidth,
             "network": math.nan if math.isnan(self.flops) else network,
         }
 
@@ -163,18 +163,13 @@ def plan_training(
     state = jax.eval_shape(lambda: initial_state(build(), optimizer, config))
     graphdef, _ = graphs(nnx.eval_shape(build))
     step: Any = jit_train_step(config, graphdef, loss, encode, optimizer, state, mesh)
-
-    state = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=where
-        ),
-        *(state, sharding.state_shardings(state, mesh)),
-    )
-    images = partial(jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh))
+    places = sharding.state_shardings(state, mesh)
+    state = jax.tree.map(lambda leaf, at: leaf.update(sharding=at), state, places)
+    row = partial(jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh))
     size = config.batch_size
     batch = {
-        "image": images((size, *image_shape), "uint8"),
-        "label": images((size,), "int32"),
+        "image": row((size, *image_shape), "uint8"),
+        "label": row((size,), "int32"),
     }
     return make_plan(step, state, batch, target, train_images=train_images)
 
@@ -214,6 +209,9 @@ def verdict(plan: Plan) -> str:
     return f"{fits}: {plan.peak / GIB:.2f} GiB of the {has}"
 
 
+Value = Callable[[Plan], float | str]  # of a row of the table
+
+
 def rows(plans: Mapping[str, Plan]) -> list[list[str]]:
     """Return the rows of a table, label and unit first, then one column per plan.
 
@@ -224,19 +222,15 @@ def rows(plans: Mapping[str, Plan]) -> list[list[str]]:
     hbm = listed[0].target.chip.hbm / GIB
     kinds = sorted({c.kind for plan in listed for c in plan.collectives})
 
-    def row(
-        label: str, value: Callable[[Plan], float | str], pattern: str = ",.2f"
-    ) -> list[str]:
-        values = [value(plan) for plan in listed]
+    def row(label: str, value: Value, pattern: str = ",.2f") -> list[str]:
+        values = map(value, listed)
         return [label, *("-" if v != v else format(v, pattern) for v in values)]  # nan
 
-    def exchanged(kind: str) -> list[str]:
-        def data(plan: Plan) -> str:
-            same = [c for c in plan.collectives if c.kind == kind]
-            size = sum(c.bytes for c in same) / 1e6
-            return f"{sum(c.count for c in same)} x, {size:,.1f}"
-
-        return row(f"{kind}, MB", data, "")
+    def exchanged(plan: Plan, kind: str) -> str:
+        same = [c for c in plan.collectives if c.kind == kind]
+        return (
+            f"{sum(c.count for c in same)} x, {sum(c.bytes for c in same) / 1e6:,.1f}"
+        )
 
     def bound(plan: Plan) -> str:
         times = plan.times
@@ -262,7 +256,7 @@ def rows(plans: Mapping[str, Plan]) -> list[list[str]]:
         row("bytes accessed, GB", lambda p: p.bytes_accessed / 1e9),
         row("those in HBM, GB", lambda p: p.hbm_bytes / 1e9),
         *([loops] if any(plan.loops for plan in listed) else []),
-        *map(exchanged, kinds),
+        *(row(f"{k}, MB", partial(exchanged, kind=k), "") for k in kinds),
         *(row(f"{k}, ms", lambda p, k=k: 1e3 * p.times[k]) for k in listed[0].times),
         row("bound by", bound, ""),
         row("cycles by the compiler's model, million", lambda p: p.cycles / 1e6),

@@ -64,15 +64,15 @@ class Checkpoints:
     @functools.cached_property
     def _manager(self) -> ocp.training.Checkpointer:
         policies = ocp.training.preservation_policies
-        latest: Any = policies.LatestN(self._keep)
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics["metric"],
             n=1,
             keep_checkpoints_without_metrics=False,
         )
+        keep: Any = policies.AnyPreservationPolicy([policies.LatestN(self._keep), best])
         return ocp.training.Checkpointer(
             str(self.directory),
-            preservation_policy=policies.AnyPreservationPolicy([latest, best]),
+            preservation_policy=keep,
             cleanup_tmp_directories=True,  # of saves that a kill interrupted
         )
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,7 @@ def _lines(folder: Path) -> set[str]:
 
 
 def parameters_sha256(params: Any) -> str:
-    """Return the SHA-256, in hex, over path, dtype, shape and bytes of each leaf.
-
-    Args:
-        params: tree of arrays; the order of its leaves does not matter.
-    """
+    """Return the SHA-256, in hex, over path, dtype, shape and bytes of each leaf."""
     digest = hashlib.sha256()
     for path, leaf in sorted(by_path(params).items()):
         values = np.asarray(leaf)
@@ -62,9 +59,8 @@ def parameters_sha256(params: Any) -> str:
 
 def by_path(tree: Any) -> dict[str, Any]:
     """Return the leaves in the tree's order, named such as "params/stem/kernel"."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    name = jax.tree_util.keystr
-    return {name(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    name = partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def signatures(tree: Any) -> dict[str, str]:

@@ -70,16 +70,13 @@ def evaluate(
 
 
 class Fitted(NamedTuple):
-    """The result of ``fit``.
+    """The result of ``fit``; the metrics are of the evaluation and of the run."""
 
-    model: trained, in evaluation mode, on one device of this process. metrics: accuracy
-    (0..1), loss, steps, seconds, images_per_second, parameters, parameters_sha256.
-    finished: False after SIGTERM.
-    """
-
-    model: nnx.Module
+    model: nnx.Module  # trained, in evaluation mode, on one device of this process
+    # accuracy (0..1), loss, steps, seconds, images_per_second, parameters and
+    # parameters_sha256
     metrics: dict[str, Any]
-    finished: bool
+    finished: bool  # False after SIGTERM
 
 
 def fit(
@@ -130,7 +127,8 @@ def fit(
     del model  # it holds all parameters on one device
     train_step = jit_train_step(config, graphdef, loss, encode, optimizer, state, mesh)
     predict = make_predict(eval_graphdef, encode, sharding.replicate(mesh))
-    eval_step = _jit(make_eval_step(predict, loss), mesh, sharding.replicated(mesh))
+    eval_step = make_eval_step(predict, loss)
+    eval_step = _jit(mesh)(eval_step, out_shardings=sharding.replicated(mesh))
     size = config.batch_size // jax.process_count()
     score = partial(evaluate, eval_step, batches=eval_data, batch_size=size, mesh=mesh)
     run = _Run(config, steps, steps_per_epoch, train_step, score, mesh, workdir)
@@ -175,12 +173,12 @@ def jit_train_step(
     # Without out_shardings XLA is free to return replicated kernels, for which the next
     # call would compile again.
     out = sharding.state_shardings(state, mesh), sharding.replicated(mesh)
-    return _jit(step, mesh, out, donate_argnums=0)
+    return _jit(mesh)(step, donate_argnums=0, out_shardings=out)
 
 
-def _jit(step: Callable[..., Any], mesh: Mesh, out: Any, **options: Any) -> Any:
-    options["compiler_options"] = compiler_options(mesh.devices.flat[0].platform)
-    return jax.jit(step, out_shardings=out, **options)
+def _jit(mesh: Mesh) -> Callable[..., Any]:
+    options = compiler_options(mesh.devices.flat[0].platform)
+    return partial(jax.jit, compiler_options=options)
 
 
 class _Run(NamedTuple):

@@ -92,11 +92,7 @@ def distributed(flags: Processes) -> Iterator[None]:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """Return the value of every process, in their order.
-
-    Args:
-        value: anything that JSON can hold.
-    """
+    """Return the value, anything that JSON can hold, of every process in order."""
     if jax.process_count() == 1:
         return [value]
     raw = np.frombuffer(json.dumps(value).encode(), np.uint8)

@@ -30,11 +30,7 @@ class NonFinite(ValueError):
 
 
 def check_finite(step: int, loss: float, gradient_norms: Mapping[str, float]) -> None:
-    """Check that the loss and every gradient are finite.
-
-    Args:
-        step: number of the training step, for the message.
-        loss, gradient_norms: of that step; the norms by path of the parameter.
+    """Check that the loss of a step and its gradients, by path, are finite.
 
     Raises:
         NonFinite: one of them is not.
@@ -57,44 +53,37 @@ class Progress:
     """A display and record of a run's progress, inside of a with statement.
 
     In a terminal a bar with loss, rate and the time left; elsewhere a line about every
-    ten seconds. All metrics go to metrics.jsonl and tensorboard/ in workdir; entries
-    after the step at which this run starts are dropped.
+    ten seconds. All metrics go to metrics.jsonl and tensorboard/ in workdir.
 
     Args:
         workdir: folder of the run.
         total_steps: the last step.
-        start: the step from which the run resumes, 0 for a new one.
+        start: the step from which the run resumes; entries after it are dropped.
         batch_size: images per step, to show images per second.
     """
 
     def __init__(
         self, workdir: Path, total_steps: int, start: int = 0, batch_size: int = 1
     ):
-        self._workdir, self._total = workdir, total_steps
-        self._start, self._batch_size = start, batch_size
-        self._primary = processes.is_primary()
-        self._bar: Bar | None = None
-        self._next_line = 0.0
+        self._total, self._batch_size = total_steps, batch_size
         self._recent: deque[tuple[float, int]] = deque(maxlen=200)
-
-    def __enter__(self) -> "Progress":
+        self._next_line = 0.0
+        self._bar: Bar | None = None
+        self._opened = contextlib.ExitStack()
+        self._primary = processes.is_primary()
         if self._primary:
-            self._open_files()
+            self._open_files(workdir, start)
             self._console = _console()
         if self._primary and self._console.is_terminal:
             self._bar = _bar(self._console)
-            self._task = self._bar.add_task(
-                "", total=self._total, completed=self._start, text="compiling"
-            )
-            self._bar.start()
+            self._opened.enter_context(self._bar)
+            self._bar.add_task("compiling", total=total_steps, completed=start)
+
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        if self._primary:
-            self._file.close()
-            self._board.close()
+        self._opened.close()
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a training step; "loss" among them is shown."""
@@ -105,7 +94,7 @@ class Progress:
         self._record(step, "train", metrics)
         text = self._describe(step, metrics["loss"])
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
+            self._bar.update(self._bar.task_ids[0], completed=step, description=text)
         elif now >= self._next_line or step == self._total:
             self._next_line = now + SECONDS_BETWEEN_LINES
             self._print(step, text)
@@ -122,23 +111,22 @@ class Progress:
         self._print(step, f"evaluation: {values}")
         self._recent.clear()  # the rate is that of training alone
 
-    def _open_files(self) -> None:
+    def _open_files(self, workdir: Path, start: int) -> None:
         from tensorboardX import SummaryWriter
 
-        path = self._workdir / "metrics.jsonl"
+        def is_kept(line: str) -> bool:
+            try:
+                return json.loads(line)["step"] <= start
+            except ValueError:  # half written when the run was killed
+                return False
+
+        path = workdir / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         old = path.read_text("utf-8").splitlines() if path.exists() else []
-        kept = [f"{line}\n" for line in old if self._is_before_start(line)]
-        write_atomically(path, "".join(kept))
-        self._file = path.open("a", encoding="utf-8")
-        board = str(self._workdir / "tensorboard")
-        self._board = SummaryWriter(board, purge_step=self._start + 1)
-
-    def _is_before_start(self, line: str) -> bool:
-        try:
-            return json.loads(line)["step"] <= self._start
-        except ValueError:  # half written when the run was killed
-            return False
+        write_atomically(path, "".join(f"{line}\n" for line in filter(is_kept, old)))
+        board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._file = self._opened.enter_context(path.open("a", encoding="utf-8"))
+        self._board = self._opened.enter_context(board)
 
     def _record(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
         entry: dict[str, float | None] = {"step": step}
@@ -168,19 +156,14 @@ class Progress:
 
 @contextlib.contextmanager
 def tracing(folder: Path | None) -> Iterator[Callable[[int, Any], None]]:
-    """Profile five steps, after three that compile and warm up; or nothing.
+    """Profile five steps, after three that compile and warm up; nothing without folder.
 
-    TensorBoard's XProf opens the folder: operations, their times and memory.
-
-    Args:
-        folder: of the profile; None profiles nothing.
-
-    Returns:
-        a context whose value is called with step (from 1) and state before each step.
+    TensorBoard's XProf opens the folder: operations, their times and memory. The value
+    of the context is called with (step from 1, state) before each step.
     """
     with contextlib.ExitStack() as active:
 
-        def before(step: int, state: Any) -> None:
+        def before(step: int, state: dict[str, Any]) -> None:
             if folder and step in (4, 9):
                 jax.block_until_ready(state)
                 active.close()
@@ -219,7 +202,7 @@ def _bar(console: "Console") -> "Bar":
     return progress.Progress(
         progress.BarColumn(bar_width=None),
         progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[text]}", markup=False),
+        progress.TextColumn("{task.description}", markup=False),
         console=console,
         refresh_per_second=4,
         expand=True,
