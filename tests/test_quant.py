@@ -297,7 +297,6 @@ def test_evaluation_has_no_noise(run):
         ({"bits": 0}, "QuantReLU: expected 1 to 8 bits, got 0"),
         ({"bits": 9}, "QuantReLU: expected 1 to 8 bits, got 9"),
         ({"bits": 2.5}, "QuantReLU: expected 1 to 8 bits, got 2.5"),
-        ({"levels": 0}, "QuantReLU: expected at least 1 level, got 0"),
         ({"noise": -1.0}, "QuantReLU: expected noise of 0 or more, got -1.0"),
         ({"noise": math.nan}, "QuantReLU: expected noise of 0 or more, got nan"),
         ({"noise": math.inf}, "QuantReLU: expected noise of 0 or more, got inf"),

@@ -41,13 +41,16 @@ def fold_norms(model: nnx.Module, xs: jax.Array) -> nnx.Module:
     """
     model = nnx.clone(model)
     model.eval()
-    before = _layers_before(model, xs)
+    order = _Order()
+    trace.trace(*trace.functional(model), xs, order)
     folded = nnx.clone(model)
     modules = {"/".join(map(str, path)): (path, m) for path, m in iter_modules(folded)}
     left = []
     for name, (path, norm) in modules.items():
         if isinstance(norm, nnx.BatchNorm):
-            found = [modules[p][1] for p in before.get(name, ()) if p in modules]
+            # Functions in between do not show, so the result has to be tried.
+            before = order.before.get(name, ())
+            found = [modules[p][1] for p in before if p in modules]
             if len(found) == 1 and isinstance(found[0], nnx.Conv | nnx.Linear):
                 _fold(found[0], norm)
                 _put(folded, path, Folded())
@@ -64,7 +67,10 @@ def fold_norms(model: nnx.Module, xs: jax.Array) -> nnx.Module:
 
 
 class _Order:
-    """Rule of the tracer without sites, which notes which parameters follow which."""
+    """Rule of the tracer without sites, which notes which parameters follow which.
+
+    before: path of a layer -> paths of the layers whose outputs it takes.
+    """
 
     def __init__(self) -> None:
         self.before: dict[str, set[str]] = {}
@@ -79,16 +85,6 @@ class _Order:
             if not v.level and v.label is not None:
                 self.before.setdefault(v.label, set()).update(data - {v.label})
         return 1
-
-
-def _layers_before(model: nnx.Module, xs: jax.Array) -> dict[str, set[str]]:
-    """Return path of a layer -> paths of the layers whose outputs it takes.
-
-    Functions in between do not show, so the result has to be tried.
-    """
-    order = _Order()
-    trace.trace(*trace.functional(model), xs, order)
-    return order.before
 
 
 def _put(model: nnx.Module, path: tuple, value: nnx.Module) -> None:
@@ -132,12 +128,8 @@ def _smooth(model: nnx.Module) -> nnx.Module:
         neuron.cell, neuron.rest = _pass_current, neurons.rest
     for _, module in iter_modules(model):
         if isinstance(module, QuantReLU):
-            module.rounding = _pass
+            module.rounding = None
     return drop_membranes(model)
-
-
-def _pass(x: jax.Array) -> jax.Array:
-    return x
 
 
 def _pass_current(

@@ -9,7 +9,6 @@ exact; the maximum of spikes is their OR, which is the maximum of the rates only
 the strongest input covers the spikes of the others.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -60,13 +59,7 @@ class Replaced(nnx.Module):
     """Network over sequences whose ReLUs are computed by modules that are held here.
 
     ``sites[k]`` is the QuantReLU or ScaledIF in the place of the activation
-    ``names[k]``. Another module put there is called with the input of the activation,
-    which for one time step is [B, 1, ...] in networks that keep the axis of time.
-
-    Args:
-        model: the network.
-        sites: one module per site of the network.
-        found: the sites of the network in evaluation mode.
+    ``names[k]``, which was found in evaluation mode.
 
     Raises:
         ValueError: in a call, where the network has other ReLUs than before.
@@ -127,8 +120,7 @@ class Replaced(nnx.Module):
     def _run(
         self, params: trace.Pytree, traced: Traced, xs: jax.Array
     ) -> tuple[jax.Array, dict[str, Seen]]:
-        pairs = list(zip(self.sites, traced.sites, strict=True))
-        given = [_given(module, site) for module, site in pairs]
+        given = dict(enumerate(map(_given, self.sites, traced.sites)))
         spiking = isinstance(self.sites[0], ScaledIF)
         whole = spiking and self._has_time(traced, xs)
 
@@ -146,7 +138,6 @@ class Replaced(nnx.Module):
                 state, y = step((params, unit), state, x)
             return y, (state, Seen(x, y))
 
-        given = dict(enumerate(given))
         (ys, after), kept = trace.run(traced, params, xs, handler, given)
         leaves = jax.tree_util.tree_leaves_with_path(after)
         pairs = zip(leaves, traced.same[1:], strict=True)
@@ -190,23 +181,18 @@ def _sites(
     f, params = trace.functional(model)
     traced = trace.trace(f, params, xs, Relus())
     by_path = {"/".join(map(str, path)): module for path, module in iter_modules(model)}
-    found = held or [
-        by_path[site.name] if site.kind == "quantised_relu" else None
-        for site in traced.sites
-    ]
-    problems = [f"{name} at {line}" for name, line in traced.others]
-    problems += [
-        f"{site.kind} at {site.where} in a function with its own gradient"
-        for site in traced.sites
-        if site.custom
-    ]
-    if not plain:
-        pairs = zip(found, traced.sites, strict=True)
-        problems += [
-            f"a plain {site.kind} at {site.where}: call calibrate(model, images) first"
-            for quant, site in pairs
-            if quant is None
-        ]
+    problems, found = [f"{name} at {line}" for name, line in traced.others], held or []
+    for site in traced.sites:
+        quant = held or site.kind == "quantised_relu"
+        if held is None:
+            found.append(by_path[site.name] if quant else None)
+        if site.custom:
+            problems.append(f"{site.kind} at {site.where} with a gradient of its own")
+        elif not quant and not plain:
+            problems.append(
+                f"a plain {site.kind} at {site.where}: call calibrate(model, images) "
+                "first"
+            )
     if not traced.sites:
         problems.append("no ReLU that depends on the input")
     shape = traced.closed.out_avals[0].shape
@@ -225,13 +211,11 @@ def _sites(
 
 def _unique(sites: Sequence[Site]) -> tuple[Site, ...]:
     """Return sites whose names differ: a shared ReLU is several neurons."""
-    seen: Counter[str] = Counter()
-    named = []
-    for site in sites:
-        seen[site.name] += 1
-        again = f"#{seen[site.name]}" if seen[site.name] > 1 else ""
-        named.append(site._replace(name=site.name + again))
-    return tuple(named)
+    names, unique = [site.name for site in sites], []
+    for n, site in enumerate(sites):
+        again = names[: n + 1].count(site.name)
+        unique.append(site._replace(name=f"{site.name}#{again}") if again > 1 else site)
+    return tuple(unique)
 
 
 def quantised(who: str, model: nnx.Module, xs: jax.Array) -> Replaced:
@@ -298,7 +282,7 @@ def maximum(x: jax.Array, levels: int) -> jax.Array:
 
     Args:
         x: ReLU activations, any shape.
-        levels: of the quantised activation, not used.
+        levels: p of the quantised activation; not used here.
 
     Reference: Diehl et al. 2015, doi:10.1109/IJCNN.2015.7280696.
     """
@@ -317,18 +301,14 @@ def percentile(q: float = 99.9) -> Rule:
     Reference: Rueckauer et al. 2017, doi:10.3389/fnins.2017.00682.
     """
     if not 1 < q <= 100:
-        raise ValueError(
-            f"percentile: expected 1 < q <= 100, in percent, as 99.9, got {q}."
-        )
+        raise ValueError(f"percentile: expected 1 < q <= 100, in percent, got {q}.")
     return lambda x, levels: jnp.percentile(x, q)
 
 
 def least_error(x: jax.Array, levels: int) -> jax.Array:
     """Return the threshold, in hundredths of the maximum, of least squared error.
 
-    Args:
-        x: ReLU activations, any shape.
-        levels: p of the quantised activation.
+    Args: as in ``maximum``.
 
     Our choice, in the spirit of Li et al. 2021, arXiv:2106.06984.
     """

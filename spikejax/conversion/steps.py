@@ -5,7 +5,7 @@ so memory does not grow with T.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -41,10 +41,7 @@ def _step(
     rest: nnx.State,
     xs: jax.Array,
 ) -> tuple[nnx.State, Step]:
-    """Return membranes, and (logits [B, K], spikes [B], activations) of one step.
-
-    There are no activations unless they are watched.
-    """
+    """Return membranes, and logits [B, K], spikes [B], activations if watched."""
     model = nnx.merge(graphdef, membranes, rest)
     ys, seen = model.observe(xs)
     spikes = jnp.zeros(len(xs))
@@ -98,12 +95,10 @@ def stream(model: Replaced, xs: jax.Array, time_steps: int) -> Streamed:
     Raises:
         ValueError: the model is not from ``convert``, or xs has no axis of time.
     """
-    logits, spikes = [], []
-    for z, count, _ in _steps("stream", model, xs, time_steps):
-        logits.append(z if not logits else logits[-1] + z)
-        spikes.append(count if not spikes else spikes[-1] + count)
-    steps = jnp.arange(1, time_steps + 1)
-    return Streamed(jnp.stack(logits) / steps[:, None, None], jnp.stack(spikes))
+    run = _steps("stream", model, xs, time_steps)
+    logits, spikes, _ = zip(*run, strict=True)
+    steps = jnp.arange(1, time_steps + 1)[:, None, None]
+    return Streamed(jnp.stack(logits).cumsum(0) / steps, jnp.stack(spikes).cumsum(0))
 
 
 class Exit(NamedTuple):
@@ -162,28 +157,22 @@ def evaluate_steps(
     Raises:
         ValueError: as ``stream``.
     """
-    correct, spikes, exits, steps, count = 0.0, 0.0, 0.0, 0.0, 0
+    rows = []
     for batch in batches:
         xs = encode(jnp.asarray(batch["image"]), jax.random.key(0))
         labels = jnp.asarray(batch["label"])
         run = stream(model, xs, time_steps)
+        classes, steps = early_exit(run.logits, confidence)
         right = run.logits.argmax(-1) == labels
-        correct = correct + np.asarray(right.sum(1), np.float64)
-        spikes = spikes + np.asarray(run.spikes.sum(1), np.float64)
-        exit = early_exit(run.logits, confidence)
-        exits += float((exit.classes == labels).sum())
-        steps += float(exit.steps.sum())
-        count += len(labels)
-    return BySteps(
-        np.asarray(correct) / count,
-        np.asarray(spikes) / count,
-        exits / count,
-        steps / count,
-    )
+        row = right, run.spikes, classes == labels, steps, jnp.ones(len(labels))
+        rows.append([np.asarray(v, np.float64).sum(-1) for v in row])
+    *sums, count = (np.sum(column, 0) for column in zip(*rows, strict=True))
+    accuracy, spikes, exits, steps = (total / count for total in sums)
+    return BySteps(accuracy, spikes, float(exits), float(steps))
 
 
 def confidence_front(
-    logits: jax.Array, labels: jax.Array, candidates: Iterable[float] | None = None
+    logits: jax.Array, labels: jax.Array
 ) -> list[tuple[float, float, float]]:
     """Return the confidences worth having, fast to slow.
 
@@ -193,17 +182,16 @@ def confidence_front(
     Args:
         logits: [T, B, K] from ``stream``.
         labels: [B].
-        candidates: confidences to try, by default 0 to 1 in hundredths.
 
     Returns:
-        rows of (confidence, accuracy, mean steps).
+        rows of (confidence, in hundredths from 0 to 1, accuracy, mean steps).
     """
     rows = []
-    for confidence in np.linspace(0, 1, 101) if candidates is None else candidates:
+    for confidence in np.linspace(0, 1, 101):
         classes, steps = early_exit(logits, confidence)
         accuracy = float((classes == labels).mean())
         rows.append((float(confidence), accuracy, float(steps.mean())))
-    front: list[tuple[float, float, float]] = []
+    front = []
     for row in sorted(rows, key=lambda row: (row[2], -row[1])):
         if not front or row[1] > front[-1][1]:
             front.append(row)
@@ -247,10 +235,8 @@ def agreement(
     Reference: the three errors, Bu et al. 2023, arXiv:2303.04347.
     """
     _, activations = quantised("agreement", ann, xs).observe(xs)
-    steps = _steps("agreement", snn, xs, time_steps, watched=True)
-    total: dict[str, Seen] = {}
-    for _, _, seen in steps:
-        total = jax.tree.map(jnp.add, total, seen) if total else seen
+    run = _steps("agreement", snn, xs, time_steps, watched=True)
+    total = reduce(partial(jax.tree.map, jnp.add), (seen for *_, seen in run))
     if set(activations) != set(total):
         raise ValueError(
             "agreement: expected a network and its conversion, got activations at "

@@ -8,7 +8,7 @@ stands for that order: Noise Adaptor, Li et al. 2024, arXiv:2411.17431.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,20 +25,12 @@ INITIAL_THRESHOLD = 1.5  # standard deviations of a normalised input; our choice
 
 # Not jnp.round itself, which cannot be pickled.
 def half_even(x: jax.Array) -> jax.Array:
-    """Return x rounded, ties to even.
-
-    Args:
-        x: any shape.
-    """
+    """Return x rounded, ties to even."""
     return jnp.round(x)
 
 
 def half_up(x: jax.Array) -> jax.Array:
-    """Return floor(x + 1/2): ties go up, as in a neuron started at half a threshold.
-
-    Args:
-        x: any shape.
-    """
+    """Return floor(x + 1/2): ties go up, as in a neuron started at half a threshold."""
     return jnp.floor(x + 0.5)
 
 
@@ -81,14 +73,9 @@ def _quantise(u: jax.Array, levels: Number, rounding: Rounding | None) -> jax.Ar
 
 
 def _forward(
-    x: jax.Array,
-    scale: Number,
-    noise: Number,
-    levels: Number,
-    rounding: Rounding | None,
-    scale_gradient: float,
+    x: jax.Array, scale: Number, noise: Number, levels: Number, *options: Any
 ) -> tuple[jax.Array, tuple]:
-    y = quantise(x, scale, noise, levels, rounding, scale_gradient)
+    y = quantise(x, scale, noise, levels, *options)
     return cast(jax.Array, y), (x / scale + noise, levels)
 
 
@@ -97,9 +84,9 @@ def _backward(
 ) -> tuple[jax.Array | None, ...]:
     u, levels = kept
     inside = (u > 0) & (u < levels)
-    d = jnp.where(inside, _quantise(u, levels, rounding) - u, levels * (u >= levels))
-    d_scale = scale_gradient * (g * d).sum()
-    return g * inside, d_scale, None, None
+    # Outside, the clipped value is 0 or p.
+    d = _quantise(u, levels, rounding) - jnp.where(inside, u, 0)
+    return g * inside, scale_gradient * (g * d).sum(), None, None
 
 
 quantise.defvjp(_forward, _backward)
@@ -108,18 +95,9 @@ quantise.defvjp(_forward, _backward)
 # The tracer finds quantised ReLUs in a jaxpr by this name, and the levels among its
 # operands: a jit of a function is one equation.
 @partial(jax.jit, static_argnums=(4, 5))
-def quantised_relu(
-    x: jax.Array,
-    scale: jax.Array,
-    noise: Number,
-    levels: Number,
-    rounding: Rounding | None,
-    scale_gradient: float,
-) -> jax.Array:
+def quantised_relu(x: jax.Array, *others: Any) -> jax.Array:
     """Return ``quantise`` of x in any floating point type, computed in float32."""
-    given = x.astype(jnp.float32), scale, noise, levels
-    y = cast(jax.Array, quantise(*given, rounding, scale_gradient))
-    return y.astype(x.dtype)
+    return cast(jax.Array, quantise(x.astype(jnp.float32), *others)).astype(x.dtype)
 
 
 class QuantReLU(nnx.Module):
@@ -138,7 +116,6 @@ class QuantReLU(nnx.Module):
 
     Args:
         bits: b, 1 to 8.
-        levels: p, where it is not 2^b - 1.
         noise: amplitude alpha, >= 0. Above 1, inputs below zero spike too.
         round_noise: whether the noisy answer is rounded.
         rounding: half_even, or half_up, which rounds ties as the spiking neuron does.
@@ -156,18 +133,16 @@ class QuantReLU(nnx.Module):
         self,
         bits: int = 2,
         *,
-        levels: int | None = None,
         noise: float = 0.0,
         round_noise: bool = True,
         rounding: Rounding = half_even,
         scale: float | None = None,
         rngs: nnx.Rngs | None = None,
     ):
-        self.levels = 2**bits - 1 if levels is None else levels
+        self.levels = 2**bits - 1
         start = INITIAL_THRESHOLD / max(1, self.levels) if scale is None else scale
         for right, expected, got in (
             (bits in range(1, 9), "1 to 8 bits", bits),
-            (self.levels >= 1, "at least 1 level", levels),
             (0 <= noise < math.inf, "noise of 0 or more", noise),
             (not noise or rngs, f"rngs=nnx.Rngs(noise=seed) with noise {noise}", rngs),
             (0 < start < math.inf, "a positive scale", scale),
@@ -177,7 +152,7 @@ class QuantReLU(nnx.Module):
         self.scale = nnx.Param(jnp.asarray(start, jnp.float32))
         self.noise = noise
         self.round_noise = round_noise
-        self.rounding = rounding
+        self.rounding: Rounding | None = rounding
         self.deterministic = False  # set by model.eval() and model.train()
         # A fork: layers that share rngs draw different noise, in any order of calls.
         self.rngs = rngs["noise"].fork() if noise and rngs is not None else None
@@ -189,22 +164,14 @@ class QuantReLU(nnx.Module):
     def quantise(
         self, xs: jax.Array, scale: jax.Array, key: jax.Array | None
     ) -> jax.Array:
-        """Return quantised activations for a scale and a key, without side effects.
-
-        Args:
-            xs: [B, ...].
-            scale: s, a scalar.
-            key: from ``key``.
-        """
+        """Return the activations of xs [B, ...] for a scale s, and a key of ``key``."""
         noise, rounding = 0.0, self.rounding
         if key is not None:
             # In float32 whatever the type of xs: bfloat16 has 256 random numbers.
-            noise = self.noise * jax.random.uniform(
-                key, xs.shape, minval=-0.5, maxval=0.5
-            )
+            noise = self.noise * (jax.random.uniform(key, xs.shape) - 0.5)
             rounding = rounding if self.round_noise else None
-        factor = 1 / math.sqrt(xs.shape[0] * self.levels)
         levels = float(self.levels)
+        factor = 1 / math.sqrt(xs.shape[0] * levels)
         return quantised_relu(xs, scale, noise, levels, rounding, factor)
 
     def __call__(self, xs: jax.Array) -> jax.Array:
