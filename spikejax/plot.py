@@ -15,7 +15,6 @@ from flax import nnx
 from jax.typing import ArrayLike
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from spikejax import neurons
 from spikejax.energy import Report
@@ -29,6 +28,7 @@ SKY, AMBER, BLACK = "#56B4E9", "#E69F00", "#000000"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, AMBER, BLACK)
 GREY, PALE = "#767676", "#dddddd"
 MARKERS = "os^Dv<>"
+WHOLE: dict[str, Any] = {"integer": True, "min_n_ticks": 1}  # of ticks
 
 POINTS = 2001  # inputs of a staircase
 NOISY_POINTS, DRAWS = 400, 4000  # the mean's error is then 0.5 s / sqrt(4000) at most
@@ -74,17 +74,12 @@ def _legend(axes: Axes, *handles: Any, **options: Any) -> None:
     axes.legend(*handles, bbox_to_anchor=(1, 1), **options)
 
 
-def _integers(nbins: int) -> MaxNLocator:
-    return MaxNLocator(integer=True, nbins=nbins, min_n_ticks=1)
-
-
 def raster(spikes: ArrayLike, *, axes: Axes | None = None) -> Axes:
     """Draw a dot for each neuron and step with spikes, larger and darker for more.
 
     Args:
         spikes: output of a layer for one example, [T, ...]; every place after T is a
             neuron, numbered from 0.
-        axes: where to draw, a new figure by default.
 
     Raises:
         ValueError: spikes have no time axis or no neurons.
@@ -117,8 +112,8 @@ def raster(spikes: ArrayLike, *, axes: Axes | None = None) -> Axes:
         _legend(axes, *handles, title="spikes", handletextpad=0)
     axes.set(xlim=(0.5, steps + 0.5), xlabel="time step")
     axes.set(ylim=(-0.7, size - 0.3), ylabel="neuron")
-    axes.xaxis.set_major_locator(_integers(10))
-    axes.yaxis.set_major_locator(_integers(6))
+    axes.locator_params("x", nbins=10, **WHOLE)
+    axes.locator_params("y", nbins=6, **WHOLE)
     return frame(axes, grid=False)
 
 
@@ -130,7 +125,6 @@ def membrane(layer: Neuron, x: ArrayLike, *, axes: Axes | None = None) -> Axes:
     Args:
         layer: a layer of neurons, not modified.
         x: input current [T].
-        axes: where to draw, a new figure by default.
 
     Raises:
         ValueError: x is not one-dimensional, or empty.
@@ -171,7 +165,7 @@ def membrane(layer: Neuron, x: ArrayLike, *, axes: Axes | None = None) -> Axes:
     axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= top])
     axes.set(xlim=(0, len(x) + 0.5), xlabel="time step")
     axes.set(ylim=(bottom, top + (fired.shape[1] + 1) * gap), ylabel="membrane")
-    axes.xaxis.set_major_locator(_integers(10))
+    axes.locator_params("x", nbins=10, **WHOLE)
     axes.set_title(_title(layer), loc="left")
     _legend(axes)
     return frame(axes, grid=False)
@@ -187,15 +181,13 @@ def response(
 
     Args:
         layers: a layer of neurons, or several by name, not modified.
-        axes: where to draw, a new figure by default.
     """
     named = {_title(layers): layers} if isinstance(layers, Neuron) else dict(layers)
     axes = _or_new(axes, 5.2, 3.6)
     top = max(_saturation(layer) for layer in named.values())
     x = jnp.linspace(-0.1 * top, 1.2 * top, POINTS)
     for k, (name, layer) in enumerate(named.items()):
-        fresh = nnx.clone(layer)
-        drop_membranes(fresh)
+        fresh = drop_membranes(nnx.clone(layer))
         output = np.asarray(fresh(x[:, None])[:, 0])
         count = np.asarray(fresh(x[:, None], trains=True)[:, 0].sum(-1))
         if len(named) == 1 and not np.allclose(count, output):
@@ -204,7 +196,7 @@ def response(
         width = 2.2 + 1.4 * (len(named) - 1 - k)
         label = name if len(named) > 1 else "output"
         axes.plot(x, output, color=COLOURS[k % len(COLOURS)], lw=width, label=label)
-    axes.yaxis.set_major_locator(_integers(8))
+    axes.locator_params("y", nbins=8, **WHOLE)
     if len(axes.lines) > 1:
         _legend(axes)
     if len(named) == 1:
@@ -240,7 +232,6 @@ def staircase(
     Args:
         quant: the quantised ReLU with p levels, not modified.
         time_steps: values of T; at T = p the two staircases are equal.
-        axes: where to draw, a new figure by default.
     """
     axes = _or_new(axes, 6.8, 3.9)
     v_threshold = float(quant.scale[...]) * quant.levels
@@ -272,7 +263,6 @@ def accuracy_by_steps(
     Args:
         accuracies: name -> accuracy (0 to 1) after 1, 2, ... steps, as from
             ``evaluate_steps``; at least one.
-        axes: where to draw, a new figure by default.
     """
     axes = _or_new(axes, 7, 4)
     longest = max(len(values) for values in accuracies.values())
@@ -299,7 +289,6 @@ def rates(report: Report, *, axes: Axes | None = None) -> Axes:
 
     Args:
         report: from ``energy.measure``.
-        axes: where to draw, a new figure by default.
 
     Raises:
         ValueError: no neuron of the network spikes.
@@ -319,7 +308,6 @@ def energy_bars(reports: Mapping[str, Report], *, axes: Axes | None = None) -> A
 
     Args:
         reports: name -> report, from ``energy.measure``; at least one.
-        axes: where to draw, a new figure by default.
     """
     axes = _or_new(axes, 6.5, 1.2 + 0.42 * len(reports))
     parts = [
@@ -350,7 +338,9 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> Figure:
             margin = max(0.2, 0.15 * (max(values) - min(values)))
             axes.set_xlim(min(values) - margin, max(values) + margin)
             axes.grid(axis="y", color=PALE)
-            _write(axes, values, "{:.2f}".format, (0, 7), ha="center", va="bottom")
+            style: dict[str, Any] = {"textcoords": "offset points", "ha": "center"}
+            for k, value in enumerate(values):
+                axes.annotate(f"{value:.2f}", (value, k), (0, 7), fontsize=9, **style)
             _name_rows(axes, names)
         else:
             _bars(axes, names, [("", BLUE, values)], _three_digits)
@@ -366,31 +356,18 @@ def _bars(
     text: Callable[[float], str],
 ) -> None:
     """Draw a bar per name, of parts (label, colour, values) end to end, and its sum."""
-    ends = np.zeros(len(names))
+    y, ends = range(len(names)), np.zeros(len(names))
     for label, colour, values in parts:
-        axes.barh(range(len(names)), values, 0.6, left=ends, color=colour, label=label)
+        bars = axes.barh(y, values, 0.6, left=ends, color=colour, label=label)
         ends = ends + np.asarray(values)
     axes.set_xlim(0, 1.3 * (ends.max() or 1))  # the sum is written beside its bar
-    _write(axes, ends.tolist(), text, (4, 0), ha="left", va="center")
+    axes.bar_label(bars, [text(end) for end in ends], padding=4, fontsize=9)
     _name_rows(axes, names)
 
 
 def _three_digits(value: float) -> str:
     """Return thousands in full, one decimal below 100."""
     return "0" if value == 0 else f"{value:,.{0 if value >= 100 else 1}f}"
-
-
-def _write(
-    axes: Axes,
-    values: Sequence[float],
-    text: Callable[[float], str],
-    offset: tuple[float, float],
-    **align: Any,
-) -> None:
-    """Write each value beside its point, moved by the offset in points."""
-    options: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9} | align
-    for k, value in enumerate(values):
-        axes.annotate(text(value), (value, k), xytext=offset, **options)
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
