@@ -125,7 +125,6 @@ def save_all(folder, metrics, keep=2, first=1):
     checkpoints = Checkpoints(folder, keep=keep)
     state = {"x": jax.device_put(jnp.zeros(3), jax.devices()[0])}
     data = make_data()
-    checkpoints.restore(abstract(state), data)
     for step, metric in enumerate(metrics, first):
         checkpoints.save(step, state, data, metric=metric)
     checkpoints.close()
@@ -239,9 +238,8 @@ def test_no_flipped_byte_goes_unseen(saved, tmp_path):
 
 def test_a_step_is_saved_again_after_its_checkpoint_was_corrupted(folder):
     flip(folder / "3" / NOTES, 5)
-    checkpoints = Checkpoints(folder, keep=3)
     with pytest.warns(CheckpointWarning):
-        checkpoints.restore(abstract(make_state(0)), make_data())
+        checkpoints = Checkpoints(folder, keep=3)
     checkpoints.save(3, make_state(3), make_data(3), clock={"seconds": 1.5})
     checkpoints.close()
     step, state, clock = restore(folder)
@@ -314,9 +312,9 @@ class Positions:
 def test_each_process_gets_its_own_position(tmp_path, monkeypatch, count):
     """One process plays several: the positions of all are in the checkpoint."""
     states = [{"next_index": 10 + index} for index in range(count)]
+    checkpoints = Checkpoints(tmp_path)
     monkeypatch.setattr(processes, "all_gather", lambda value: states)
-    checkpoints, state = Checkpoints(tmp_path), make_state(1)
-    checkpoints.save(1, state, Positions())
+    checkpoints.save(1, make_state(1), Positions())
     checkpoints.close()
     monkeypatch.undo()
     data = Positions()
@@ -333,8 +331,8 @@ def test_each_process_gets_its_own_position(tmp_path, monkeypatch, count):
 
 
 def test_the_position_of_others_is_known_if_they_agree(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "all_gather", lambda value: [value] * 3)
     checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(processes, "all_gather", lambda value: [value] * 3)
     checkpoints.save(1, make_state(1), Positions(7))
     checkpoints.close()
     monkeypatch.undo()

@@ -5,7 +5,6 @@ threads when a file is truncated. Each checkpoint is therefore verified before i
 read; if a file has changed, the previous checkpoint is used.
 """
 
-import functools
 import math
 import shutil
 import time
@@ -44,37 +43,40 @@ class DataIterator(Protocol):
 class Checkpoints:
     """The checkpoints in a folder: the best one by metric and the newest few.
 
-    Call `restore` before the first `save`. Corrupted checkpoints that it skips are kept
-    in the folder, as `corrupt-STEP-TIME`.
+    Corrupted checkpoints are kept in the folder, as `corrupt-STEP-TIME`.
 
     Args:
         directory: folder of the checkpoints, created if missing.
         keep: how many of the newest to keep, >= 2: a kill can leave one unfinished.
+
+    Raises:
+        ValueError: all checkpoints are corrupted.
     """
 
     def __init__(self, directory: str | Path, *, keep: int = 2):
         self.directory = Path(directory).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._keep = keep
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._saving: Future[None] = self._thread.submit(lambda: None)
-
-    # Made late, as it reads the metrics of all checkpoints: `restore` verifies them
-    # first, and moves those away on which it would raise.
-    @functools.cached_property
-    def _manager(self) -> ocp.training.Checkpointer:
+        # One process reads: the disk is shared, and the others would read it all again.
+        # They wait for what it found, and with that for the folder to be in order.
+        found = self._find_intact() if processes.is_primary() else None
+        self._intact, error = processes.all_gather(found)[0]
+        if error:
+            raise ValueError(f"Checkpoints: {error}")
         policies = ocp.training.preservation_policies
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics["metric"],
             n=1,
             keep_checkpoints_without_metrics=False,
         )
-        keep: Any = policies.AnyPreservationPolicy([policies.LatestN(self._keep), best])
-        return ocp.training.Checkpointer(
+        kept: Any = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+        # It reads the metrics of all checkpoints, and would raise on a corrupted one.
+        self._manager = ocp.training.Checkpointer(
             str(self.directory),
-            preservation_policy=keep,
+            preservation_policy=kept,
             cleanup_tmp_directories=True,  # of saves that a kill interrupted
         )
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] = self._thread.submit(lambda: None)
 
     @property
     def steps(self) -> list[int]:
@@ -125,7 +127,7 @@ class Checkpoints:
     def restore(
         self, abstract_state: dict[str, Any], data: DataIterator
     ) -> tuple[int, dict[str, Any], dict[str, float]] | None:
-        """Read the newest intact checkpoint, and move the data iterator there.
+        """Read the newest checkpoint there was, and move the data iterator there.
 
         Args:
             abstract_state: tree of the state, of `jax.ShapeDtypeStruct` with a sharding
@@ -136,15 +138,9 @@ class Checkpoints:
             (step, state, clock) as saved, or None if there is no checkpoint yet.
 
         Raises:
-            ValueError: the checkpoint has other leaves, or all are corrupted.
+            ValueError: the checkpoint has other leaves.
         """
-        # One process reads: the disk is shared, and the others would read it all again.
-        # They wait for what it found, and with that for the folder to be in order.
-        found = self._find_intact() if processes.is_primary() else None
-        step, error = processes.all_gather(found)[0]
-        if error:
-            raise ValueError(f"Checkpoints.restore: {error}")
-        if not step:
+        if not (step := self._intact):
             return None
         notes: Any = self._manager.checkpointables_metadata(step).custom_metadata
         # Orbax would cast another dtype silently, and call another shape a KeyError.
@@ -178,8 +174,7 @@ class Checkpoints:
             self._saving.result()
         finally:
             self._thread.shutdown()
-            if "_manager" in vars(self):
-                self._manager.close()
+            self._manager.close()
 
     def _find_intact(self) -> tuple[int, str]:
         """Return the newest intact step or 0, and an error; put the folder in order."""
@@ -209,6 +204,6 @@ class Checkpoints:
                 f"checkpoint {step} in {self.directory} is corrupted ({reasons[step]}):"
                 f" resuming from checkpoint {intact}; it is now {kept.name}",
                 CheckpointWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
         return intact, ""

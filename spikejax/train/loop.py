@@ -70,13 +70,15 @@ def evaluate(
 
 
 class Fitted(NamedTuple):
-    """The result of ``fit``; the metrics are of the evaluation and of the run."""
+    """The result of ``fit``: the model in evaluation mode, on one local device.
 
-    model: nnx.Module  # trained, in evaluation mode, on one device of this process
-    # accuracy (0..1), loss, steps, seconds, images_per_second, parameters and
-    # parameters_sha256
+    metrics: accuracy (0..1), loss, steps, seconds, images_per_second, parameters and
+    parameters_sha256. finished: False after SIGTERM.
+    """
+
+    model: nnx.Module
     metrics: dict[str, Any]
-    finished: bool  # False after SIGTERM
+    finished: bool
 
 
 def fit(

@@ -6,6 +6,7 @@ JAX runs the same program in each of them. One process needs none of this.
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -39,9 +40,8 @@ class Processes:
     def __post_init__(self):
         where = self.coordinator_address
         missing = (self.num_processes, self.process_id).count(None)
-        host, _, port = (where or "").rpartition(":")
         # Without this JAX would try to reach half an address for five minutes.
-        explicit = bool(host) and port.isdecimal() and missing == 0
+        explicit = re.fullmatch(r".+:\d+", where or "") and missing == 0
         if not explicit and not (where in (None, "auto") and missing == 2):
             raise ValueError(
                 "coordinator_address: expected HOST:PORT with --num-processes and "
