@@ -48,6 +48,15 @@ def test_a_relu_is_what_computes_one(f, cap):
     assert site.where.startswith("test_trace.py") and not found.others
 
 
+def test_a_call_that_prints_is_entered():
+    @jax.jit
+    def f(x):
+        jax.debug.callback(lambda: None)
+        return jnp.maximum(x, 0) + 1
+
+    assert len(traced(f).sites) == 1
+
+
 def test_the_maximum_of_a_variance_is_no_relu():
     assert not traced(lambda x: x - jnp.maximum(x.var(), 0)).sites
 

@@ -88,7 +88,8 @@ def _extreme(eqn: JaxprEqn, operands: Sequence[float | None]) -> float | None:
             return known.get(v)
 
         for inner in jaxpr.eqns:
-            known[inner.outvars[0]] = _extreme(inner, [read(v) for v in inner.invars])
+            made = _extreme(inner, [read(v) for v in inner.invars])
+            known |= dict.fromkeys(inner.outvars, made)  # a debug.print has none
         return read(jaxpr.outvars[0])
     numbers = [v for v in operands if v is not None]
     if name not in EXTREMES or len(numbers) < len(operands):
