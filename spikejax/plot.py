@@ -135,14 +135,14 @@ def membrane(layer: Neuron, x: ArrayLike, *, axes: Axes | None = None) -> Axes:
             f"membrane: expected the current of one neuron, [T], got shape {x.shape}."
         )
     v = layer.start(())
-    times, values, trains = [0], [v], []
-    for t in range(len(x)):
-        values.append(layer.charge(v, x[t]))
-        v, spikes = layer.step(v, x[t], trains=True)
-        times += [t + 1, t + 1]
-        values.append(v)
+    values, trains = [v], []
+    for current in x:
+        u = layer.charge(v, current)
+        v, spikes = layer.step(v, current, trains=True)
+        values += [u, v]
         trains.append(spikes)
     lines, fired = np.stack(values), np.stack(trains)
+    times = (np.arange(len(lines)) + 1) // 2  # u and v of a step are at one place
 
     axes = _or_new(axes, 7, 3.4)
     thresholds = sorted({float(theta) for theta in layer.params.thresholds})
