@@ -105,13 +105,13 @@ def measure(model: nnx.Module, xs: jax.Array) -> Report:
     ACs = sum over spikes of the nonzero weights that each meets
     MACs = the same sum over nonzero activations that are not spikes
 
-    Counted are all matrix products and convolutions that depend on the input, wherever
-    the model computes them. All N binary trains of a neuron count, whatever their
-    weights, through sums of layers and max-pooling (which takes the largest count). An
-    input counts as spikes where it holds whole numbers only: averages of spikes cost
-    MACs. In a product of two activations, such as attention, spikes meet the nonzero
-    values of the other operand. Norms (they fold into weights), biases, elementwise
-    products and the neurons' own updates are not counted.
+    Counted are all matrix products and convolutions that depend on the input. All N
+    binary trains of a neuron count, whatever their weights, through sums of layers and
+    max-pooling (which takes the largest count). An input counts as spikes where it
+    holds whole numbers only: averages of spikes cost MACs. In a product of two
+    activations, such as attention, spikes meet the nonzero values of the other operand.
+    Norms (they fold into weights), biases, elementwise products and the neurons' own
+    updates are not counted.
 
     Args:
         model: module over sequences; for Linen or a function of your own,

@@ -224,10 +224,9 @@ def body(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[jax.Array]]:
 
 def call_name(eqn: JaxprEqn) -> str:
     """Return the name of the function that an equation calls, or of its primitive."""
-    inner = eqn.params.get(CALLS.get(eqn.primitive.name, ""))
-    info = getattr(getattr(inner, "jaxpr", inner), "debug_info", None)
-    name = eqn.params.get("name") or getattr(info, "func_name", None)
-    return name or eqn.primitive.name
+    name = eqn.primitive.name
+    info = body(eqn)[0].debug_info if name in CALLS else None
+    return eqn.params.get("name") or getattr(info, "func_name", None) or name
 
 
 def functional(model: nnx.Module) -> tuple[Callable, Pytree]:
@@ -327,9 +326,9 @@ class _Walk:
         self, eqn: JaxprEqn, values: list[Value], match: Match, around: _Around
     ) -> Value:
         """Note a site, and return what is known of its output."""
-        name = match.name or where(eqn)
-        shape, levels = aval(eqn.outvars[0]).shape, tuple(v.level for v in values)
-        found = name, match.kind, where(eqn), shape, match.cap, levels, eqn
+        at, shape = where(eqn), aval(eqn.outvars[0]).shape
+        levels = tuple(v.level for v in values)
+        found = match.name or at, match.kind, at, shape, match.cap, levels, eqn
         self.sites.append(Site(*found, *around))
         return Value(match.level, match.name, None, len(self.sites) - 1)
 

@@ -108,14 +108,15 @@ def _fold(layer: nnx.Conv | nnx.Linear, norm: nnx.BatchNorm) -> None:
         bias = bias + layer.bias[...] * gain
     if norm.bias is not None:
         bias = bias + norm.bias[...]
-    layer.kernel = nnx.Param(layer.kernel[...] * gain)
-    layer.bias = nnx.data(nnx.Param(bias))
+    layer.kernel = nnx.Param(layer.kernel[...] * gain)  # outputs are the last axis
+    layer.bias = nnx.data(nnx.Param(bias))  # where it was None, Flax expects no data
     layer.use_bias = True
 
 
 def _agree(model: nnx.Module, folded: nnx.Module, xs: jax.Array) -> bool:
     """Return whether two networks of the same neurons agree up to rounding."""
     expected, got = (_smooth(m)(xs).astype(jnp.float32) for m in (model, folded))
+    # Half of the digits: rounding grows with depth, a wrong fold is far above it.
     tolerance = float(jnp.finfo(xs.dtype).eps) ** 0.5
     difference = jnp.abs(got - expected).max()
     return bool(difference <= tolerance * jnp.abs(expected).max())

@@ -124,23 +124,21 @@ class Replaced(nnx.Module):
         spiking = isinstance(self.sites[0], ScaledIF)
         whole = spiking and self._has_time(traced, xs)
 
-        def handler(
-            n: int, site: Site, values: list, given: tuple
-        ) -> tuple[jax.Array, tuple]:
+        def handler(n: int, site: Site, values: list, given: tuple) -> tuple:
             x, module, state = _input(site, values), self.sites[n], None
             if isinstance(module, QuantReLU):
                 y = module.quantise(x, *given)
             elif whole:
                 y = module(x)
             else:
-                unit, state = given
+                unit, state = given  # of this layer, if the site is in a scan
                 step, (params, _) = module.bind()
                 state, y = step((params, unit), state, x)
             return y, (state, Seen(x, y))
 
         (ys, after), kept = trace.run(traced, params, xs, handler, given)
         leaves = jax.tree_util.tree_leaves_with_path(after)
-        pairs = zip(leaves, traced.same[1:], strict=True)
+        pairs = zip(leaves, traced.same[1:], strict=True)  # the answer comes first
         changed = {tuple(k.key for k in p): v for (p, v), same in pairs if not same}
         if changed:  # statistics of norms in training
             nnx.update(self.model, unflatten_dict(changed))
@@ -155,7 +153,7 @@ def _given(module: QuantReLU | ScaledIF, site: Site) -> tuple:
     if isinstance(module, QuantReLU):
         key = module.key()
         if key is not None and site.repeats:
-            key = jax.random.split(key, site.repeats)
+            key = jax.random.split(key, site.repeats)  # one per layer of the scan
         return module.scale[...], key
     start = module.start((*site.repeats, *site.shape))
     return module.unit[...], module.memory.load(start)
@@ -169,30 +167,26 @@ def _input(site: Site, values: list) -> jax.Array:
 def _sites(
     who: str, model: nnx.Module, xs: jax.Array, *, plain: bool
 ) -> tuple[nnx.Module, Traced, list[QuantReLU | None]]:
-    """Return a copy of a network, its sites, and the QuantReLU that each one is.
-
-    Raises:
-        ValueError: the network is not one of ReLUs, or forgets the axis of time.
-    """
+    """Return a copy of a network, its sites, and the QuantReLU that each one is."""
     model = nnx.clone(model)
     model.eval()
-    held = list(model.sites) if isinstance(model, Replaced) else None
-    model = model.model if isinstance(model, Replaced) else model
-    f, params = trace.functional(model)
-    traced = trace.trace(f, params, xs, Relus())
-    by_path = {"/".join(map(str, path)): module for path, module in iter_modules(model)}
-    problems, found = [f"{name} at {line}" for name, line in traced.others], held or []
-    for site in traced.sites:
-        quant = held or site.kind == "quantised_relu"
-        if held is None:
-            found.append(by_path[site.name] if quant else None)
+    found = []
+    if isinstance(model, Replaced):
+        model, found = model.model, list(model.sites)
+    traced = trace.trace(*trace.functional(model), xs, Relus())
+    modules = {"/".join(map(str, path)): module for path, module in iter_modules(model)}
+    # A QuantReLU names its site; the name of a ReLU is that of the layer before it.
+    found = found or [
+        modules[site.name] if site.kind == "quantised_relu" else None
+        for site in traced.sites
+    ]
+    problems = [f"{name} at {line}" for name, line in traced.others]
+    for quant, site in zip(found, traced.sites, strict=True):
+        at = f"{site.kind} at {site.where}"
         if site.custom:
-            problems.append(f"{site.kind} at {site.where} with a gradient of its own")
-        elif not quant and not plain:
-            problems.append(
-                f"a plain {site.kind} at {site.where}: call calibrate(model, images) "
-                "first"
-            )
+            problems.append(f"{at} with a gradient of its own")
+        elif quant is None and not plain:
+            problems.append(f"a plain {at}: call calibrate(model, images) first")
     if not traced.sites:
         problems.append("no ReLU that depends on the input")
     shape = traced.closed.out_avals[0].shape
@@ -219,21 +213,13 @@ def _unique(sites: Sequence[Site]) -> tuple[Site, ...]:
 
 
 def quantised(who: str, model: nnx.Module, xs: jax.Array) -> Replaced:
-    """Return a network of QuantReLU with its activations held apart, in a copy.
-
-    Raises:
-        ValueError: something in the model is neither affine nor a QuantReLU.
-    """
+    """Return a copy with its QuantReLUs as sites; ValueError if others are in it."""
     model, traced, found = _sites(who, model, xs, plain=False)
     return Replaced(model, [quant for quant in found if quant], traced.sites)
 
 
 def _swap(path: str, levels: int, v_threshold: jax.Array) -> Swap:
-    """Return the row of an activation.
-
-    Raises:
-        ValueError: its threshold is not positive.
-    """
+    """Return the row of an activation, whose threshold must be positive."""
     if not bool(((v_threshold > 0) & jnp.isfinite(v_threshold)).all()):
         raise ValueError(
             f"conversion: expected a positive threshold at {path!r}, got {v_threshold}."
@@ -247,9 +233,9 @@ def convert(model: nnx.Module, xs: jax.Array, num_thresholds: int = 1) -> Conver
 
     v_threshold = s p,  V[0] = v_threshold / 2,  soft reset, spikes of v_threshold
 
-    Norms stay, in inference form, and act at every step; ``fold_norms`` folds them into
-    the weights before. Show the network the same image at every step; its answer is the
-    mean of its logits. At T = p its levels are those of the quantised network.
+    Norms act at every step; ``fold_norms`` folds them into the weights before. Show the
+    network the same image at every step; its answer is the mean of its logits. At T = p
+    its levels are those of the quantised network.
 
     Args:
         model: from ``calibrate``, or with QuantReLU for activations; not modified.
@@ -352,9 +338,7 @@ def calibrate(
     model, traced, found = _sites("calibrate", model, xs, plain=True)
     quants = [quant or neuron() for quant in found]
 
-    def handler(
-        n: int, site: Site, values: list, given: None
-    ) -> tuple[jax.Array, jax.Array]:
+    def handler(n: int, site: Site, values: list, given: None) -> tuple:
         y = jnp.minimum(nnx.relu(_input(site, values)), site.cap)
         # The largest activation must not be at the clip exactly, where the last bit
         # decides on its gradient.
@@ -366,5 +350,5 @@ def calibrate(
     for n, (quant, site) in enumerate(zip(quants, traced.sites, strict=True)):
         swaps.append(_swap(site.name, quant.levels, thresholds[n]))
         quant.scale = nnx.Param(thresholds[n] / quant.levels)
-        quant.deterministic = True
+        quant.deterministic = True  # a new QuantReLU is in training mode
     return Converted(Replaced(model, quants, traced.sites), tuple(swaps))

@@ -64,11 +64,7 @@ def _spread(unit: jax.Array, y: jax.Array) -> jax.Array:
 def _steps(
     who: str, model: Replaced, xs: jax.Array, time_steps: int, *, watched: bool = False
 ) -> Iterator[Step]:
-    """Yield (logits, spikes, activations) of each step on the same input.
-
-    Raises:
-        ValueError: the model is not from convert, or the input has no axis of time.
-    """
+    """Yield (logits, spikes, activations) of each step on the same input."""
     spiking = isinstance(model, Replaced) and isinstance(model.sites[0], ScaledIF)
     if not spiking or time_steps < 1 or xs.shape[1:2] != (1,):
         raise ValueError(
@@ -120,7 +116,7 @@ def early_exit(logits: jax.Array, confidence: float) -> Exit:
     Reference: Dynamic Confidence, Li et al. 2023, arXiv:2303.10276.
     """
     sure = jax.nn.softmax(logits).max(-1) > confidence
-    last = sure.at[-1].set(True).argmax(0)
+    last = sure.at[-1].set(True).argmax(0)  # the last step answers in any case
     classes = jnp.take_along_axis(logits.argmax(-1), last[None], 0)[0]
     return Exit(classes, last + 1)
 
@@ -165,6 +161,7 @@ def evaluate_steps(
         classes, steps = early_exit(run.logits, confidence)
         right = run.logits.argmax(-1) == labels
         row = right, run.spikes, classes == labels, steps, jnp.ones(len(labels))
+        # Float32 is exact up to 16 million spikes only.
         rows.append([np.asarray(v, np.float64).sum(-1) for v in row])
     *sums, count = (np.sum(column, 0) for column in zip(*rows, strict=True))
     accuracy, spikes, exits, steps = (total / count for total in sums)
@@ -192,6 +189,7 @@ def confidence_front(
         accuracy = float((classes == labels).mean())
         rows.append((float(confidence), accuracy, float(steps.mean())))
     front = []
+    # Of equally fast ones the most accurate comes first, and hides the others.
     for row in sorted(rows, key=lambda row: (row[2], -row[1])):
         if not front or row[1] > front[-1][1]:
             front.append(row)
@@ -245,8 +243,8 @@ def agreement(
     rows = []
     for path, neuron in zip(snn.names, snn.sites, strict=True):
         z, rate = total[path].x / time_steps, total[path].y / time_steps
-        top, levels = neuron.unit[...], time_steps * neuron.num_thresholds
-        top = _spread(top, z) * neuron.num_thresholds
+        top = _spread(neuron.unit[...], z) * neuron.num_thresholds
+        levels = time_steps * neuron.num_thresholds
         parts = _errors(z, rate, activations[path].y, top, levels)
         rows.append(Agreement(path, *map(float, parts)))
     return rows
@@ -256,6 +254,7 @@ def _errors(
     z: jax.Array, rate: jax.Array, activation: jax.Array, top: jax.Array, levels: int
 ) -> list[jax.Array]:
     clipped = jnp.clip(z, 0, top)
+    # The rate in closed form, see ScaledIF.
     expected = jnp.clip(jnp.floor(z * levels / top + 0.5), 0, levels) * top / levels
     pairs = [
         (rate, activation),
@@ -263,5 +262,6 @@ def _errors(
         (expected, clipped),
         (rate, expected),
     ]
+    # A silent layer has no spikes, occasional or not.
     occasional = (rate * (activation == 0)).sum() / jnp.maximum(rate.sum(), 1e-9)
     return [(jnp.abs(a - b) / top).mean() for a, b in pairs] + [occasional]
