@@ -54,10 +54,18 @@ LOSS = 0.005  # of accuracy, that early exits may cost on the sample
 
 
 @dataclasses.dataclass(frozen=True)
+class Start(Experiment):
+    """A network of single thresholds or ReLU: --num-thresholds is of the conversion."""
+
+    activation: SingleOptions = SingleOptions("relu")
+    """Its neurons."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Conversion:
     """A ReLU network, and its conversion to a spiking one."""
 
-    experiment: Experiment
+    experiment: Start
     """The ReLU network."""
     num_thresholds: int = 1
     """Thresholds of the spiking neurons: N do in T / N steps what one does in T."""
@@ -92,11 +100,10 @@ class Conversion:
 
 
 DEFAULT = Conversion(
-    Experiment(
+    Start(
         workdir=Path("runs/convert"),
         inputs=Images("digits"),
         network=VGGOptions("convnet", pool="avg"),
-        activation=SingleOptions("relu"),
         train=TrainConfig(epochs=30.0, batch_size=48, warmup=0.1, evaluate_every=10.0),
     )
 )
@@ -112,17 +119,16 @@ class Conversions:
         self.start = dataclasses.replace(shared, workdir=self.workdir / "relu")
         if flags.relu:
             self.start = started(flags.relu, shared)
-        self.image_set, self.encode, self.augment, self.crops = open_images(self.start)
-        first = range(min(SAMPLE, len(self.image_set.train)))
-        raw = self.image_set.train.take(first, self.crops[1])
-        self.sample = self.encode(jnp.asarray(raw["image"]), jax.random.key(0))
+        self.task = open_images(self.start)
+        source, crop = self.task.data.train, self.task.crops[1]
+        raw = source.take(range(min(SAMPLE, len(source))), crop)
+        self.sample = self.task.encode(jnp.asarray(raw["image"]), jax.random.key(0))
         self.labels = jnp.asarray(raw["label"])
 
     def fit(self, experiment: Experiment, model: nnx.Module | None = None, **more):
         """Train a network in a folder of its own, or resume there."""
         print(experiment.workdir)
-        data = self.image_set, self.encode, self.augment, self.crops
-        fitted = train(experiment, *data, model=model, **more)
+        fitted = train(experiment, self.task, model=model, **more)
         if not fitted.finished:
             raise SystemExit(0)
         return fitted
@@ -155,7 +161,7 @@ class Conversions:
         last = max(1, self.flags.max_steps // num_thresholds)
         snn, swaps = convert(ann, self.sample, num_thresholds)
         confidence = self.confidence(snn, last)
-        result = evaluate_steps(snn, self.test(), self.encode, last, confidence)
+        result = evaluate_steps(snn, self.test(), self.task.encode, last, confidence)
         levels = min(last, max(1, round(swaps[0].levels / num_thresholds)))
         layers = agreement(ann, snn, self.sample, levels)
         return {
@@ -178,9 +184,9 @@ class Conversions:
 
     def test(self) -> Iterator[dict[str, Any]]:
         """Batches of the test images."""
-        left = self.flags.test_images or len(self.image_set.test)
-        size = self.start.train.batch_size
-        for batch in images.eval_batches(self.image_set.test, size, crop=self.crops[1]):
+        test, crop = self.task.data.test, self.task.crops[1]
+        left, size = self.flags.test_images or len(test), self.start.train.batch_size
+        for batch in images.eval_batches(test, size, crop=crop):
             yield {name: values[:left] for name, values in batch.items()}
             left -= len(batch["label"])
             if left <= 0:

@@ -49,14 +49,14 @@ def compare(digits: Experiment) -> None:
         )
     rows = []
     with processes.distributed(digits.processes):
-        image_set, _, augment, crops = open_images(digits)
+        task = open_images(digits)
         for name, flags in NETWORKS.items():
             print(f"{len(rows) + 1}/{len(NETWORKS)}  {name}")
             folder = f"{flags['neuron']}-t{flags.get('time_steps', 1)}"
             flags = flags | {"workdir": digits.workdir / folder}
             experiment = dataclasses.replace(override(digits, flags))
-            encode = make_encode(experiment, image_set)
-            result = run(experiment, image_set, encode, augment, crops)
+            encode = make_encode(experiment, task.data)
+            result = run(experiment, task._replace(encode=encode))
             if result is None:  # stopped by SIGTERM
                 return
             several = getattr(experiment.activation, "num_thresholds", 1)

@@ -32,6 +32,7 @@ from spikejax.experiment import (
     Experiment,
     Inputs,
     SingleOptions,
+    Task,
     VGGOptions,
     report,
     train,
@@ -213,8 +214,8 @@ def main(experiment: Experiment) -> None:
         duration = _duration(inputs, steps)
         if inputs.stream:  # read first: training takes long
             seen = read_stream(inputs.stream, duration, event_set)
-        augment = make_augment(inputs, event_set.shape)
-        fitted = train(experiment, event_set, encode, augment)
+        task = Task(event_set, encode, make_augment(inputs, event_set.shape))
+        fitted = train(experiment, task)
         if not fitted.finished:
             print("Stopped and saved. Rerun the same command to resume.")
             return
@@ -222,8 +223,7 @@ def main(experiment: Experiment) -> None:
         result = report(
             experiment,
             fitted,
-            event_set,
-            encode,
+            task,
             split=event_set.split,
             sensor=event_set.sensor,
             accuracy_by_class=classes,

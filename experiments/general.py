@@ -89,14 +89,14 @@ DEFAULT = Comparison()
 def compare(comparison: Comparison) -> list[dict[str, Any]]:
     """Train each network in a folder of its own; return one row of results for each."""
     rows, shared = [], comparison.experiment
-    image_set, _, augment, crops = open_images(shared)
+    task = open_images(shared)
     names = list(NETWORKS) if comparison.network == "all" else [comparison.network]
     for name in names:
         print(f"{len(rows) + 1}/{len(names)}  {name}")
         flags = {"workdir": shared.workdir / name} | NETWORKS[name]
         experiment = dataclasses.replace(override(shared, flags))
-        encode = make_encode(experiment, image_set)
-        result = run(experiment, image_set, encode, augment, crops)
+        encode = make_encode(experiment, task.data)
+        result = run(experiment, task._replace(encode=encode))
         if result is None:  # stopped by SIGTERM
             return []
         rows.append({"name": name} | NETWORKS[name] | result)

@@ -43,13 +43,7 @@ from spikejax.experiment.build import build_model
 from spikejax.experiment.cli import fail, flatten, override, parse, run_cli
 from spikejax.experiment.config import make_loss
 from spikejax.tpu.chips import find_slice, tpu_devices
-from spikejax.tpu.plan import (
-    Plan,
-    batch_that_fits,
-    plan_training,
-    rows,
-    verdict,
-)
+from spikejax.tpu.plan import Plan, batch_that_fits, plan_training, rows, verdict
 from spikejax.train import TrainConfig
 from spikejax.train.progress import table
 

@@ -10,13 +10,7 @@ the width.
 
 from pathlib import Path
 
-from spikejax.experiment import (
-    Experiment,
-    GeneralOptions,
-    Images,
-    SingleOptions,
-    main,
-)
+from spikejax.experiment import Experiment, GeneralOptions, Images, SingleOptions, main
 from spikejax.experiment.cli import parse, run_cli
 from spikejax.train import TrainConfig
 

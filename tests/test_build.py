@@ -111,7 +111,6 @@ def abstract(network, xs):
 
     def answer(xs):
         net = network.build(
-            True,
             num_classes=10,
             in_channels=xs.shape[-1],
             neuron=neuron_factory(SingleOptions("lif"), network),

@@ -101,7 +101,7 @@ def test_flags_that_do_nothing_for_a_neuron(refused):
     refused("time_steps: expected 1 for --neu", "--time-steps", "2", neuron="relu")
     refused("loss: expected rate for one time step", "--loss", "tet")
     general = ["--model", "general-cnn", "--norm-groups", "2"]
-    refused("norm_groups: expected 1 for --model general-cnn", *general)
+    refused("norm_groups: expected 1 for a General SNN", *general)
     general[2:] = "--binarise", "straight-through"
     refused("binarise: expected .* for --neuron relu", *general, neuron="relu")
 

@@ -52,7 +52,7 @@ def fake(tmp_path_factory):
 
 
 def run(flags):
-    return experiment.run(flags, *experiment.open_images(flags))
+    return experiment.run(flags, experiment.open_images(flags))
 
 
 # What a run leaves

@@ -213,7 +213,7 @@ def layout(network, activation, **more):
     """The modules of a network with their settings, and the shapes of its arrays."""
     factory = build.neuron_factory(activation, network)
     parts = {"num_classes": 10, "in_channels": 3, "neuron": factory}
-    model = nnx.eval_shape(lambda: network.build(True, **parts, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: network.build(**parts, rngs=nnx.Rngs(0)))
     rows = [jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(model)))]
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Module):

@@ -8,6 +8,7 @@ from spikejax.experiment.build import VGGOptions as VGGOptions
 from spikejax.experiment.config import Experiment as Experiment
 from spikejax.experiment.config import Images as Images
 from spikejax.experiment.config import Inputs as Inputs
+from spikejax.experiment.config import Task as Task
 from spikejax.experiment.config import main as main
 from spikejax.experiment.config import make_encode as make_encode
 from spikejax.experiment.config import open_images as open_images

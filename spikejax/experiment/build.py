@@ -17,7 +17,6 @@ from spikejax import neurons
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold
 from spikejax.models import MODELS, resnet
 from spikejax.nn import cpu, windowed
-from spikejax.nn.norm import td_batch_norm
 from spikejax.train.recipe import check_settings
 
 NeuronFactory = Callable[[], Callable[[jax.Array], jax.Array]]
@@ -50,17 +49,14 @@ class ResNetOptions:
     def __post_init__(self):
         check_settings(self, {"width": ("more than 0", lambda w: w > 0)})
 
-    def build(self, fast: bool, **parts: Any) -> nnx.Module:
+    def build(self, **parts: Any) -> nnx.Module:
         """Return the network; see ``build_model``."""
         residuals = {"plain": resnet.plain, "sew": resnet.sew, "ms": resnet.ms}
-        dtype = jnp.dtype(self.dtype)
         return MODELS[self.model](
             residual=residuals[self.residual],
             width=self.width,
             remat=self.remat == "blocks",
-            pool=cpu.max_pool if fast else nnx.max_pool,
-            norm=partial(cpu.td_batch_norm if fast else td_batch_norm, dtype=dtype),
-            dtype=dtype,
+            dtype=jnp.dtype(self.dtype),
             **parts,
         )
 
@@ -78,16 +74,11 @@ class VGGOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters, statistics and membranes are float32."""
 
-    def build(self, fast: bool, **parts: Any) -> nnx.Module:
+    def build(self, **parts: Any) -> nnx.Module:
         """Return the network; see ``build_model``."""
-        max_pool = cpu.max_pool if fast else nnx.max_pool
-        dtype = jnp.dtype(self.dtype)
-        return MODELS[self.model](
-            pool=max_pool if self.pool == "max" else nnx.avg_pool,
-            norm=partial(cpu.td_batch_norm if fast else td_batch_norm, dtype=dtype),
-            dtype=dtype,
-            **parts,
-        )
+        if self.pool == "avg":
+            parts["pool"] = nnx.avg_pool
+        return MODELS[self.model](dtype=jnp.dtype(self.dtype), **parts)
 
 
 @dataclass(frozen=True)
@@ -101,9 +92,10 @@ class GeneralOptions:
     binarise: Literal["bernoulli", "straight-through"] = "bernoulli"
     """Conversion of the input of a spiking layer to spikes."""
 
-    def build(self, fast: bool, **parts: Any) -> nnx.Module:
+    def build(self, **parts: Any) -> nnx.Module:
         """Return the network; see ``build_model``."""
         binarise = getattr(windowed, self.binarise.replace("-", "_"))
+        parts = {k: v for k, v in parts.items() if k not in ("norm", "pool")}
         return MODELS[self.model](width=self.width, binarise=binarise, **parts)
 
 
@@ -141,27 +133,23 @@ def neuron_factory(
     scale their input by the leak. lif and mt-* keep tau at 2; plif learns it from
     there. In a General SNN, tau, the threshold and the surrogate are its authors'.
     """
+    count = getattr(activation, "num_thresholds", 1)
     # Normalised inputs have a standard deviation of 1. One threshold there is tdBN's
     # choice; of several, 0.5, 1, 1.5 ... cover it. The latter was chosen on the digits.
-    several = isinstance(activation, MultiThresholdOptions)
-    options: dict[str, Any] = {"detach_reset": True, "v_threshold": 1.0}  # our choice
-    if several and activation.num_thresholds > 1:
-        options["v_threshold"] = 0.5
+    options: dict[str, Any] = {"v_threshold": 0.5 if count > 1 else 1.0}
+    options["detach_reset"] = True  # our choice
     # From rest, the first step has u = x: in one time step tau has no effect.
     tau: dict[str, Any] = {"decay_input": False}
     if isinstance(network, GeneralOptions):
         options |= windowed.FIRING
         tau["tau"] = windowed.TAU
-    if several:
-        cells = {"mt-parallel": neurons.parallel, "mt-cascade": neurons.cascade}
-        cell = cells[activation.neuron]
-        return partial(
-            MultiThreshold, activation.num_thresholds, cell, **options, **tau
-        )
+    several = partial(MultiThreshold, count, **options, **tau)
     return {
         "lif": partial(LIF, **options, **tau),
         "plif": partial(PLIF, **options, **tau),
         "if": partial(IF, **options),
+        "mt-parallel": several,
+        "mt-cascade": partial(several, neurons.cascade),
         "relu": lambda: nnx.relu,
     }[activation.neuron]
 
@@ -178,26 +166,21 @@ def build_model(
     """Return the network of the options, with initial weights from the seed.
 
     Args:
-        network: options of the network.
-        activation: options of its neurons.
+        network, activation: the options.
         num_classes: logits.
         in_channels: channels of the input.
         seed: of the weights.
         platform: backend for which it is built, by default the one in use. On a CPU,
             networks take the kernels of ``nn.cpu``.
     """
-    # The plain kernels have forward mode; nn/cpu.py says how much faster its own are.
-    fast = (platform or jax.default_backend()) == "cpu"
+    parts: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
+    # Not elsewhere: nn/cpu.py says how much faster they are, without forward mode.
+    if (platform or jax.default_backend()) == "cpu":
+        parts |= {"conv": cpu.Conv, "norm": cpu.td_batch_norm, "pool": cpu.max_pool}
+    parts["neuron"] = neuron_factory(activation, network)
 
     def make() -> nnx.Module:
-        return network.build(
-            fast,
-            conv=cpu.Conv if fast else nnx.Conv,
-            num_classes=num_classes,
-            in_channels=in_channels,
-            neuron=neuron_factory(activation, network),
-            rngs=nnx.Rngs(seed),
-        )
+        return network.build(**parts, rngs=nnx.Rngs(seed))
 
     # Compiled as a whole: layer by layer, each initialiser would be dispatched alone.
     graphdef, _ = nnx.split(nnx.eval_shape(make))

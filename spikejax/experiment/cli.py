@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import difflib
 import io
-import itertools
 import os
 import platform
 import re
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+is_group: Callable[[Any], bool] = dataclasses.is_dataclass
 
 
 def parse(default: T, description: str | None, *options: Any) -> T:
@@ -43,12 +43,11 @@ def parse(default: T, description: str | None, *options: Any) -> T:
 
     # Two passes: tyro fixes the flags before it reads them, so the groups are needed.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for _, kinds in _unions(default):
-        parser.add_argument(flag_name(alternatives(kinds)[0]), nargs="?")
+    for name, _ in _groups(default):
+        parser.add_argument(flag_name(name), nargs="?")
     named = {k: v for k, v in vars(parser.parse_known_args()[0]).items() if v}
     try:
         default = override(default, named, *options)
-        flatten(default)  # raises if two groups have the same flag
     except ValueError as error:
         fail(str(error))
     errors = io.StringIO()
@@ -65,12 +64,10 @@ def parse(default: T, description: str | None, *options: Any) -> T:
     except SystemExit as exit:
         if not exit.code:  # --help
             raise
-        # tyro draws a frame around its message, which follows a title.
-        lines = [line.strip(" │") for line in errors.getvalue().splitlines()]
-        ruled = re.compile("[╭╮╰╯─-]*").fullmatch
-        lines = itertools.dropwhile(ruled, lines[1:])
-        text = " ".join(itertools.takewhile(lambda x: not ruled(x), lines))
-        fail("flags: " + re.sub(r"^Error parsing [^:]+: (?=\w+: )", "", text))
+        # tyro draws a frame: a title, then its message and advice between rules.
+        text = errors.getvalue().partition("\n")[2].replace("│", " ")
+        text = next(part for part in re.split("[─-]{9,}", text) if part.strip())
+        fail("flags: " + re.sub(r"^\s*Error parsing [^:]+:(?=\s+\w+: )", "", text))
     if unknown:
         fail(f"flags: {_explain(default, unknown[0])}")
     return flags
@@ -82,22 +79,11 @@ def flag_name(field: str) -> str:
 
 
 def flatten(config: "DataclassInstance") -> dict[str, Any]:
-    """Return {field: value} of a dataclass and of the dataclasses inside it.
-
-    Raises:
-        ValueError: two of them have a field of the same name.
-    """
+    """Return {field: value} of a dataclass and of the dataclasses inside it."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
-        new = {field.name: getattr(config, field.name)}
-        if dataclasses.is_dataclass(new[field.name]):
-            new = flatten(new[field.name])
-        if twice := flat.keys() & new.keys():
-            raise ValueError(
-                f"flags: expected one {flag_name(twice.pop())}, got a --neuron or "
-                "--model that adds another. This script does not take it."
-            )
-        flat |= new
+        value = getattr(config, field.name)
+        flat |= flatten(value) if is_group(value) else {field.name: value}
     return flat
 
 
@@ -117,44 +103,38 @@ def override(config: T, flags: dict[str, Any], *options: Any) -> T:
     Raises:
         ValueError: no group has that value of its first flag.
     """
-    made, unions = copy.copy(config), dict(_unions(config, nested=False))
+    made, hints = copy.copy(config), get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name in unions:
-            name, kind_of = alternatives(unions[field.name])
-            if (choice := flags.get(name, getattr(value, name))) not in kind_of:
-                known = ", ".join(kind_of)
-                raise ValueError(
-                    f"flags: expected {flag_name(name)} {known}, got {choice!r}."
-                )
-            kind = kind_of[choice]
-            value = next(g for g in (value, *options, kind()) if type(g) is kind)
-        nested = dataclasses.is_dataclass(value)
-        value = override(value, flags, *options) if nested else value
-        vars(made)[field.name] = flags.get(field.name, value)
+        value = flags.get(field.name, getattr(config, field.name))
+        if is_group(value):
+            if kinds := get_args(hints[field.name]):
+                name, kind_of = alternatives(kinds)
+                if (choice := flags.get(name, getattr(value, name))) not in kind_of:
+                    known = f"{flag_name(name)} {', '.join(kind_of)}"
+                    raise ValueError(f"flags: expected {known}, got {choice!r}.")
+                kind = kind_of[choice]
+                value = next(g for g in (value, *options, kind()) if type(g) is kind)
+            value = override(value, flags, *options)
+        vars(made)[field.name] = value
     return made
 
 
-def _unions(
-    config: "DataclassInstance", nested: bool = True
-) -> Iterator[tuple[str, tuple[type, ...]]]:
-    """Yield (field, classes that it may hold) where there are several."""
+def _groups(config: "DataclassInstance") -> Iterator[tuple[str, dict[str, type]]]:
+    """Yield the ``alternatives`` of each field that may hold several."""
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
+        if is_group(value):
             if kinds := get_args(hints[field.name]):
-                yield field.name, kinds
-            elif nested:
-                yield from _unions(getattr(config, field.name))
+                yield alternatives(kinds)
+            yield from _groups(value)
 
 
 def _explain(config: "DataclassInstance", unknown: str) -> str:
     """Return the reason why a flag is not one of the config."""
     flag, flags = unknown.split("=")[0], flatten(config)
-    for _, kinds in _unions(config):
-        name, kind_of = alternatives(kinds)
-        if any(flag in map(flag_name, flatten(kind())) for kind in kinds):
+    for name, kind_of in _groups(config):
+        if any(flag in map(flag_name, flatten(kind())) for kind in kind_of.values()):
             own = [flag_name(n) for n in flatten(kind_of[flags[name]]()) if n != name]
             takes = ", ".join(own) or "none of its own"
             which = f"{flag_name(name)} {flags[name]}"

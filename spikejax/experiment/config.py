@@ -8,7 +8,7 @@ import dataclasses
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import flax
 import jax
@@ -20,7 +20,7 @@ import spikejax
 from spikejax import energy, losses
 from spikejax.data import augment as augmentations
 from spikejax.data import images
-from spikejax.data.augment import Augment, Crop, center_crop, inception_crop
+from spikejax.data.augment import Augment, Crop
 from spikejax.data.events import EventSet
 from spikejax.data.images import ImageSet
 from spikejax.encode import direct
@@ -37,9 +37,6 @@ from spikejax.train.loop import Fitted, fit
 from spikejax.train.processes import Processes
 from spikejax.train.recipe import Ranges, TrainConfig, check_settings
 from spikejax.train.step import Encode, Loss
-
-DataSet = ImageSet | EventSet
-Crops = tuple[Crop | None, Crop | None]  # of training and of evaluation
 
 ENERGY_IMAGES = 256  # test images over which spikes and energy are measured
 ENERGY_VALUES = 2**24  # or as many large ones as have so many numbers together
@@ -109,28 +106,38 @@ class Experiment:
 
     def __post_init__(self):
         object.__setattr__(self, "workdir", Path(self.workdir))  # of a str in Python
-        check_settings(self, _RANGES)
+        ranges: Ranges = {
+            "time_steps": ("at least 1", lambda n: n >= 1),
+            "label_smoothing": ("0 <= p < 1", lambda p: 0 <= p < 1),
+        }
+        check_settings(self, ranges)
         check_settings(self.network)
         check_settings(self.activation)
-        several, model = self.time_steps > 1, self.network.model
-        relu, general = self.activation.neuron == "relu", model.startswith("general")
-        for name, useless, expected in (
+        relu = self.activation.neuron == "relu"
+        general = self.network.model.startswith("general")
+        once, flags = self.time_steps == 1, flatten(self)
+        for name, default, useless, why in (
             # Values that would do nothing, and on which a comparison could rest.
-            ("time_steps", several and relu, "1 for --neuron relu: it has no state"),
-            ("loss", not several, "rate for one time step, where losses are equal"),
-            ("norm_groups", general, f"1 for --model {model}, which has no norms"),
-            ("binarise", relu, "bernoulli for --neuron relu: it needs no spikes"),
+            ("time_steps", 1, relu, "for --neuron relu: it has no state"),
+            ("loss", "rate", once, "for one time step, where losses are equal"),
+            ("norm_groups", 1, general, "for a General SNN, which has no norms"),
+            ("binarise", "bernoulli", relu, "for --neuron relu: it needs no spikes"),
         ):
-            value = flatten(self).get(name, _UNUSED[name])
-            if useless and value != _UNUSED[name]:
-                raise ValueError(f"{name}: expected {expected}, got {value}.")
+            if useless and (value := flags.get(name, default)) != default:
+                raise ValueError(f"{name}: expected {default} {why}, got {value}.")
 
 
-_UNUSED = {"time_steps": 1, "loss": "rate", "norm_groups": 1, "binarise": "bernoulli"}
-_RANGES: Ranges = {
-    "time_steps": ("at least 1", lambda n: n >= 1),
-    "label_smoothing": ("0 <= p < 1", lambda p: 0 <= p < 1),
-}
+class Task(NamedTuple):
+    """The data of a run, and the way from them to the network."""
+
+    data: Any
+    """ImageSet or EventSet, with the splits train and test."""
+    encode: Encode
+    """(batch of the data, rng) -> xs [B, T, ...], on the device."""
+    augment: Augment | None = None
+    """Augmentation of batches of training, on the host."""
+    crops: tuple[Crop | None, Crop | None] = None, None
+    """Crops of the images of training and of evaluation."""
 
 
 def make_encode(experiment: Experiment, image_set: ImageSet) -> Encode:
@@ -141,10 +148,7 @@ def make_encode(experiment: Experiment, image_set: ImageSet) -> Encode:
         image_set: its mean and std normalise.
     """
     # NumPy: an array of JAX's here would keep processes from being joined later.
-    mean, std = (
-        np.array(image_set.mean, np.float32),
-        np.array(image_set.std, np.float32),
-    )
+    mean, std = (np.array(x, np.float32) for x in (image_set.mean, image_set.std))
 
     def normalise(raw: jax.Array, rng: jax.Array) -> jax.Array:
         return direct((raw / 255.0 - mean) / std, experiment.time_steps)
@@ -170,44 +174,32 @@ def make_augment(inputs: Images) -> Augment | None:
     }[inputs.augment]
 
 
-def make_crops(inputs: Images) -> Crops:
+def make_crops(inputs: Images) -> tuple[Crop | None, Crop | None]:
     """Return the crops of the images of training and of evaluation, or None."""
     if inputs.image_size is None:
         return None, None
-    center = center_crop(inputs.image_size)
+    center = augmentations.center_crop(inputs.image_size)
     if inputs.augment == "inception":
-        return inception_crop(inputs.image_size), center
+        return augmentations.inception_crop(inputs.image_size), center
     return center, center
 
 
-def open_images(
-    experiment: Experiment,
-) -> tuple[ImageSet, Encode, Augment | None, Crops]:
-    """Return (data, encode, augment, crops) of the flags: the input of ``run``."""
+def open_images(experiment: Experiment) -> Task:
+    """Return the task of the flags, whose inputs are ``Images``."""
     inputs = cast(Images, experiment.inputs)
     image_set = images.load(inputs.data, inputs.data_dir)
     encode = make_encode(experiment, image_set)
-    return image_set, encode, make_augment(inputs), make_crops(inputs)
+    return Task(image_set, encode, make_augment(inputs), make_crops(inputs))
 
 
 def train(
-    experiment: Experiment,
-    data: DataSet,
-    encode: Encode,
-    augment: Augment | None = None,
-    crops: Crops = (None, None),
-    *,
-    model: nnx.Module | None = None,
-    **more: Any,
+    experiment: Experiment, task: Task, *, model: nnx.Module | None = None, **more: Any
 ) -> Fitted:
     """Train the network of the flags in its folder, or resume there.
 
     Args:
         experiment: the flags.
-        data: with the splits train and test.
-        encode: (batch of the data, rng) -> xs [B, T, ...], on the device.
-        augment: of batches of training, on the host.
-        crops: of the images of training and of evaluation.
+        task: the data.
         model: trained instead of the network of the flags.
         more: JSON values that distinguish this run, besides the flags.
 
@@ -220,20 +212,21 @@ def train(
     folder = cache_programs()
     if folder and processes.is_primary():
         print(f"Compiled programs are cached in {folder} for the next run.")
-    recipe, shard = experiment.train, processes.shard()
+    data, recipe, shard = task.data, experiment.train, processes.shard()
     mesh = sharding.data_mesh(fsdp=experiment.fsdp)
     sharding.check_batch_size(recipe.batch_size, mesh)
     batch_size = recipe.batch_size // shard[1]  # of this process
+    crop, eval_crop = task.crops
     train_data = images.train_batches(
         data.train,
         batch_size,
         seed=recipe.seed,
-        crop=crops[0],
-        augment=augment,
+        crop=crop,
+        augment=task.augment,
         workers=experiment.workers,
         shard=shard,
     )
-    eval_data = images.eval_batches(data.test, batch_size, crop=crops[1], shard=shard)
+    eval_data = images.eval_batches(data.test, batch_size, crop=eval_crop, shard=shard)
     return fit(
         recipe,
         # No name holds the network here, so that ``fit`` can free its parameters.
@@ -241,7 +234,7 @@ def train(
         make_loss(experiment),
         train_data,
         eval_data,
-        encode=encode,
+        encode=task.encode,
         steps_per_epoch=max(1, len(data.train) // recipe.batch_size),
         workdir=workdir.claim(experiment.workdir, settings),
         mesh=mesh,
@@ -249,7 +242,7 @@ def train(
     )
 
 
-def _build(experiment: Experiment, data: DataSet) -> nnx.Module:
+def _build(experiment: Experiment, data: ImageSet | EventSet) -> nnx.Module:
     return build_model(
         experiment.network,
         experiment.activation,
@@ -259,64 +252,47 @@ def _build(experiment: Experiment, data: DataSet) -> nnx.Module:
     )
 
 
-def run(
-    experiment: Experiment,
-    data: DataSet,
-    encode: Encode,
-    augment: Augment | None = None,
-    crops: Crops = (None, None),
-) -> dict[str, Any] | None:
+def run(experiment: Experiment, task: Task) -> dict[str, Any] | None:
     """Train and evaluate; write config.json, result.json and what ``fit`` writes.
-
-    Args:
-        experiment, data, encode, augment, crops: as for ``train``.
 
     Returns:
         the content of result.json, or None if SIGTERM stopped the run.
     """
-    fitted = train(experiment, data, encode, augment, crops)
-    if not fitted.finished:
-        if processes.is_primary():
-            print(
-                f"Stopped and saved at step {fitted.metrics['steps']}. Rerun the same "
-                "command to resume."
-            )
-        return None
-    return report(experiment, fitted, data, encode, crops[1])
+    fitted = train(experiment, task)
+    if fitted.finished:
+        return report(experiment, fitted, task)
+    if processes.is_primary():
+        step = f"step {fitted.metrics['steps']}"
+        print(f"Stopped and saved at {step}. Rerun the same command to resume.")
+    return None
 
 
 def report(
-    experiment: Experiment,
-    fitted: Fitted,
-    data: DataSet,
-    encode: Encode,
-    crop: Crop | None = None,
-    **more: Any,
+    experiment: Experiment, fitted: Fitted, task: Task, **more: Any
 ) -> dict[str, Any]:
     """Measure spikes and energy of what ``train`` returned; write result.json.
 
     Args:
-        experiment, data, encode: as for ``train``.
+        experiment, task: as in ``train``.
         fitted: the trained network and its metrics.
-        crop: of the images of evaluation.
         more: further entries of result.json.
 
     Returns:
         the content of result.json.
     """
+    test, crop = task.data.test, task.crops[1]
     # 111 photographs of 224x224x3, but all 256 images of Tiny-ImageNet.
-    most = ENERGY_VALUES // data.test.take([0], crop)["image"].size
-    count = min(ENERGY_IMAGES, len(data.test), most)
-    sample = data.test.take(range(count), crop)["image"]
-    spent = energy.measure(fitted.model, encode(jnp.asarray(sample), jax.random.key(0)))
-    versions = {m.__name__: m.__version__ for m in (spikejax, jax, flax)}
+    most = ENERGY_VALUES // test.take([0], crop)["image"].size
+    count = min(ENERGY_IMAGES, len(test), most)
+    sample = jnp.asarray(test.take(range(count), crop)["image"])
+    spent = energy.measure(fitted.model, task.encode(sample, jax.random.key(0)))
     result = fitted.metrics | {
         "spikes_per_image": spent.spikes_per_image,
         "energy_nj": spent.energy_nj,
         "mac_nj": spent.mac_nj,
         "ann_energy_nj": spent.ann_energy_nj,
         "seed": experiment.train.seed,
-        "versions": versions,
+        "versions": {m.__name__: m.__version__ for m in (spikejax, jax, flax)},
         "device": jax.devices()[0].device_kind,
     }
     workdir.write(experiment.workdir / "result.json", result | more)
@@ -351,17 +327,15 @@ def identity(experiment: Experiment) -> dict[str, Any]:
 
 def defaults(experiment: Experiment) -> dict[str, Any]:
     """Return {flag: default} of those flags, for folders that are older than a flag."""
-    groups = {
-        name: type(getattr(experiment, name))()
-        for name in ("inputs", "network", "activation")
-    }
-    return identity(Experiment(Path(), **groups))
+    groups = ("inputs", "network", "activation")
+    made = {name: type(getattr(experiment, name))() for name in groups}
+    return identity(Experiment(Path(), **made))
 
 
 def main(experiment: Experiment) -> None:
     """Run one experiment on images and print one line of result."""
     with processes.distributed(experiment.processes):
-        result = run(experiment, *open_images(experiment))
+        result = run(experiment, open_images(experiment))
         if result and processes.is_primary():
             print(
                 f"accuracy {result['accuracy']:.2%}, {result['seconds']:.0f} s, "

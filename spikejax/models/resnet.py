@@ -82,7 +82,7 @@ class Block(nnx.Module):
     Args:
         inputs, width, stride: channels of the input and inside, stride of the block.
         bottleneck: 1x1, 3x3, 1x1 to four times the width, else two 3x3.
-        residual, neuron, conv, norm: those of ResNet, with dtype and rngs bound.
+        residual, neuron, conv, norm: as in ``ResNet``, with dtype and rngs bound.
     """
 
     def __init__(
@@ -97,28 +97,26 @@ class Block(nnx.Module):
         conv: Callable[..., Layer],
         norm: Callable[..., Layer],
     ):
-        # (kernel size, channels, stride); the 3x3 one strides, as in torchvision
-        layers = [(3, width, stride), (3, width, 1)]
+        last = LAST_SCALE[residual]
+        # (channels, kernel size, stride, alpha of the norm); the 3x3 one strides, as in
+        # torchvision
+        layers = [(width, 3, stride, 1.0), (width, 3, 1, last)]
         if bottleneck:
-            layers = [(1, width, 1), (3, width, stride), (1, 4 * width, 1)]
+            layers = [(width, 1, 1, 1.0), (width, 3, stride, 1.0)]
+            layers += [(4 * width, 1, 1, last)]
         self.residual = residual
+        widths = [inputs, *(outputs for outputs, *_ in layers)]
         # All convolutions first: each layer takes the next keys of rngs.
-        convs, channels = [], inputs
-        for size, outputs, step in layers:
-            convs.append(_conv(conv, channels, outputs, size, step))
-            channels = outputs
-        self.convs = List(convs)
-        alphas = [1.0] * (len(layers) - 1) + [LAST_SCALE[residual]]
-        self.norms = List(
-            norm(outputs, alpha=alpha)
-            for (_, outputs, _), alpha in zip(layers, alphas, strict=True)
+        self.convs = List(
+            _conv(conv, before, *layer[:3])
+            for before, layer in zip(widths, layers, strict=False)
         )
+        self.norms = List(norm(width, alpha=alpha) for width, _, _, alpha in layers)
         self.neurons = List(neuron() for _ in layers)
-        self.projects = stride != 1 or inputs != channels
+        self.projects = stride != 1 or inputs != widths[-1]
         if self.projects:
-            alpha = LAST_SCALE[residual] or 1.0
-            self.shortcut_conv = _conv(conv, inputs, channels, 1, stride)
-            self.shortcut_norm = norm(channels, alpha=alpha)
+            self.shortcut_conv = _conv(conv, inputs, widths[-1], 1, stride)
+            self.shortcut_norm = norm(widths[-1], alpha=last or 1.0)
             if residual is sew:  # both summands are spikes
                 self.shortcut_neuron = neuron()
 
@@ -142,11 +140,9 @@ class ResNet(nnx.Module):
     """A residual network: stem, stages of blocks, global mean, head.
 
     Args:
-        depths: blocks per stage.
-        widths: channels per stage.
+        depths, widths: blocks and channels per stage.
         num_classes: number of logits.
-        neuron: factory of the activation, ``neuron() -> callable``; a ReLU network is
-            ``neuron=lambda: nnx.relu``.
+        neuron: factory of the activation, such as ``LIF`` or ``lambda: nnx.relu``.
         residual: plain, sew or ms.
         bottleneck: blocks of 1x1, 3x3, 1x1.
         imagenet_stem: 7x7 convolution with stride 2 and max-pooling, else 3x3.
@@ -154,7 +150,7 @@ class ResNet(nnx.Module):
         hidden: width of a fully connected layer of neurons before the logits, or 0.
         width: factor on all channels but the logits, > 0.
         conv: factory of convolutions, with the arguments of nnx.Conv.
-        norm: factory of norms, ``norm(features, alpha=..., rngs=rngs)``.
+        norm: factory of norms, with the arguments of td_batch_norm.
         pool: max-pooling, with the arguments of nnx.max_pool.
         in_channels: channels of the input.
         dtype: of the computation; parameters stay float32.
@@ -197,27 +193,20 @@ class ResNet(nnx.Module):
         self.pool = pool
         self.remat = remat
         options = {"dtype": dtype, "rngs": rngs}
-        conv, norm = partial(conv, **options), partial(norm, rngs=rngs)
+        conv, norm = partial(conv, **options), partial(norm, **options)
         channels = scaled(stem_width or widths[0])
         size, stride = (7, 2) if imagenet_stem else (3, 1)
         self.stem_conv = _conv(conv, in_channels, channels, size, stride)
         self.stem_norm = norm(channels)
         self.stage_neuron = neuron()  # after the stem; for ms before the global mean
-        make = partial(
-            Block,
-            bottleneck=bottleneck,
-            residual=residual,
-            neuron=neuron,
-            conv=conv,
-            norm=norm,
-        )
-        blocks = []
+        parts = {"bottleneck": bottleneck, "residual": residual, "neuron": neuron}
+        make = partial(Block, **parts, conv=conv, norm=norm)
+        self.blocks = List([])
         for stage, (depth, inside) in enumerate(zip(depths, widths, strict=True)):
             for k in range(depth):
                 stride = 2 if stage and not k else 1
-                blocks.append(make(channels, scaled(inside), stride))
+                self.blocks.append(make(channels, scaled(inside), stride))
                 channels = scaled(inside) * (4 if bottleneck else 1)
-        self.blocks = List(blocks)
         self.has_hidden = bool(hidden)
         if hidden:
             self.hidden = nnx.Linear(channels, scaled(hidden), **options)

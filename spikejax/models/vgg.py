@@ -22,14 +22,9 @@ class VGG(nnx.Module):
         plan: channels of each convolution, or ``POOL``.
         num_classes: number of logits.
         hidden: widths of the fully connected layers before the logits.
-        neuron: factory of the activation, ``neuron() -> callable``; a ReLU network is
-            ``neuron=lambda: nnx.relu``.
-        conv: factory of convolutions, with the arguments of nnx.Conv.
-        norm: factory of norms, ``norm(features, rngs=rngs)``.
+        neuron: factory of the activation, such as ``LIF`` or ``lambda: nnx.relu``.
+        conv, norm, in_channels, dtype, rngs: as in ``ResNet``.
         pool: nnx.max_pool, nnx.avg_pool, or a function with their arguments.
-        in_channels: channels of the input.
-        dtype: of the computation; parameters stay float32.
-        rngs: source of the weights.
 
     Returns:
         logits [B, T, num_classes] for input [B, T, H, W, in_channels].
@@ -52,15 +47,14 @@ class VGG(nnx.Module):
         in_channels: int = 3,
         dtype: jnp.dtype = jnp.float32,
     ):
-        self.plan = tuple(plan)
-        self.pool = pool
+        self.plan, self.pool = tuple(plan), pool
         widths = [channels for channels in plan if channels != POOL]
         self.convs = List(
             # no bias: the norm that follows has one
             conv(a, b, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)
             for a, b in zip([in_channels, *widths], widths, strict=False)
         )
-        self.norms = List(norm(width, rngs=rngs) for width in widths)
+        self.norms = List(norm(width, dtype=dtype, rngs=rngs) for width in widths)
         sizes = [widths[-1], *hidden, num_classes]
         self.dense = List(
             nnx.Linear(a, b, dtype=dtype, rngs=rngs)
