@@ -33,19 +33,12 @@ from spikejax.nn.windowed import (
 
 REGION = 0.2  # the authors' threshold for the means of several windows
 
-
 # The authors' start of every linear layer but the head.
 _Linear = partial(nnx.Linear, kernel_init=nnx.initializers.xavier_uniform())
 
 
 class Block(nnx.Module):
-    """A residual block: x <- x + mixer(x),  x <- x + MLP(x), with real values.
-
-    Args:
-        mixer: windowed spiking layer.
-        channels: of the map; the MLP is three times as wide.
-        rngs: source of the weights.
-    """
+    """A residual block: x <- x + mixer(x),  x <- x + MLP(x), with real values."""
 
     def __init__(self, mixer: Mixer, channels: int, *, rngs: nnx.Rngs):
         self.mixer = mixer
@@ -54,8 +47,8 @@ class Block(nnx.Module):
 
     def __call__(self, xs: jax.Array, carried: State) -> tuple[jax.Array, State]:
         """Return the map and the membranes for the next block."""
-        ys, carried = self.mixer(xs, carried)
-        xs = xs + ys
+        mixed, carried = self.mixer(xs, carried)
+        xs = xs + mixed
         # The authors' GELU is PyTorch's, which is exact; Flax approximates by default.
         hidden = nnx.gelu(self.widen(xs), approximate=False)
         return xs + self.narrow(hidden), carried
@@ -83,26 +76,24 @@ class General(nnx.Module):
 
     Args:
         num_classes: number of logits.
-        network: factory of what runs over the windows, ``network(channels, neuron,
-            rngs=rngs)``: conv_network, lstm_network, or a partial of them.
+        network: factory of what runs over the windows: conv_network, lstm_network, or
+            a partial of them.
         neuron: factory of the spiking cell. With one that makes no spikejax neuron, as
-            ``lambda: nnx.relu``, the network does not spike: nothing is binarised, and
-            no region threshold acts.
+            ``lambda: nnx.relu``, nothing is binarised, and no region threshold acts.
         conv: factory of the stem's convolution, with the arguments of nnx.Conv.
         windows: of the blocks in turn.
         region_threshold: in the blocks of the second window; None for no threshold.
-        binarise: bernoulli or straight_through.
+        binarise, rngs: as in ``Mixer``.
         width: factor on the channels 48, 96, 192 and 384.
         depths: blocks per stage.
         in_channels: channels of the input.
-        rngs: source of the weights and of the random input of the mixers.
 
     Returns:
         logits [B, T, num_classes] for input [B, T, H, W, in_channels], H and W
         multiples of 32. Time steps do not see each other, except in ``plain``.
 
     Raises:
-        ValueError: if the width leaves no channels, or the sides do not fit.
+        ValueError: the width leaves no channels, or the sides do not fit.
     """
 
     def __init__(
@@ -151,8 +142,7 @@ class General(nnx.Module):
             # The last maps of a 32x32 image are 2x2: windows could not overlap there.
             last = len(stages) == len(depths) - 1
             stages.append(List(block(k % 2 == 1 and not last) for k in range(depth)))
-        self.stages = List(stages)
-        self.merges = List(merges)
+        self.stages, self.merges = List(stages), List(merges)
         self.carried_merges = List(carried_merges)
         zeros = nnx.initializers.zeros_init()  # the first loss is log(num_classes)
         self.head = nnx.Linear(channels, num_classes, kernel_init=zeros, rngs=rngs)
@@ -161,9 +151,8 @@ class General(nnx.Module):
         factor = 2 * 2 ** len(self.stages)  # stem, merging, and windows of the last map
         if xs.ndim != 5 or xs.shape[2] % factor or xs.shape[3] % factor:
             raise ValueError(
-                f"General: expected images [B, T, H, W, C] with sides that are "
-                f"multiples of {factor}, got shape {xs.shape}. Take another data "
-                "set, or resize its images."
+                "General: expected images [B, T, H, W, C] with sides that are "
+                f"multiples of {factor}, got shape {xs.shape}. Resize the images."
             )
         xs, carried = self.stem(xs), None
         for stage, blocks in enumerate(self.stages):
@@ -181,10 +170,7 @@ def cnn(
 ) -> General:
     """Make the authors' CNN: for CIFAR-10 up to ten classes, else for CIFAR-100.
 
-    Args:
-        num_classes: number of logits.
-        conv: factory of all convolutions, with the arguments of nnx.Conv.
-        options: of ``General``.
+    Args as in ``General``; ``conv`` makes all convolutions.
     """
     network = partial(conv_network, conv=conv)
     if num_classes > 10:
@@ -196,7 +182,7 @@ def cnn(
 def lstm(num_classes: int, **options: Any) -> General:
     """Make the authors' LSTM: for CIFAR-10 up to ten classes, else for CIFAR-100.
 
-    Arguments are those of ``cnn``; ``conv`` makes the stem.
+    Args as in ``General``.
     """
     # With more classes the authors cut windows, and give the network the whole map.
     if num_classes > 10:
@@ -209,8 +195,8 @@ def plain(
 ) -> General:
     """Make the same network without windows, whose membranes last through time.
 
-    For comparison, as any spiking network. Arguments are those of ``cnn``.
+    For comparison, as any spiking network. Args as in ``cnn``.
     """
     network = partial(conv_network, conv=conv, projection=None)
-    windows = (whole, whole)
-    return General(num_classes, network=network, conv=conv, windows=windows, **options)
+    options = {"windows": (whole, whole)} | options
+    return General(num_classes, network=network, conv=conv, **options)

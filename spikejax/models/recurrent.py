@@ -9,25 +9,23 @@ from spikejax._compat import List
 from spikejax.layers import Neuron
 from spikejax.nn.recurrent import LSTM, Recurrent
 
-# (inputs, width, neuron, rngs) -> (currents of a sequence, neurons)
-Kind = Callable[
-    [int, int, Callable[[], Neuron], nnx.Rngs], tuple[Callable, Neuron | Recurrent]
-]
+# (inputs, width, factory of neurons, rngs) -> a layer of so many neurons
+Kind = Callable[[int, int, Callable[[], Neuron], nnx.Rngs], nnx.Sequential]
 
 
 def feedback(
     inputs: int, width: int, neuron: Callable[[], Neuron], rngs: nnx.Rngs
-) -> tuple[Callable, Recurrent]:
+) -> nnx.Sequential:
     """Return linear weights, and neurons whose spikes come back to them."""
     linear = nnx.Linear(inputs, width, rngs=rngs)
-    return linear, Recurrent(neuron(), width, rngs=rngs)
+    return nnx.Sequential(linear, Recurrent(neuron(), width, rngs=rngs))
 
 
 def gated(
     inputs: int, width: int, neuron: Callable[[], Neuron], rngs: nnx.Rngs
-) -> tuple[Callable, Neuron]:
+) -> nnx.Sequential:
     """Return an LSTM, and plain neurons whose currents are its outputs."""
-    return LSTM(inputs, width, rngs=rngs), neuron()
+    return nnx.Sequential(LSTM(inputs, width, rngs=rngs), neuron())
 
 
 class RecurrentSNN(nnx.Module):
@@ -57,12 +55,10 @@ class RecurrentSNN(nnx.Module):
     ):
         sizes = [inputs, *widths]
         pairs = zip(sizes[:-1], widths, strict=True)
-        made = [kind(a, b, neuron, rngs) for a, b in pairs]
-        self.layers = List(layer for layer, _ in made)
-        self.neurons = List(neurons for _, neurons in made)
+        self.layers = List(kind(a, b, neuron, rngs) for a, b in pairs)
         self.head = nnx.Linear(sizes[-1], num_classes, rngs=rngs)
 
     def __call__(self, xs: jax.Array) -> jax.Array:
-        for layer, neurons in zip(self.layers, self.neurons, strict=True):
-            xs = neurons(layer(xs))
+        for layer in self.layers:
+            xs = layer(xs)
         return self.head(xs)

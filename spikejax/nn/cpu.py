@@ -1,8 +1,7 @@
 """Convolution, max-pooling and batch norm that are fast on XLA:CPU.
 
-    model = resnet18(
-        10, neuron=LIF, conv=cpu.Conv, pool=cpu.max_pool, norm=cpu.td_batch_norm, ...
-    )
+    kernels = {"conv": cpu.Conv, "pool": cpu.max_pool, "norm": cpu.td_batch_norm}
+    model = resnet18(10, neuron=LIF, **kernels, rngs=rngs)
     step = jax.jit(step, compiler_options=cpu.compiler_options("cpu"))
 
 Values and gradients equal those of Flax and JAX. Pass them on a CPU only: nothing here
@@ -45,30 +44,23 @@ CPU_OPTIONS = {
 def compiler_options(platform: str) -> dict[str, str]:
     """Return options for ``jax.jit(step, compiler_options=...)`` of a training step.
 
-    On "cpu" a step takes two fifths of the memory and two thirds of the time. Options
-    that this XLA does not know are left out, with one warning in the log.
-
-    Args:
-        platform: such as ``jax.default_backend()``; only "cpu" has options.
+    On "cpu" a step takes two fifths of the memory and two thirds of the time; other
+    platforms have none. Those that this XLA does not know are left out, with a warning
+    in the log.
     """
-    options = CPU_OPTIONS if platform == "cpu" else {}
-    known = {name: value for name, value in options.items() if _knows(name, value)}
-    # Debug flags of XLA come and go: without a message steps would just become slower.
-    if missing := [name for name in options if name not in known]:
-        logging.getLogger(__name__).warning(
-            "compiler_options: this XLA does not know %s. Steps on a CPU may be slower "
-            "and take more memory.",
-            ", ".join(missing),
-        )
+    known: dict[str, str] = {}
+    for name, value in CPU_OPTIONS.items() if platform == "cpu" else ():
+        try:
+            jax.jit(lambda: 0, compiler_options={name: value})()
+            known[name] = value
+        except jax.errors.JaxRuntimeError:
+            # Debug flags of XLA come and go: silently, steps would just be slower.
+            logging.getLogger(__name__).warning(
+                "compiler_options: this XLA does not know %s. Steps on a CPU may be "
+                "slower and take more memory.",
+                name,
+            )
     return known
-
-
-def _knows(name: str, value: str) -> bool:
-    try:
-        jax.jit(lambda: 0, compiler_options={name: value})()
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
 
 
 # Convolution
@@ -92,9 +84,8 @@ def convolve(
 
     y[b, i, j] = sum over u, v of x[b, s i + u - p, s j + v - p] @ kernel[u, v]
 
-    For ``nnx.Conv(..., conv_general_dilated=convolve)``, which ``Conv`` is. Images in
-    float32 without dilation and groups take the fast implementation, which has no
-    forward mode (``jax.jvp``); all else is left to JAX.
+    Images in float32 without dilation and groups take the fast implementation; all
+    else is left to JAX.
 
     Args:
         x: images [B, H, W, C].
@@ -244,8 +235,7 @@ def max_pool(
 ) -> Array:
     """Return the maximum of each window; of spikes it is their OR.
 
-    The arguments are those of ``nnx.max_pool``. The gradient goes to the first of equal
-    maxima, in the order of rows and columns, as there.
+    Args and gradient as in ``nnx.max_pool``: to the first of equal maxima, row by row.
     """
     # Not the comparisons below: NIR and energy know a maximum by its reduce_window.
     pads: Any = padding  # Flax's stub knows the strings only
@@ -266,18 +256,15 @@ def _pool_backward(
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(xs.shape[batch:-1], window, strides, padding)
     pads = [(0, 0)] * batch + [*padding, (0, 0)]
-    window, strides = (1,) * batch + window + (1,), (1,) * batch + strides + (1,)
 
     def compared(xs: Array) -> Array:
         xs = jnp.pad(xs, pads, constant_values=-jnp.inf)
-
-        def at(offset: tuple[int, ...]) -> Array:
-            ends = zip(offset, xs.shape, window, strict=True)
-            end = [start + size - width + 1 for start, size, width in ends]
-            return lax.slice(xs, offset, end, strides)
-
-        offsets = product(*map(range, window))
-        return reduce(lambda a, b: jnp.where(a >= b, a, b), map(at, offsets))
+        seen = []
+        for offset in product(*map(range, window)):
+            sizes = zip(offset, xs.shape[batch:], window, strides, strict=False)
+            pixels = [slice(i, i + n - w + 1, step) for i, n, w, step in sizes]
+            seen.append(xs[(..., *pixels, slice(None))])
+        return reduce(lambda a, b: jnp.where(a >= b, a, b), seen)
 
     return jax.vjp(compared, xs)[1](g)
 

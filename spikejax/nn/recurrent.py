@@ -12,10 +12,7 @@ from spikejax.unroll import unroll_compiled
 
 
 class Feedback(NamedTuple):
-    """Time step of neurons that see their own last spikes.
-
-    Hashable, as ``layers.Step``; params is the pair of the neuron's and the weights.
-    """
+    """Time step of neurons that see their own last spikes, hashable as ``Step``."""
 
     step: Step
 
@@ -48,12 +45,9 @@ class Recurrent(nnx.Module):
     def __init__(self, neuron: Neuron, features: int, *, rngs: nnx.Rngs):
         self.neuron = neuron
         self.memory = Memory()
+        orthogonal = nnx.initializers.orthogonal()
         self.recurrent = nnx.Linear(
-            features,
-            features,
-            use_bias=False,
-            kernel_init=nnx.initializers.orthogonal(),
-            rngs=rngs,
+            features, features, use_bias=False, kernel_init=orthogonal, rngs=rngs
         )
 
     def __call__(self, xs: jax.Array, *, trains: bool = False) -> jax.Array:
@@ -98,8 +92,7 @@ class LSTM(nnx.Module):
     Flax's own cells have one bias, and other initial weights.
 
     Args:
-        inputs: size of the last axis of the input.
-        features: size of h.
+        inputs, features: sizes of the last axes of the input and of h.
         rngs: source of the weights.
 
     Reference: Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735.

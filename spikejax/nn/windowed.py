@@ -57,7 +57,7 @@ def split(xs: jax.Array, window: Window) -> jax.Array:
     """Cut maps [..., H, W, C] into windows [..., G, h, w, C] in their corners.
 
     Args:
-        xs: maps.
+        xs: the maps.
         window: tile, overlap, whole, or any (side of a map) -> side of a window, from
             half the side to all of it. G is 4, or less where it is all of it.
 
@@ -69,36 +69,35 @@ def split(xs: jax.Array, window: Window) -> jax.Array:
     return jnp.stack(parts, -4)
 
 
-def stitch(parts: jax.Array, sides: tuple[int, int], window: Window) -> jax.Array:
+def stitch(parts: jax.Array, sides: tuple[int, ...], window: Window) -> jax.Array:
     """Put windows together to maps [..., H, W, C]: where several overlap, their mean.
 
     Args:
-        parts: windows [..., G, h, w, C], as ``split`` returns them.
+        parts, window: windows [..., G, h, w, C] and their rule, as in ``split``.
         sides: H and W.
-        window: as in ``split``.
     """
     height, width, corners = _layout(sides, window)
     covered = np.zeros((*sides, 1), np.float32)
     total: Any = 0.0
     for g, (y, x) in enumerate(corners):
         covered[y : y + height, x : x + width] += 1
-        edges = ((y, sides[0] - height - y), (x, sides[1] - width - x), (0, 0))
+        edges = [(0, 0)] * (parts.ndim - 1)
+        edges[-3:-1] = (y, sides[0] - height - y), (x, sides[1] - width - x)
         # Padding adds up in one fusion, where .at[].add copies the map per window.
-        free = ((0, 0),) * (parts.ndim - 4)
-        total = total + jnp.pad(parts[..., g, :, :, :], free + edges)
+        total = total + jnp.pad(parts[..., g, :, :, :], edges)
     return total * jnp.asarray(1 / covered, parts.dtype)  # 1, 1/2 and 1/4 are exact
 
 
 def _layout(sides: tuple[int, ...], window: Window) -> tuple[int, int, list]:
     """Return height and width of a window, and the top left pixel (y, x) of each."""
-    height, width = map(window, sides)
-    for side, length in zip(sides, (height, width), strict=True):
-        if not side <= 2 * length <= 2 * side:
+    for side in sides:
+        if not side <= 2 * window(side) <= 2 * side:
             raise ValueError(
-                f"windows: expected windows from half the map to all of it, got "
-                f"{length} for a map of side {side}. Take images whose sides stay even "
-                "in every stage, such as 32 or 64, and tile, overlap or whole."
+                "windows: expected windows from half the map to all of it, got "
+                f"{window(side)} for a map of side {side}. Take images whose sides "
+                "stay even in every stage, such as 64, and tile, overlap or whole."
             )
+    height, width = map(window, sides)
     corners = [(y, x) for y in (0, sides[0] - height) for x in (0, sides[1] - width)]
     return height, width, list(dict.fromkeys(corners))
 
@@ -147,8 +146,7 @@ class Stacked(nnx.Module):
 
     Args:
         layers: callables from [B, T, G, h, w, C] to currents, such as nnx.Conv.
-        neurons: one per layer; any function that is no spikejax neuron, such as ReLU,
-            has no membrane.
+        neurons: one per layer; a function that is no spikejax neuron has no membrane.
         features: channels of the last layer.
         projection: F: sine, mean, or any elementwise function of two membranes. With
             None windows do not see each other, and membranes last through time.
@@ -197,8 +195,7 @@ class PersistentState(nnx.Module):
     start[g] = F(M[g], M'[g-1])  for g = 3, 4
 
     With one window for the whole map, start = M. The first block starts from rest.
-    Arguments are those of ``Stacked``, but the layer sees sequences [..., h w, C] of
-    pixels, row by row.
+    Args as in ``Stacked``; the layer sees sequences [..., h w, C] of pixels, by rows.
     """
 
     def __init__(
@@ -218,8 +215,8 @@ class PersistentState(nnx.Module):
     def __call__(self, xs: jax.Array, carried: State = None) -> tuple[jax.Array, State]:
         """Return spikes [B, T, G, h, w, features] and M' of windows and their M."""
         pixels = xs.reshape(*xs.shape[:3], -1, xs.shape[-1])
-        currents, neuron = self.layer(pixels), self.neuron
-        currents = currents.reshape(*xs.shape[:-1], -1)
+        currents = self.layer(pixels).reshape(*xs.shape[:-1], -1)
+        neuron = self.neuron
         if not isinstance(neuron, Neuron):
             return neuron(currents), None
         project = partial(jax.tree.map, self.projection)
@@ -267,13 +264,11 @@ class Mixer(nnx.Module):
         channels: of the map that comes out.
         network: ``conv_network`` or ``lstm_network``; all windows share its weights.
         window: tile, overlap or whole.
-        binarise: bernoulli, straight_through, or any (x, random key) -> z; None passes
-            real values on, for a network that does not spike. Evaluation draws random
-            numbers too, as the authors do.
+        binarise: bernoulli, straight_through, or any (x, random key) -> z, which draws
+            in evaluation too, as the authors do; None passes real values on.
         region_threshold: means of several windows above it become 1, without a
             gradient; None keeps the means.
-        rngs: source of the weights, and of the random numbers: its stream 'noise', or
-            the default one.
+        rngs: source of the weights; its stream 'noise' is that of the random keys.
 
     Reference: arXiv:2401.10843; straight_through is our choice.
     """
@@ -292,11 +287,9 @@ class Mixer(nnx.Module):
         self.window = window
         self.binarise = binarise
         self.region_threshold = region_threshold
+        xavier = nnx.initializers.xavier_uniform()
         self.linear = nnx.Linear(
-            network.features,
-            channels,
-            kernel_init=nnx.initializers.xavier_uniform(),
-            rngs=rngs,
+            network.features, channels, kernel_init=xavier, rngs=rngs
         )
         # A stream of its own: draws of one layer do not depend on those of others.
         self.rngs = rngs["noise"].fork()
@@ -306,25 +299,23 @@ class Mixer(nnx.Module):
 
         Args:
             xs: maps [B, T, H, W, C]; time steps do not see each other.
-            carried: membranes [B, T, H, W, C'] of the previous block; None at the start
-                or where the network has none.
+            carried: membranes [B, T, H, W, C'] of the previous block, if it has any.
 
         Raises:
-            ValueError: if xs has no axis of time.
+            ValueError: xs has no axis of time.
         """
         if xs.ndim != 5:
             raise ValueError(
                 f"Mixer: expected maps [B, T, H, W, C], got shape {xs.shape}. For one "
                 "time step, add the time axis: x[:, None]."
             )
-        sides = xs.shape[2], xs.shape[3]
-        parts = split(xs, self.window)
+        cut = partial(split, window=self.window)
+        put = partial(stitch, sides=xs.shape[2:4], window=self.window)
+        parts = cut(xs)
         if self.binarise is not None:
             parts = self.binarise(parts, self.rngs())
-        # None is a tree without leaves
-        carried = jax.tree.map(partial(split, window=self.window), carried)
-        spikes, carried = self.network(parts, carried)
-        put = partial(stitch, sides=sides, window=self.window)
+        # None is a tree without leaves.
+        spikes, carried = self.network(parts, jax.tree.map(cut, carried))
         ys, carried = put(spikes), jax.tree.map(put, carried)
         if self.region_threshold is not None:
             ys = jnp.where(ys > self.region_threshold, 1, ys)
