@@ -57,12 +57,13 @@ def shown(value: Any) -> str:
 def docstrings(cls: type) -> dict[str, str]:
     """Return {field of a dataclass: the string under it}."""
     found: dict[str, str] = {}
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(tree, ast.ClassDef)
-    for field, text in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            name, value = ast.unparse(field.target), ast.literal_eval(text.value)
-            found[name] = " ".join(value.split())
+    for base in reversed(cls.__mro__[:-1]):  # the texts of inherited fields too
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, text in zip(tree.body, tree.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                name, value = ast.unparse(field.target), ast.literal_eval(text.value)
+                found[name] = " ".join(value.split())
     return found
 
 
