@@ -50,9 +50,9 @@ def poisson(time_steps):
     return lambda images, rng: encode.poisson(images, time_steps, rng=rng)
 
 
-def norm(features, *, rngs, alpha=1.0):
+def norm(features, *, alpha=1.0, **options):
     """Without the zeros of membrane shortcuts, behind which gradients are small."""
-    return td_batch_norm(features, rngs=rngs)
+    return td_batch_norm(features, **options)
 
 
 def resnet(**options):
