@@ -113,8 +113,7 @@ class Pair:
         env = {name: v for name, v in os.environ.items() if name not in cache}
         env |= {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
-            "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         }
         self.children = [

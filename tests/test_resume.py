@@ -33,7 +33,7 @@ def surroundings(cache):
     ours = {"JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS"}
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     cached = {"JAX_COMPILATION_CACHE_DIR": str(cache)} if cache else {}
-    flags = "--xla_backend_optimization_level=0"
+    flags = os.environ["XLA_FLAGS"].replace("count=8", "count=1")
     kept |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     return kept | cached
 
