@@ -2,8 +2,7 @@
 
 ``trace`` follows a function's equations and finds its sites, the equations that a
 transformation replaces or observes: ReLUs, or products and spikes. ``run`` computes the
-function with each site handed to a handler. Energy, calibration, conversion, streaming
-and NIR are handlers; a module need not be built in any special way for them.
+function with each site handed to a handler: energy, calibration, conversion, NIR.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,8 +21,7 @@ Pure = Callable[[Pytree, Any], Any]  # (params, xs) -> ys
 # Number of an equation -> number of its site, or the plan of the jaxpr inside of it.
 Plan: TypeAlias = "dict[int, int | Plan]"
 
-# Calls of functions, and the parameter that holds what they compute. Names differ
-# between versions of JAX, so the table has the old beside the new.
+# Calls, and the parameter that holds what they compute, by all versions of JAX.
 CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -244,8 +242,6 @@ def functional(model: nnx.Module) -> tuple[Callable, Pytree]:
 class Function(nnx.Module):
     """Pure function f(params, x), of Linen or your own, as a module over sequences.
 
-        Function(net.apply, variables)(images[:, None])
-
     Args:
         f: (params, x [B, ...]) -> y [B, ...], in evaluation mode.
         params: pytree of arrays. In a dict with 'params', such as Linen's variables,
@@ -391,9 +387,8 @@ class _Walk:
         self, eqn: JaxprEqn, values: list[Value], around: _Around
     ) -> tuple[Plan, list[Value]]:
         """Walk the body of a scan until what is known of the carry is stable."""
-        params, first = eqn.params, eqn.params["num_consts"]
-        last = first + params["num_carry"]
-        around = around._replace(repeats=(*around.repeats, params["length"]))
+        first, last = _carry(eqn)
+        around = around._replace(repeats=(*around.repeats, eqn.params["length"]))
         while True:
             marks = len(self.sites), len(self.others)
             plan, outs = self.jaxpr(body(eqn)[0], values, around)
@@ -466,7 +461,7 @@ class _Run(NamedTuple):
         # Only the sites inside have the axis of the scan, or are inputs of the remat.
         given = {n: given[n] for n in _numbers(plan)}
         if name == "scan":
-            return _scan(params, compute, values, given)
+            return _scan(eqn, compute, values, given)
         leaves = jax.tree.leaves((values, given))
         # A quantised network keeps its rematerialisation; values of NIR have none.
         if name in REMAT and any(isinstance(v, Tracer) for v in leaves):
@@ -480,17 +475,26 @@ def _numbers(plan: Plan) -> Iterator[int]:
         yield from _numbers(item) if isinstance(item, dict) else (item,)
 
 
-def _scan(
-    params: Mapping[str, Any], compute: Callable, values: list, given: Kept
-) -> tuple[list[jax.Array], Kept]:
-    first = params["num_consts"]
-    last = first + params["num_carry"]
+def _carry(eqn: JaxprEqn) -> tuple[int, int]:
+    """Return the first and last place of a scan's carry among its operands."""
+    # By the axis that the body lacks: JAX 0.12 has no num_consts and num_carry.
+    inner = body(eqn)[0]
+    sides = (eqn.invars, inner.invars), (eqn.outvars, inner.outvars)
+    pairs: Any = (zip(*side, strict=True) for side in sides)
+    last, carried = (sum(a.aval.ndim == b.aval.ndim for a, b in p) for p in pairs)
+    return last - carried, last
 
-    def body(carry: list, now: tuple[list, Kept]) -> tuple[list, tuple[list, Kept]]:
+
+def _scan(
+    eqn: JaxprEqn, compute: Callable, values: list, given: Kept
+) -> tuple[list[jax.Array], Kept]:
+    first, last = _carry(eqn)
+
+    def step(carry: list, now: tuple[list, Kept]) -> tuple[list, tuple[list, Kept]]:
         outs, kept = compute([*values[:first], *carry, *now[0]], now[1])
         return outs[: last - first], (outs[last - first :], kept)
 
-    options = {name: params[name] for name in ("length", "reverse", "unroll")}
-    scanned = (values[last:], given)
-    carry, (ys, kept) = jax.lax.scan(body, values[first:last], scanned, **options)
+    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    now = (values[last:], given)
+    carry, (ys, kept) = jax.lax.scan(step, values[first:last], now, **options)
     return [*carry, *ys], kept
