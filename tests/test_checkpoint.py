@@ -213,7 +213,7 @@ def test_damage_of_any_file_gives_the_checkpoint_before(
         assert warning.category is CheckpointWarning
         pattern = r"checkpoint 3 in .* is corrupted \((.*) is not .*\): resuming from "
         match = re.match(pattern + "checkpoint 2; it is now (.*)", str(warning.message))
-        name = "/".join(file.parts[1:])
+        name = "/".join(file.parts)
         assert match and match[2] == kept.name
         assert match[1] == name or file.name == SUMS
     gc.collect()  # asyncio reports what failed unseen when it is collected
@@ -233,7 +233,24 @@ def test_no_flipped_byte_goes_unseen(saved, tmp_path):
             assert find_corruption(folder), (file, place)
             path.write_bytes(content)
     (folder / "more").write_text("")
-    assert find_corruption(folder) == "more is not as it was saved"
+    assert find_corruption(folder) == "3/more is not as it was saved"
+
+
+@pytest.mark.parametrize("what", ["", NOTES])
+def test_parts_of_another_step_are_corruption(folder, what):
+    """A whole checkpoint under another number, or the data position of another."""
+    if what:
+        shutil.copy(folder / "2" / what, folder / "3" / what)
+    else:
+        shutil.copytree(folder / "2", folder / "4")
+    data = make_data()
+    with pytest.warns(
+        CheckpointWarning, match="is corrupted .* is not as it was saved"
+    ):
+        step, state, _ = restore(folder, data=data)
+    assert step == (2 if what else 3)
+    assert_same(state, make_state(step))
+    assert data.get_state() == make_data(step).get_state()
 
 
 def test_a_step_is_saved_again_after_its_checkpoint_was_corrupted(folder):
@@ -253,8 +270,8 @@ def test_each_corrupted_checkpoint_has_its_warning(folder):
     with pytest.warns(CheckpointWarning) as caught:
         assert restore(folder)[0] == 1
     newest, before = (str(warning.message) for warning in caught)
-    assert newest.startswith("checkpoint 3 in ") and "(state/_METADATA is" in newest
-    assert before.startswith("checkpoint 2 in ") and f"({NOTES} is not" in before
+    assert newest.startswith("checkpoint 3 in ") and "(3/state/_METADATA is" in newest
+    assert before.startswith("checkpoint 2 in ") and f"(2/{NOTES} is not" in before
 
 
 def test_damage_of_an_old_checkpoint_does_no_harm(folder):

@@ -1,5 +1,6 @@
 import hashlib
 import struct
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,23 @@ def test_checksums_are_those_of_sha256sum(tmp_path):
     (tmp_path / "notes").write_bytes(b"")
     write_checksums(tmp_path)
     assert (tmp_path / SUMS).read_text().splitlines() == [
-        f"{hashlib.sha256(b'abc').hexdigest()}  d/leaves",
-        f"{hashlib.sha256(b'').hexdigest()}  notes",
+        f"{hashlib.sha256(b'abc').hexdigest()}  {tmp_path.name}/d/leaves",
+        f"{hashlib.sha256(b'').hexdigest()}  {tmp_path.name}/notes",
     ]
     assert find_corruption(tmp_path) == ""
+    assert (
+        subprocess.run(
+            ["sha256sum", "-c", f"{tmp_path.name}/{SUMS}"],
+            cwd=tmp_path.parent,
+            capture_output=True,
+        ).returncode
+        == 0
+    )
+
+
+def test_checksums_are_of_their_folder(tmp_path):
+    (tmp_path / "2").mkdir()
+    (tmp_path / "2" / "leaves").write_bytes(b"abc")
+    write_checksums(tmp_path / "2")
+    (tmp_path / "2").rename(tmp_path / "3")
+    assert find_corruption(tmp_path / "3") == "2/leaves is not as it was saved"

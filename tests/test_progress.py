@@ -116,10 +116,11 @@ def test_a_run_from_the_start_drops_all(tmp_path):
     assert [entry["step"] for entry in entries(tmp_path)] == [1]
 
 
-def test_a_line_half_written_is_dropped(tmp_path):
+@pytest.mark.parametrize("line", ['{"step": 3, "lo', "5", "[]", "{}", '{"step": "1"}'])
+def test_a_line_half_written_is_dropped(tmp_path, line):
     train(tmp_path, [1, 2])
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "lo')
+        file.write(line)
     train(tmp_path, [3], start=2)
     assert [entry["step"] for entry in entries(tmp_path)] == [1, 2, 3]
 

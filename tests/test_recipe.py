@@ -99,6 +99,15 @@ def test_weight_decay_touches_kernels_alone(optimizer):
     assert others == {"scale", "bias", "leak_logit", "log_steps"}
 
 
+def test_weight_decay_goes_by_name_and_not_by_rank():
+    """Layers stacked for a scan have biases of two axes."""
+    flat = {"kernel": np.ones(4, np.float32), "bias": np.ones((3, 4), np.float32)}
+    config = TrainConfig(steps=1, warmup=0, learning_rate=0.1, weight_decay=0.5)
+    after = optimise(config, flat, [jax.tree.map(np.zeros_like, flat)])
+    np.testing.assert_array_equal(after["bias"], flat["bias"])
+    np.testing.assert_allclose(after["kernel"], 1 - 0.1 * 1.9 * 0.5, rtol=1e-6)
+
+
 def test_sgd_is_nesterov_momentum_with_l2_decay():
     config = TrainConfig(steps=4, warmup=0, learning_rate=0.2, weight_decay=0.1)
     gradients = [random_like(TWO, seed) for seed in range(4)]

@@ -277,6 +277,56 @@ def test_a_bfloat16_model_trains_with_float32_parameters():
     assert run.step._cache_size() == 1
 
 
+class Noisy(nnx.Module):
+    """Dropout, and of a stack of two layers too, as for a scan over depth."""
+
+    def __init__(self):
+        self.scale = nnx.Param(jnp.ones(()))
+        self.one = nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+
+        @nnx.split_rngs(splits=2)
+        @nnx.vmap
+        def stacked(rngs):
+            return nnx.Dropout(0.5, rngs=rngs)
+
+        self.two = stacked(nnx.Rngs(2))
+
+    def __call__(self, xs):
+        deep = nnx.vmap(lambda layer, xs: layer(xs), in_axes=(0, None))(self.two, xs)
+        return self.scale[...] * (self.one(xs) + 10 * deep[0] + 100 * deep[1])
+
+
+def test_groups_of_the_batch_draw_random_numbers_of_their_own():
+    seen = []
+
+    def loss(logits, labels):
+        jax.debug.callback(lambda logits: seen.append(np.asarray(logits)), logits)
+        return logits.mean((1, 2))
+
+    model, config = Noisy(), TrainConfig(steps=2, learning_rate=1e-9)
+    optimizer = make_optimizer(config, 2)
+    state = initial_state(model, optimizer, config)
+    step = make_train_step(
+        nnx.graphdef(model), loss, to_sequence, optimizer, norm_groups=2
+    )
+    keys = {path for path in by_path(state["rest"]) if path.endswith("key")}
+    assert len(keys) >= 2
+    batch = {"image": np.ones((8, 64), np.float32), "label": np.zeros(8, np.int32)}
+    after, _ = step(state, batch)
+    step(after, batch)
+    jax.effects_barrier()
+    sums = [np.rint(logits).astype(int) for logits in seen]
+    for mask in [x // base % 10 for x in sums for base in (1, 10, 100)]:
+        assert set(np.unique(mask)) == {0, 2}  # at every layer and step
+        assert (mask[:4] != mask[4:]).mean() > 0.3
+    assert (seen[0] != seen[1]).mean() > 0.3
+    before, after = by_path(state["rest"]), by_path(after["rest"])
+    for path in keys:
+        assert jax.random.key_data(before[path]).tolist() == (
+            jax.random.key_data(after[path]).tolist()
+        )
+
+
 # Batch statistics, evaluation
 
 
@@ -318,6 +368,20 @@ def test_examples_of_weight_0_do_not_count(trained, eval_step):
     labels = np.where(keep, batch["label"], (batch["label"] + 1) % CLASSES)
     assert equal(sums(images, labels, weights), some)
     assert not equal(every, some) and not equal(sums(images, labels, [1] * 8), every)
+
+
+def test_padding_is_selected_and_not_multiplied():
+    """Black images, divided by their sum, are NaN: as padding they do not count."""
+
+    def predict(state, images):
+        return (images / images.sum(1, keepdims=True))[:, None]
+
+    step, rows = make_eval_step(predict, rate_cross_entropy), np.eye(3, dtype="f4")[:2]
+    batch = {"image": rows, "label": np.array([0, 0], np.int32)}
+    result = evaluate(step, {}, [batch], BATCH, ALL)
+    # Logits 1, 0, 0 of class 0, then 0, 1, 0 of class 0: the losses differ by 1.
+    loss = math.log(math.e + 2) - 0.5
+    assert result == {"loss": pytest.approx(loss), "accuracy": 0.5}
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-SUMS = "SHA256SUMS"  # the format of sha256sum: `sha256sum -c SHA256SUMS` reads it too
+SUMS = "SHA256SUMS"  # of sha256sum: in the folder above, `sha256sum -c */SHA256SUMS`
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -37,13 +37,14 @@ def find_corruption(folder: Path) -> str:
 
 
 def _lines(folder: Path) -> set[str]:
-    """Return 64 hex digits, two spaces and the relative path, per file."""
+    """Return 64 hex digits, two spaces and the path, per file."""
+    # The path names the folder: a copy of checkpoint 2 is no checkpoint 3.
     lines = set()
     for path in folder.rglob("*"):
         if path.is_file() and path.name not in (SUMS, f"{SUMS}.tmp"):
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            lines.add(f"{digest}  {path.relative_to(folder).as_posix()}")
+            lines.add(f"{digest}  {path.relative_to(folder.parent).as_posix()}")
     return lines
 
 

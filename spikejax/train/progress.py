@@ -117,7 +117,7 @@ class Progress:
         def is_kept(line: str) -> bool:
             try:
                 return json.loads(line)["step"] <= start
-            except ValueError:  # half written when the run was killed
+            except (ValueError, TypeError, KeyError):  # half written when it was killed
                 return False
 
         path = workdir / "metrics.jsonl"

@@ -72,7 +72,7 @@ class TrainConfig:
     warmup: float = 0.05
     """Part of the training, in 0..1, in which the learning rate rises."""
     weight_decay: float = 5e-4
-    """Decay of kernels; norms, biases, leaks and thresholds have none."""
+    """Decay of the parameters named kernel; biases, norms and neurons have none."""
     clip: float = 0.0
     """Largest norm of the gradient; 0 clips nothing."""
     ema: float = 0.0
@@ -108,8 +108,11 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
     schedule = optax.warmup_cosine_decay_schedule(start, peak, warmup, steps)
 
     def is_kernel(params: Any) -> Any:
-        # Leaks and thresholds are scalars: decay would pull them to no useful value.
-        return jax.tree.map(lambda p: p.ndim > 1, params)
+        # By name: stacked layers have biases, leaks and thresholds of several axes.
+        def named(path: tuple[Any, ...], _: jax.Array) -> bool:
+            return jax.tree_util.keystr(path[-1:], simple=True) == "kernel"
+
+        return jax.tree_util.tree_map_with_path(named, params)
 
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     if config.optimizer == "adamw":

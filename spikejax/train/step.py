@@ -61,10 +61,10 @@ def make_train_step(
         graphdef: of the model, in training mode.
         loss, encode, optimizer: as in ``fit``, which makes the last of the recipe.
         ema: decay of the moving average of the parameters, 0 keeps none.
-        norm_groups: parts of the batch with batch statistics of their own, of which the
-            state keeps the mean. With one group per device the forward pass needs no
-            communication. With one group, statistics are over the global batch, for any
-            number of devices.
+        norm_groups: parts of the batch with batch statistics and random numbers of
+            their own; the state keeps the mean of the statistics. With one group per
+            device the forward pass needs no communication. With one group, statistics
+            are over the global batch, for any number of devices.
         gather: maps sharded to replicated parameters, for their use.
     """
 
@@ -75,12 +75,12 @@ def make_train_step(
         def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             params = gather(params)
 
-            def forward(xs: jax.Array) -> tuple[jax.Array, Any]:
-                model = nnx.merge(graphdef, params, state["rest"])
+            def forward(rest: State, xs: jax.Array) -> tuple[jax.Array, Any]:
+                model = nnx.merge(graphdef, params, rest)
                 logits = model(xs)
                 return logits, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
 
-            logits, rest = _in_groups(forward, xs, norm_groups)
+            logits, rest = _in_groups(forward, state["rest"], xs, norm_groups)
             return loss(logits, batch["label"]).mean(), (logits, rest)
 
         both = jax.value_and_grad(objective, has_aux=True)
@@ -103,18 +103,36 @@ def make_train_step(
 
 
 def _in_groups(
-    forward: Callable[[jax.Array], tuple[jax.Array, Any]], xs: jax.Array, groups: int
+    forward: Callable[[State, jax.Array], tuple[jax.Array, Any]],
+    rest: State,
+    xs: jax.Array,
+    groups: int,
 ) -> tuple[jax.Array, Any]:
     """Return (logits, rest) of consecutive groups of the batch, each by itself."""
 
-    def mean(leaf: jax.Array) -> jax.Array:
-        floats = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf.mean(0) if floats else leaf[0]  # counts and keys are equal in all
+    def is_key(leaf: jax.Array) -> bool:
+        return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+    def own_key(leaf: jax.Array, group: jax.Array) -> jax.Array:
+        if not is_key(leaf):
+            return leaf
+        fold = jax.vmap(jax.random.fold_in, (0, None))  # stacked layers have [L] keys
+        return fold(leaf.ravel(), group).reshape(leaf.shape)
+
+    def of_group(group: jax.Array, xs: jax.Array) -> tuple[jax.Array, Any]:
+        return forward(jax.tree.map(lambda leaf: own_key(leaf, group), rest), xs)
+
+    def joined(before: jax.Array, after: jax.Array) -> jax.Array:
+        if is_key(before):
+            return before
+        floats = jnp.issubdtype(after.dtype, jnp.floating)
+        return after.mean(0) if floats else after[0]  # counts are equal in all groups
 
     if groups == 1:
-        return forward(xs)
-    logits, rest = jax.vmap(forward)(xs.reshape(groups, -1, *xs.shape[1:]))
-    return logits.reshape(-1, *logits.shape[2:]), jax.tree.map(mean, rest)
+        return forward(rest, xs)
+    parts = xs.reshape(groups, -1, *xs.shape[1:])
+    logits, after = jax.vmap(of_group)(jnp.arange(groups), parts)
+    return logits.reshape(-1, *logits.shape[2:]), jax.tree.map(joined, rest, after)
 
 
 def make_predict(
@@ -139,16 +157,18 @@ def make_eval_step(predict: Predict, loss: Loss) -> EvalStep:
     """Return the pure step (state, batch) -> sums of loss and accuracy, to be jitted.
 
     Examples with weight 0, which pad the last batch, do not count; "examples" is the
-    number of the others.
+    number of the others, whose weight is 1.
     """
 
     def eval_step(state: State, batch: Batch) -> dict[str, jax.Array]:
-        logits, weight = predict(state, batch["image"]), batch["weight"]
-        return {
-            "loss": (loss(logits, batch["label"]) * weight).sum(),
-            "accuracy": (_correct(logits, batch["label"]) * weight).sum(),
-            "examples": weight.sum(),
+        logits, counts = predict(state, batch["image"]), batch["weight"] > 0
+        scores = {
+            "loss": loss(logits, batch["label"]),
+            "accuracy": _correct(logits, batch["label"]),
+            "examples": batch["weight"],
         }
+        # Selected, not multiplied: padding may have a loss of NaN, and 0 * NaN is NaN.
+        return {name: jnp.where(counts, s, 0).sum() for name, s in scores.items()}
 
     return eval_step
 
