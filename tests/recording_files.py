@@ -23,16 +23,19 @@ def made_up(count=50, size=(34, 34), step=500):
 
 
 def aedat2(e):
-    address = (127 - e["y"].astype(int)) << 8 | (127 - e["x"].astype(int)) << 1 | e["p"]
+    x, y = 127 - e["x"].astype(int), 127 - e["y"].astype(int)
+    address = y << 8 | x << 1 | ~e["p"]  # bit 0 is 0 for ON
     header = b"#!AER-DAT2.0\r\n# AEChip: ch.unizh.ini.jaer.chip.retina.DVS128\r\n"
     return header + np.stack([address, e["t"]], 1).astype(">u4").tobytes()
 
 
 XML = """<dv version="2.0"><node name="outInfo" path="/">
 <node name="0" path="/0/"><attr key="typeIdentifier" type="string">FRME</attr></node>
-<node name="1" path="/1/"><attr key="typeIdentifier" type="string">EVTS</attr>
-<node name="info" path="/1/info/"><attr key="sizeX" type="int">{1}</attr>
-<attr key="sizeY" type="int">{0}</attr></node></node></node></dv>"""
+{}</node></dv>"""
+STREAM = """<node name="{2}" path="/{2}/">
+<attr key="typeIdentifier" type="string">EVTS</attr>
+<node name="info" path="/{2}/info/"><attr key="sizeX" type="int">{1}</attr>
+<attr key="sizeY" type="int">{0}</attr></node></node>"""
 
 
 def flatbuffer(vtable, fields, rest=b""):
@@ -45,8 +48,10 @@ def flatbuffer(vtable, fields, rest=b""):
     return struct.pack("<I", len(body)) + body
 
 
-def aedat4(e, compress=lz4.compress, compression=1, table=None, size=(34, 34)):
-    xml = XML.format(*size).encode()
+def aedat4(
+    e, compress=lz4.compress, compression=1, table=None, size=(34, 34), streams=(1,)
+):
+    xml = XML.format("".join(STREAM.format(*size, n) for n in streams)).encode()
     types = {"t": "<i8", "x": "<i2", "y": "<i2", "p": "u1", "padding": "V3"}
     packed = np.zeros(len(e), list(types.items()))
     for name in "txyp":
@@ -88,10 +93,11 @@ def nmnist(e):
     return np.stack(rows, 1).astype(np.uint8).tobytes()
 
 
-def npz(e, **more):
+def npz(e, compress=False, **more):
     file = io.BytesIO()
     columns = {"height": 34, "width": 34} | {n: e[n] for n in "xytp"} | more
-    np.savez(file, **{k: v for k, v in columns.items() if v is not None})
+    save = np.savez_compressed if compress else np.savez
+    save(file, **{k: v for k, v in columns.items() if v is not None})
     return file.getvalue()
 
 

@@ -144,6 +144,13 @@ def test_windows_are_of_one_duration():
     assert list(frames.windows(HAND[:0], 5)) == []
 
 
+def test_one_damaged_time_does_not_make_gigabytes_of_windows():
+    events = made_up(100)
+    events["t"][-1] = 2**38
+    with pytest.raises(ValueError, match="got 2748779 of 100000 us for 100 events"):
+        frames.windows(events, 100_000)
+
+
 def test_a_coarser_camera_sees_the_same_events():
     events = made_up(size=(6, 8))
     coarse = frames.resized(events, (6, 8), (3, 4))

@@ -7,6 +7,7 @@ The long run of the fuzzer, 10,000 inputs a format:
 
 import lzma
 import os
+import re
 import struct
 import tarfile
 import zlib
@@ -46,20 +47,50 @@ def written(path, data):
 # Each format
 
 
-def test_a_dvs128_word_by_hand(tmp_path):
-    # y = 127 - 1, x = 127 - 2, ON; then a mark of the cable, which is no event
-    words = struct.pack(">IIII", 1 << 8 | 2 << 1 | 1, 5, 0x8000, 6)
-    path = written(tmp_path / "a.aedat", b"#!AER-DAT2.0\r\n" + words)
-    assert read(path).events.tolist() == [(125, 126, 5, True)]
+@pytest.mark.parametrize(
+    "name, header, words, events",
+    [
+        # jAER, DVS128.java, Extractor: y in bits 8 to 14, x in 1 to 7 from the right,
+        # "ON events have raw polarity 0"; bit 15 is a mark of the cable. Big-endian.
+        (
+            "a.aedat",
+            b"#!AER-DAT2.0\r\n",
+            "00007efa 00000005  00007efb 00000006  00008000 00000007",
+            [(2, 1, 5, True), (2, 1, 6, False)],
+        ),
+        # Prophesee, EVT 2.0 format: an event without a time, EVT_TIME_HIGH of 3, and
+        # CD_OFF and CD_ON of 6 bits of time, 11 of x and 11 of y. Little-endian.
+        (
+            "a.raw",
+            b"% evt 2.0\n",
+            "00000010 03000080  04484001 04488011",
+            [(9, 4, 3 * 64 + 5, False), (9, 4, 3 * 64 + 6, True)],
+        ),
+        # Prophesee, DAT format: time; x in 14 bits, y in 14, p. Little-endian.
+        (
+            "a.dat",
+            b"% Version 2\n\x0c\x08",
+            "05000000 09000110  06000000 09000100",
+            [(9, 4, 5, True), (9, 4, 6, False)],
+        ),
+        # N-MNIST, garrickorchard.com: x, y, 1 bit of polarity ("0 for OFF, 1 for ON"),
+        # 23 of time. Big-endian.
+        (
+            "a.bin",
+            b"",
+            "09 04 80 00 05  09 04 01 00 00",
+            [(9, 4, 5, True), (9, 4, 65536, False)],
+        ),
+    ],
+)
+def test_words_by_hand(tmp_path, name, header, words, events):
+    path = written(tmp_path / name, header + bytes.fromhex(words))
+    assert read(path).events.tolist() == events
 
 
-def test_evt2_words_by_hand(tmp_path):
-    # without a time; then high part 3, so t = 3 * 64 + 5, x = 9, y = 4, OFF
-    words = struct.pack("<III", 1 << 28, 8 << 28 | 3, 5 << 22 | 9 << 11 | 4)
-    path = written(tmp_path / "a.raw", b"% evt 2.0\n" + words)
-    recording = read(path)
-    assert recording.events.tolist() == [(9, 4, 197, False)]
-    assert recording.size is None and extent(recording.events) == (5, 10)
+def test_sizes_that_no_file_says_are_those_of_the_events():
+    events = np.array([(3, 4, 0, True), (9, 1, 0, True)], EVENTS)
+    assert extent(events) == (5, 10)
 
 
 @pytest.mark.parametrize(
@@ -74,13 +105,21 @@ def test_the_size_of_the_camera_is_in_the_header(tmp_path, name, header):
     assert read(written(tmp_path / name, data)).size == (40, 50)
 
 
-@pytest.mark.parametrize("first", [0x1000, 0x1025])  # 0x25 is a "%"
-def test_the_header_of_evt2_ends_where_it_says(tmp_path, first):
-    words = struct.pack("<II", 8 << 28 | first, 1 << 28 | 9 << 11 | 4)
-    header = b"% evt 2.0\n% format EVT2;height=720;width=1280\n% end\n"
-    recording = read(written(tmp_path / "a.raw", header + words + words))
-    assert recording.events.tolist() == [(9, 4, first << 6, True)] * 2
+@pytest.mark.parametrize("end", ["", "% end\n"])
+@pytest.mark.parametrize("first", [0x1000, 0x1025, 0x2025, 0x2525, 0xA25, 0x0A2025])
+def test_words_of_evt2_that_begin_like_a_line_are_words(tmp_path, first, end):
+    words = struct.pack("<II", 8 << 28 | first, 1 << 28 | 9 << 11 | 10)
+    header = "% evt 2.0\r\n% format EVT2;height=720;width=1280\n% endian ?\n" + end
+    recording = read(written(tmp_path / "a.raw", header.encode() + words + words))
+    assert recording.events.tolist() == [(9, 10, first << 6, True)] * 2
     assert recording.size == (720, 1280)
+
+
+def test_words_of_dat_that_begin_like_a_line_are_words(tmp_path):
+    words = struct.pack("<II", 0x0A2025, 1 << 28 | 4 << 14 | 9)
+    header = b"% Version 2\n\x0c\x08"
+    recording = read(written(tmp_path / "a.dat", header + words))
+    assert recording.events.tolist() == [(9, 4, 0x0A2025, True)]
 
 
 def test_milliseconds_of_gesture_may_have_fractions(tmp_path):
@@ -182,7 +221,7 @@ def test_aedat2_files_as_tonic_reads_them(data_dir, tmp_path):
         raw = io_of_tonic.get_aer_events_from_file(str(path), version, start)
         address = raw["address"].astype(int)
         x, y = 127 - (address >> 1 & 127), 127 - (address >> 8 & 127)
-        assert_same(read(path).events, x, y, raw["timeStamp"], address & 1)
+        assert_same(read(path).events, x, y, raw["timeStamp"], 1 - (address & 1))
 
 
 # What is refused
@@ -236,22 +275,52 @@ def test_columns_of_different_lengths_and_kinds(tmp_path):
     for more, text in (
         ({"x": e["x"][:-1]}, "must have the same shape"),
         ({"x": e["x"][:1]}, "must have the same shape"),
-        ({"t": e["t"] * 1.0}, "Cannot cast"),
-        ({"t": None}, "'dt is not a file in the archive'"),
+        ({"t": e["t"] * 1e-6}, "t in microseconds, got int16, int16, float64, bool"),
+        ({"p": np.where(e["p"], "ON", "OFF")}, "int64, <U3"),
+        ({"x": np.where(e["p"], np.nan, 1.0)}, "got float64"),
+        ({"p": e["p"] + 1}, "polarities -1, 0 or 1 .*p=2"),
+        (
+            {"x": e["x"].astype(int) + 40_000, "height": None},
+            "camera 2048x2048, .*x=40",
+        ),
+        ({"height": 10**6}, "camera of up to 2048x2048 pixels, got 34x1000000"),
+        ({"height": 0}, "got 34x0"),
+        ({"t": e["t"] + 2**40 * (e["t"] > 2000)}, "less than 12 days"),
+        ({"t": None}, r"\('dt'\)"),
+        ({"more": np.zeros(2**24)}, "expected up to .* bytes unpacked, got 134"),
     ):
-        assert text in refused(written(path, npz(e, **more)))
+        assert re.search(text, refused(written(path, npz(e, compress=1, **more))))
+
+
+@pytest.mark.parametrize("name", ["lz4", "zstandard"])
+def test_packets_that_unpack_to_more_than_events_are_refused(tmp_path, name):
+    module = pytest.importorskip("zstandard") if name == "zstandard" else lz4
+    compress = module.compress
+    data = aedat4(
+        made_up(), lambda d: compress(d + bytes(2**27)), 1 + 2 * (module != lz4)
+    )
+    assert "bytes" in refused(written(tmp_path / "a.aedat4", data))
+
+
+def test_several_cameras_in_a_file_are_refused(tmp_path):
+    path = written(tmp_path / "a.aedat4", aedat4(made_up(), streams=(1, 2)))
+    assert re.search("one stream of events, got 2 .1, 2.*stream_id", refused(path))
+    written(path, aedat4(made_up(), streams=()))
+    assert "got 0 (none)" in refused(path)
 
 
 @pytest.mark.parametrize(
     "name, data, expected",
     [
-        ("a.aedat", b"#!AER-DAT3.1\r\n", "got one with b'#!AER-DAT3.1"),
+        ("a.aedat", b"#!AER-DAT3.1\r\n", "got AEDAT 3. load_aedat_v3 of SpikingJelly"),
+        ("a.aedat", b"#!AER-DAT1.0\r\n", "got AEDAT 1. jAER reads it. Or make an npz"),
         ("a.aedat", b"AEDAT", "expected a header #!AER-DAT2.0 or #!AER-DAT4.0"),
         # An address of a DAVIS240C
-        ("a.aedat", b"#!AER-DAT2.0\r\n\x16\x86\x48\0\0\0\0\5", "camera 128x128"),
+        ("a.aedat", b"#!AER-DAT2.0\r\n\x16\x86\x48\0\0\0\0\5", "a DAVIS. jAER"),
         ("a.aedat", b"#!AER-DAT2.0\r\n# no end", "expected a header"),
-        ("a.aedat", b"#!AER-DAT2.0\r\n\0\1\0\0\0\0\0\5", "y=-129"),
-        ("a.raw", b"% evt 3.0\n", "'% evt 2.0', got one with b'% evt 3.0"),
+        ("a.aedat", b"#!AER-DAT2.0\r\n\0\1\0\0\0\0\0\5", "address 0x10000: damage"),
+        ("a.raw", b"% date 1\n% evt 3.0\n", "got EVT 3.0. metavision_file_to_dat of"),
+        ("a.raw", b"% format EVT21;height=2\n", "got EVT 2.1. metavision_file_to_dat"),
         ("a.raw", b"\0\0\0\0", "expected a header with '% evt 2.0'"),
         ("a.raw", b"% evt 2.0\n\0\0\0\x30", "got the kind 3 at word 0"),
         ("a.dat", b"% Version 1\n\x0c\x08", "DAT file of version 2"),

@@ -97,6 +97,17 @@ def test_one_long_recording_for_each_class_is_cut(tmp_path, made):
     assert data.train.images[1].sum((1, 2, 3)).tolist() == [1, 2]  # at 50, 200, 350 us
 
 
+def test_windows_without_events_are_no_samples(tmp_path, made):
+    for name in ("ant", "bee"):
+        events = write(tmp_path / f"set/{name}.npz", step=100, count=70)
+        columns = {n: events[n].astype(int) for n in "xyp"}
+        t = events["t"] + 3000 * (events["t"] >= 2050)  # a pause of 3 ms
+        np.savez(tmp_path / f"set/{name}.npz", t=t, height=6, width=8, **columns)
+    data = made(window=1000)  # 2 windows, 3 without events, 4, and a shorter rest
+    assert data.train.labels.tolist() == [0] * 5 + [1] * 5 and len(data.test) == 2
+    assert (data.train.images.sum((1, 2, 3, 4), dtype=int) == 10).all()
+
+
 def test_many_recordings_in_one_file(tmp_path, made):
     (tmp_path / "set").mkdir()
     for part, labels in (("train", [2, 0]), ("test", [1])):
@@ -226,6 +237,21 @@ def test_frames_are_kept_until_a_file_or_setting_changes(tmp_path, made, monkeyp
     assert len(kept()) == 3
 
 
+@pytest.mark.parametrize("name", ["train.frames", "test.frames", "info.json"])
+def test_kept_frames_that_were_changed_are_not_used(tmp_path, made, name):
+    class_folders(tmp_path / "set")
+    made()
+    (path,) = (tmp_path / "cache").glob(f"*/{name}")
+    whole = path.read_bytes()
+    changed = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
+    for content in (changed, whole[:-1], b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"^{path.parent}: .* Delete the folder"):
+            made()
+    path.write_bytes(whole)
+    assert len(made().test) == 4
+
+
 def test_what_is_interrupted_is_not_kept(tmp_path, made, monkeypatch):
     class_folders(tmp_path / "set")
     read, calls = recordings.read, []
@@ -312,6 +338,14 @@ def test_folders_without_recordings_and_a_single_class(tmp_path, made):
         made("one")
 
 
+def test_two_spellings_of_a_split_are_refused(tmp_path, made):
+    class_folders(tmp_path / "set/train", count=2)
+    class_folders(tmp_path / "set/test", count=2)
+    class_folders(tmp_path / "set/Train", count=2)
+    with pytest.raises(ValueError, match=r"spelling .* got Train, test, train\. Join"):
+        made()
+
+
 def test_classes_that_differ_and_cameras_that_differ(tmp_path, made):
     class_folders(tmp_path / "set/train", count=2)
     class_folders(tmp_path / "set/test", ("ant", "wasp"), 2)
@@ -341,8 +375,18 @@ def test_files_of_many_recordings_are_checked(tmp_path, made):
     for wrong, text in (
         ({"t": [6, 5]}, r"train\.npz: expected events in the order"),
         ({"offsets": [0, 1, 2]}, r"one more than labels, got .* shorter"),
+        ({"offsets": [0, 3]}, r"offsets from 0 to 2, got .* and 0 to 3"),
+        ({"offsets": [1, 2]}, r"offsets from 0 to 2, got .* and 1 to 2"),
+        ({"offsets": [0, 2, 2], "labels": [0, 1]}, "got no events"),
+        ({"offsets": [0.0, 2.0]}, r"got damaged data \(.*integer"),
         ({"labels": None}, r"labels, and offsets, .* got damaged data \('labels'\)"),
         ({"labels": [0.5]}, r"got damaged data \(.*integer"),
+        ({"labels": [-1]}, "expected labels 0 to 65535, .* got labels -1 to -1"),
+        ({"labels": [2**40]}, "got labels 1099511627776 to"),
+        ({"t": [1e-6, 2e-6]}, "and t in microseconds, got int64, int64, float64"),
+        ({"t": [np.nan, 1]}, "and t in microseconds, got int64, int64, float64"),
+        ({"p": ["ON", "OFF"]}, "got int64, int64, int64, <U3"),
+        ({"x": [1, 40_000]}, "inside a camera 2048x2048, got event 1 with x=40000"),
         ({"t": None}, r"got damaged data \('dt'\)"),
     ):
         for part in ("train", "test"):

@@ -123,8 +123,18 @@ def windows(events: np.ndarray, duration: int) -> list[np.ndarray]:
     Args:
         events: array of recordings.EVENTS.
         duration: microseconds per window, >= 1.
+
+    Raises:
+        ValueError: more windows than events.
     """
     start, stop = _span(events)
+    # A single damaged time would make gigabytes of empty windows.
+    if (count := (stop - start) // duration) > max(1, len(events)):
+        raise ValueError(
+            f"windows: expected no more windows than events, got {count} of {duration} "
+            f"us for {len(events)} events from t={start} to t={stop - 1}. Check the "
+            "times, which are in microseconds, or take a longer duration."
+        )
     # Searched in sorted times: a comparison per window would read all events each time.
     edges = np.searchsorted(events["t"], np.arange(start, stop + 1, duration))
     return np.split(events, edges)[1:-1]
@@ -173,13 +183,18 @@ def _span(events: np.ndarray) -> Span:
 def _counts(
     frame: np.ndarray, events: np.ndarray, size: Size, time_steps: int
 ) -> np.ndarray:
-    shape = (time_steps, *size, 2)
+    counts = np.empty((time_steps, *size, 2), np.uint8)
     place = frame, events["y"], events["x"], events["p"].astype(np.int64)
     # A ValueError for events outside of their span.
-    at = np.ravel_multi_index(place, shape)
-    counts = np.bincount(at, minlength=int(np.prod(shape)))
-    # A hot pixel stays at 255: a wrapped count would look like few events.
-    return np.minimum(counts, 255).astype(np.uint8).reshape(shape)
+    at = np.ravel_multi_index(place, counts.shape)
+    # Frame by frame: bincount takes 8 times the memory of the result.
+    edges = np.searchsorted(frame, range(time_steps + 1))
+    parts = np.split(at, edges)[1:-1]
+    for k, part in enumerate(parts):
+        found = np.bincount(part - k * counts[k].size, minlength=counts[k].size)
+        # A hot pixel stays at 255: a wrapped count would look like few events.
+        counts[k] = np.minimum(found, 255).reshape(counts[k].shape)
+    return counts
 
 
 # The augmentations take frames [B, T, H, W, C] and do the same at every step.

@@ -27,6 +27,21 @@ EVENTS = np.dtype([("x", np.int16), ("y", np.int16), ("t", np.int64), ("p", np.b
 Size = tuple[int, int]  # (height, width) in pixels
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # x, y, t and p
 
+# Bounds of the sizes that a file can ask for. Sensors have up to 1280x960 pixels, and
+# EVT has 11 bits per axis; 2**40 microseconds are 12 days.
+SIDE = 2048
+LONGEST = 2**40
+UNPACKED = 2**26  # bytes
+
+# Formats that are not read, by the start of their files, and what converts them.
+PROPHESEE = "metavision_file_to_dat of Prophesee's OpenEB makes a .dat of it"
+OTHERS = {
+    rb"(%[^\n]*\n)*?% (evt 3|format EVT3)": ("EVT 3.0", PROPHESEE),
+    rb"(%[^\n]*\n)*?% (evt 2\.1|format EVT21)": ("EVT 2.1", PROPHESEE),
+    rb"#!AER-DAT3": ("AEDAT 3", "load_aedat_v3 of SpikingJelly reads it"),
+    rb"#!AER-DAT1": ("AEDAT 1", "jAER reads it"),
+}
+
 # What struct, numpy, zipfile, XML and LZ4 (RuntimeError) raise on damaged bytes, found
 # by fuzzing: 2,500 inputs per format raised nothing else.
 DAMAGE = (ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError)
@@ -36,6 +51,10 @@ DAMAGE += (tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 
 class CorruptRecording(ValueError):
     """Bytes that are not events of a format: expected what, got what."""
+
+
+class OtherFormat(CorruptRecording):
+    """A whole file of a format that is not read, and what converts it."""
 
 
 class Recording(NamedTuple):
@@ -68,7 +87,13 @@ def read(path: str | os.PathLike[str]) -> Recording:
         )
     # NaN and numbers too large for an integer raise here, in place of a warning.
     with naming(path, "whole data"), np.errstate(invalid="raise"):
-        return READERS[path.suffix.lower()](path.read_bytes())
+        data = path.read_bytes()
+        for start, (name, how) in OTHERS.items():
+            if re.match(start, data):
+                raise OtherFormat(
+                    f"expected a format that is read here, got {name}. {how}"
+                )
+        return READERS[path.suffix.lower()](data)
 
 
 @contextmanager
@@ -80,9 +105,11 @@ def naming(path: Path, expected: str) -> Iterator[None]:
         reason = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, CorruptRecording):
             reason = f"expected {expected}, got damaged data ({reason[:160]})"
+        hint = "Copy it again, leave it out, or convert another format to npz"
+        if isinstance(error, OtherFormat):
+            hint = "Or make an npz of its events"
         raise ValueError(
-            f"{path}: {reason}. Copy it again, leave it out, or convert another format "
-            "to npz: np.savez(path, x=x, y=y, t=t, p=p)."
+            f"{path}: {reason}. {hint}: np.savez(path, x=x, y=y, t=t, p=p)."
         ) from error
 
 
@@ -103,28 +130,38 @@ def from_columns(
 
     Args:
         x, y: columns and rows of the pixels, integers [N] with N >= 1.
-        t: times in microseconds, which must not fall.
-        p: polarities; above 0 is brighter.
+        t: times in microseconds, which must not fall, over less than 12 days.
+        p: polarities, 1 for brighter and 0 or -1 for darker.
         size: (height, width) of the camera, if known.
 
     Raises:
-        ValueError: no events, times that fall, or pixels outside the size.
-        TypeError: columns that are not integers.
+        ValueError: no events, columns that are not integers, times that fall, pixels
+            outside the size, or other polarities.
     """
-    # stack refuses columns of different lengths, which an assignment would broadcast.
-    x, y, t, p = np.stack([x, y, t, p], dtype=np.int64, casting="same_kind")
-    height, width = size or (2**15, 2**15)
-    falls = np.diff(t, prepend=t[:1]) < 0
-    outside = (x < 0) | (x >= width) | (y < 0) | (y >= height)
-    wrong = np.flatnonzero(falls | outside)
-    if not len(t) or len(wrong):
-        got = "no events"
-        if len(wrong):
-            n = wrong[0]
-            got = f"event {n} with x={x[n]}, y={y[n]}, t={t[n]} after t={t[n - 1]}"
+    given = [np.asarray(column) for column in (x, y, t, p)]
+    if any(column.dtype.kind not in "iub" for column in given):
         raise CorruptRecording(
-            f"expected events in the order of time, inside a camera {width}x{height}, "
-            f"got {got}"
+            "expected integers x, y and p, and t in microseconds, got "
+            + ", ".join(str(column.dtype) for column in given)
+        )
+    # stack refuses columns of different lengths, which an assignment would broadcast.
+    x, y, t, p = np.stack(given, dtype=np.int64, casting="same_kind")
+    height, width = size or (SIDE, SIDE)
+    if not (0 < height <= SIDE and 0 < width <= SIDE):
+        raise CorruptRecording(
+            f"expected a camera of up to {SIDE}x{SIDE} pixels, got {width}x{height}"
+        )
+    # Compared, as differences of damaged times can overflow.
+    wrong = np.append(False, t[1:] < t[:-1])[: len(t)] | (t > t[:1] + LONGEST)
+    wrong |= (x < 0) | (x >= width) | (y < 0) | (y >= height) | (p < -1) | (p > 1)
+    if wrong.any() or not len(t):
+        got, n = "no events", int(wrong.argmax()) if len(t) else 0
+        if len(t):
+            got = f"event {n} with x={x[n]}, y={y[n]}, t={t[n]}, p={p[n]}"
+            got += f" after t={t[n - 1]}" if n else ""
+        raise CorruptRecording(
+            "expected events in the order of time, over less than 12 days, with "
+            f"polarities -1, 0 or 1 and inside a camera {width}x{height}, got {got}"
         )
     events = np.empty(len(t), EVENTS)
     events["x"], events["y"], events["t"], events["p"] = x, y, t, p > 0
@@ -155,23 +192,30 @@ def _read_aedat(data: bytes) -> Recording:
     if data.startswith(b"#!AER-DAT4"):
         return _read_aedat4(data)
     # Tonic 1.7's read_dvs_128 fails on every file: it unpacks two of three values.
+    # No address of this camera begins with a "#": its first byte is 0.
     header = rb"#!AER-DAT2\.0[^\n]*\n(?:#[^\n]*\n)*(?!#)"
     pairs = [("address", ">u4"), ("t", ">u4")]
     _, words = _split(data, header, pairs, "a header #!AER-DAT2.0 or #!AER-DAT4.0")
     # Words with bit 15 are marks of a synchronisation cable.
     words = words[words["address"] & 0x8000 == 0]
     address = words["address"].astype(np.int64)
-    # Both axes of the chip run against those of the picture. Other cameras have longer
-    # addresses: y is then below 0, outside the camera.
+    if len(longer := address[address >> 15 != 0]):
+        raise OtherFormat(
+            f"expected AEDAT 2 of a DVS128, got the address {longer[0]:#x}: damage, or "
+            "another camera, such as a DAVIS. jAER reads it"
+        )
+    # Both axes of the chip run against those of the picture, and bit 0 is 0 for ON.
     x, y = 127 - (address >> 1 & 127), 127 - (address >> 8)
-    return from_columns(x, y, words["t"], address & 1, (128, 128))
+    return from_columns(x, y, words["t"], 1 - (address & 1), (128, 128))
 
 
 def _read_evt2(data: bytes) -> Recording:
     """Read EVT 2: 32 bits with 4 bits of kind, then 6 low bits of the time, x and y."""
-    # The header ends with "% end" in newer files: binary data can begin with a "%" too.
+    # Data can begin with a "%" too. The header ends with "% end" in newer files. Else
+    # the fourth byte of a line decides: it is printable, 0x20 to 0x7e, and no word of
+    # EVT 2 ends so, as its kind would be 2 to 7.
     header = rb"(?=(?:%[^\n]*\n)*?% (?:evt |format EVT)2(?:\.0)?[;\s])"
-    header += rb"(?:%(?! end)[^\n]*\n)*(?:% end[^\n]*\n)?"
+    header += rb"(?:%(?! end\r?\n)[^\n]{2}[ -~][^\n]*\n)*(?:% end\r?\n)?"
     lines, words = _split(data, header, "<u4", "a header with '% evt 2.0'")
     kind = words >> 28
     # 0, 1: OFF and ON; 8: high bits of the time; 10, 14, 15: triggers and the camera's
@@ -222,12 +266,26 @@ def _read_nmnist(data: bytes) -> Recording:
     return from_columns(x, y, t, p, (34, 34))
 
 
-def _read_npz(data: bytes) -> Recording:
+def arrays_in(data: bytes) -> dict[str, np.ndarray]:
+    """Return the arrays of an npz, if they are no larger than its events can be."""
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        _check_unpacked(sum(part.file_size for part in file.infolist()), data)
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        size = None
-        if {"height", "width"} <= set(arrays):
-            size = int(arrays["height"]), int(arrays["width"])
-        return from_columns(*columns(arrays), size)
+        return dict(arrays)
+
+
+def _check_unpacked(size: int, data: bytes) -> None:
+    # Events shrink to a tenth; repeated bytes to a thousandth.
+    most = UNPACKED + 32 * len(data)
+    if size > most:
+        raise CorruptRecording(f"expected up to {most} bytes unpacked, got {size}")
+
+
+def _read_npz(data: bytes) -> Recording:
+    arrays, size = arrays_in(data), None
+    if {"height", "width"} <= set(arrays):
+        size = int(arrays["height"]), int(arrays["width"])
+    return from_columns(*columns(arrays), size)
 
 
 def _read_gesture(data: bytes) -> Recording:
@@ -245,14 +303,14 @@ _PACKED = [("t", "<i8"), ("x", "<i2"), ("y", "<i2"), ("p", "u1"), ("padding", "V
 
 
 def _read_aedat4(data: bytes) -> Recording:
-    """Read the events of the first stream of events in the file."""
+    """Read the events of the stream of events in the file."""
     line, _ = _split(data, rb"#!AER-DAT4\.0\r\n", np.uint8, "a header #!AER-DAT4.0")
     header = _Table(data[len(line) :])
     compression, end = header.number(0, "<i4"), header.number(1, "<i8")
     if end <= 0:  # the recorder was stopped before it wrote the table at the end
         end = len(data)
     stream, size = _event_stream(header.vector(2, np.uint8).tobytes().decode())
-    position, packets = len(line) + header.size, [np.empty(0, _PACKED)]
+    position, packets, unpacked = len(line) + header.size, [np.empty(0, _PACKED)], 0
     while position < end:
         # frombuffer refuses a packet that is longer than the rest of the file.
         number, length = np.frombuffer(data, "<u4", 2, position).tolist()
@@ -261,20 +319,28 @@ def _read_aedat4(data: bytes) -> Recording:
         if number == stream:
             table = _Table(_decompress(packet.tobytes(), compression))
             packets.append(table.vector(0, _PACKED))
+            unpacked += len(table.data)
+            _check_unpacked(unpacked, data)
     e = np.concatenate(packets)
     return from_columns(e["x"], e["y"], e["t"], e["p"], size)
 
 
-def _event_stream(xml: str) -> tuple[int | None, Size | None]:
-    """Return number and camera size of the first stream of events in the header."""
+def _event_stream(xml: str) -> tuple[int, Size]:
+    """Return number and camera size of the stream of events in the header."""
     from xml.etree import ElementTree
 
-    for node in ElementTree.fromstring(xml).iterfind("node[@name='outInfo']/node"):
-        if node.findtext("attr[@key='typeIdentifier']") == "EVTS":
-            path = "node[@name='info']/attr[@key='size{}']"
-            height, width = (int(node.findtext(path.format(a)) or "") for a in "YX")
-            return int(node.attrib["name"]), (height, width)
-    return None, None
+    nodes = ElementTree.fromstring(xml).iterfind("node[@name='outInfo']/node")
+    kind = "attr[@key='typeIdentifier']"
+    streams = [node for node in nodes if node.findtext(kind) == "EVTS"]
+    if len(streams) != 1:
+        names = ", ".join(node.attrib["name"] for node in streams)
+        raise OtherFormat(
+            f"expected one stream of events, got {len(streams)} ({names or 'none'}). "
+            "The package aedat reads each: its packets have a stream_id"
+        )
+    path = "node[@name='info']/attr[@key='size{}']"
+    height, width = (int(streams[0].findtext(path.format(axis)) or "") for axis in "YX")
+    return int(streams[0].attrib["name"]), (height, width)
 
 
 def _decompress(packet: bytes, compression: int) -> bytes:
@@ -282,13 +348,18 @@ def _decompress(packet: bytes, compression: int) -> bytes:
     if compression in (1, 2):
         import lz4.frame
 
-        return lz4.frame.decompress(packet)
+        unpacker = lz4.frame.LZ4FrameDecompressor()
+        unpacked = unpacker.decompress(packet, UNPACKED)
+        if not unpacker.eof:
+            got = "a part, or more"
+            raise CorruptRecording(f"expected LZ4 of up to {UNPACKED} bytes, got {got}")
+        return unpacked
     if compression in (3, 4):
         import zstandard
 
         try:
             # Not decompress: packets do not say how long they were.
-            return zstandard.ZstdDecompressor().decompressobj().decompress(packet)
+            return zstandard.ZstdDecompressor().stream_reader(packet).read(UNPACKED)
         except zstandard.ZstdError as error:
             raise CorruptRecording(f"expected Zstandard, got: {error}") from error
     return packet  # of an unknown compression: not a table

@@ -10,6 +10,7 @@ import json
 import operator
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ KINDS: dict[str, frames.ToFrames] = {
     "surface": frames.time_surface,
 }
 PARTS = ("train", "test")
-VERSION = 2  # part of the cached folder's name: a change of the frames needs a new one
+VERSION = 3  # part of the cached folder's name: a change of the frames needs a new one
 
 # name: (folder in data_dir, call of tonic.datasets that downloads it)
 NAMED = {
@@ -111,7 +112,7 @@ def load(
     folder = Path(cache_dir) / _fingerprint(listing, framing)
     if not folder.is_dir():
         _build(name, listing, framing, folder)
-    info = json.loads((folder / "info.json").read_text())
+    info = _info(folder)
     train, test = (_open(folder, part, info) for part in PARTS)
     most = max(info["train"] + info["test"])
     names = listing.class_names or tuple(map(str, range(most + 1)))
@@ -161,6 +162,12 @@ def _gesture(path: Path) -> Listing:
 def _folder(path: Path) -> Listing:
     """Return the listing of a folder of recordings, by its layout."""
     inside = {p.name.lower(): p for p in _visible(path)}
+    splits = [p.name for p in _visible(path) if p.stem.lower() in PARTS]
+    if len({name.lower() for name in splits}) < len(splits):
+        raise ValueError(
+            f"{path}: expected one spelling of train and of test, got "
+            f"{', '.join(splits)}. Join them."
+        )
     if {"train.npz", "test.npz"} <= set(inside):
         train, test = ([(inside[f"{part}.npz"], -1)] for part in ("train", "test"))
         return Listing(train, test, (), "test.npz, as given")
@@ -225,9 +232,11 @@ def _samples(listing: Listing, part: str, framing: Framing) -> Iterator[_Sample]
         if not listing.cut:
             yield _Sample(events, label, size)
             continue
-        cuts, start = frames.windows(events, framing.window), int(events["t"][0])
-        trained = -(-len(cuts) * 4 // 5)
-        ks = range(len(cuts))
+        with recordings.naming(path, "windows of events"):
+            cuts, start = frames.windows(events, framing.window), int(events["t"][0])
+        # Nothing is to be seen in a window without events, such as in a pause.
+        ks = [k for k, cut in enumerate(cuts) if len(cut)]
+        trained = -(-len(ks) * 4 // 5)
         for k in ks[:trained] if part == "train" else ks[trained:]:
             since = start + k * framing.window
             yield _Sample(cuts[k], label, size, (since, since + framing.window))
@@ -237,14 +246,25 @@ def _packed(path: Path) -> Iterator[_Sample]:
     """Yield the recordings of a file that holds many."""
     expected = "arrays x, y, p, t or dt, labels, and offsets, one more than labels"
     with recordings.naming(path, expected):
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        offsets = arrays["offsets"]
+        arrays = recordings.arrays_in(path.read_bytes())
+        # A TypeError if they are not integers.
+        labels = list(map(operator.index, arrays["labels"]))
+        offsets = list(map(operator.index, arrays["offsets"]))
+        ends = (offsets[0], offsets[-1], len(arrays["x"]))
+        # A network has an output per label: a damaged one would ask for millions.
+        if (
+            not all(0 <= label < 2**16 for label in labels)
+            or ends[0]
+            or ends[1] != ends[2]
+        ):
+            raise recordings.CorruptRecording(
+                f"expected labels 0 to 65535, and offsets from 0 to {ends[2]}, got "
+                f"labels {min(labels)} to {max(labels)}, and {ends[0]} to {ends[1]}"
+            )
         parts = map(slice, offsets[:-1], offsets[1:])
-        for part, label in zip(parts, arrays["labels"], strict=True):
+        for part, label in zip(parts, labels, strict=True):
             events, _ = recordings.from_columns(*recordings.columns(arrays, part))
-            # A TypeError if it is not an integer.
-            yield _Sample(events, operator.index(label))
+            yield _Sample(events, label)
 
 
 def _fingerprint(listing: Listing, framing: Framing) -> str:
@@ -277,7 +297,8 @@ def _build(name: str, listing: Listing, framing: Framing, folder: Path) -> None:
                     f"{len(info[part])} for {part}, of (height, width) {sorted(sizes)}."
                     " Give each camera a folder of its own, or longer recordings."
                 )
-        Path(made, "info.json").write_text(json.dumps(info))
+        text = json.dumps(info)
+        Path(made, "info.json").write_text(f"{_checksum(Path(made), text)}\n{text}")
         # Renamed at the end: an interrupted build leaves nothing, and of two processes
         # that build the same frames the first one wins.
         if not folder.is_dir():
@@ -302,6 +323,30 @@ def _frame(sample: _Sample, sensor: Size, framing: Framing) -> np.ndarray:
     if framing.kind == "duration":
         return frames.by_duration(events, to, framing.time_steps, span=sample.span)
     return KINDS[framing.kind](events, to, framing.time_steps)
+
+
+def _checksum(folder: Path, text: str) -> str:
+    """Return the checksum of the frames in a folder, and of a text."""
+    total = zlib.crc32(text.encode())
+    for part in PARTS:
+        with open(folder / f"{part}.frames", "rb") as file:
+            while block := file.read(2**20):
+                total = zlib.crc32(block, total)
+    return f"{total:08x}"
+
+
+def _info(folder: Path) -> dict[str, Any]:
+    """Return the content of info.json, if the frames are those that were written."""
+    path = folder / "info.json"
+    found = path.read_text("utf-8", "replace") if path.is_file() else ""
+    checksum, _, text = found.partition("\n")
+    whole = all((folder / f"{part}.frames").is_file() for part in PARTS)
+    if not whole or checksum != _checksum(folder, text):
+        raise ValueError(
+            f"{folder}: expected cached frames as they were written, got changed or "
+            "missing files. Delete the folder; the frames are then made again."
+        )
+    return json.loads(text)
 
 
 def _open(folder: Path, part: str, info: dict[str, Any]) -> ArrayImages:
