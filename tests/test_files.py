@@ -2,7 +2,9 @@
 
 import io
 import pickle
+import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -105,22 +107,22 @@ def test_the_records_of_a_zip_go_to_another_process(tiny):
 
 def test_tiny_imagenet_without_a_zip_says_where_to_get_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(r"got: .* Give --data-dir, or download http", "tiny_imagenet", None)
-    refused(rf"layout in {tmp_path}, got: .*No such file", "tiny_imagenet", tmp_path)
+    refused(r"got tiny.* Give --data-dir, or download http", "tiny_imagenet", None)
+    refused(rf"layout, got {tmp_path}/tin.*No such file", "tiny_imagenet", tmp_path)
     for name in ("a.zip", "b.zip"):
         (tmp_path / name).touch()
-    refused(r"or one zip of its layout in", "tiny_imagenet", tmp_path)
+    refused(r"or one zip of its layout, got", "tiny_imagenet", tmp_path)
 
 
 def test_a_zip_of_another_layout_is_refused(tmp_path):
     write_zip(tmp_path / "a.zip", {"train/cat/1.JPEG": b""})
-    refused(r"got: .*no item named 'wnids.txt'", "tiny_imagenet", tmp_path)
+    refused(r"got .*a\.zip: .*no item named 'wnids.txt'", "tiny_imagenet", tmp_path)
 
 
 def test_a_truncated_zip_is_refused(tiny):
     path = tiny / "tiny-imagenet-200.zip"
     path.write_bytes(path.read_bytes()[:-40])
-    refused(rf"layout in {tiny}, got: File is not a zip", "tiny_imagenet", tiny)
+    refused(rf"layout, got {path}: File is not a zip", "tiny_imagenet", tiny)
 
 
 def test_a_flipped_byte_in_a_zip_names_the_file(tmp_path):
@@ -144,10 +146,33 @@ def test_a_damaged_image_in_a_zip_is_named(tmp_path):
     name = "tiny-imagenet-200/train/n03/images/n03_2.JPEG"
     write_zip(tmp_path / "a.zip", files | {name: files[name][:-20]})
     refused(
-        rf"^tiny_imagenet, train in .*a\.zip: .* image at {name}, got: .*truncated",
+        rf"^tiny_imagenet, train in .*a\.zip: .* at {name}, got: .*truncated",
         "tiny_imagenet",
         tmp_path,
     )
+
+
+@pytest.mark.parametrize(
+    "name, content, match",
+    [
+        ("val/val_annotations.txt", "val_0.JPEG n01", "got .*a.zip: list index out"),
+        ("wnids.txt", b"\xff\xfe", "got .*a.zip: 'utf-8' codec can't"),
+        ("wnids.txt", "n02\nn01\nn03\nn04\n", "got none of the class n04"),
+        ("wnids.txt", "n02\nn01\nn0", "got the class n03 too"),
+        ("words.txt", b"0" * (2**24 + 1), "words.txt has more than 16777216 bytes"),
+    ],
+)
+def test_damaged_texts_in_a_zip_are_refused(tmp_path, name, content, match):
+    write_zip(tmp_path / "a.zip", tiny_files("") | {name: content})
+    refused(match, "tiny_imagenet", tmp_path)
+
+
+def test_a_text_of_a_zip_with_a_flipped_byte_is_refused(tmp_path):
+    path = write_zip(tmp_path / "a.zip", tiny_files(""))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"val/val_annotations.txt") + 30] ^= 1
+    path.write_bytes(content)
+    refused(r"got .*a\.zip: ", "tiny_imagenet", tmp_path)
 
 
 def test_images_without_a_known_class_are_refused(tmp_path):
@@ -235,6 +260,52 @@ def test_a_damaged_file_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"^folder, val in .* at val/dog/1\.JPEG, "):
         found.test.take(range(4), center_crop(4))
+
+
+def encoded(pixels, kind="PNG"):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def png_of_size(width, height):
+    """A PNG whose header asks for so many pixels; its data end after one."""
+    png = bytearray(encoded(np.zeros((1, 1), np.uint8)))
+    struct.pack_into(">II", png, 16, width, height)
+    struct.pack_into(">I", png, 29, zlib.crc32(png[12:29]))
+    return bytes(png)
+
+
+def test_sixteen_bits_are_read_as_eight(tmp_path):
+    folder(tmp_path)
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for k, pixels in enumerate((grey, grey.astype(np.uint16) * 257)):
+        (tmp_path / f"train/cat/1{k}.png").write_bytes(encoded(pixels))
+    train = load("folder", tmp_path).train
+    rows = [n for n in range(len(train)) if "png" in train.records([n])[0].place]
+    for image in train.take(rows, center_crop(8))["image"]:
+        expected = np.asarray(
+            center_crop(8)(Image.fromarray(grey).convert("RGB"), None)
+        )
+        assert len(rows) == 2 and np.array_equal(image, expected)
+
+
+@pytest.mark.parametrize(
+    "content, match",
+    [
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),
+        (encoded(np.ones((9, 9), np.float32), "TIFF"), "cannot identify"),
+        (png_of_size(2**13, 2**13 + 1), r"more than 67108864 pixels: \(8192, 8193"),
+        (png_of_size(2**14, 2**14), "exceeds limit .* pixels"),
+    ],
+)
+def test_other_formats_and_bombs_are_refused(tmp_path, content, match):
+    (folder(tmp_path) / "train/cat/0.png").write_bytes(content)
+    train = load("folder", tmp_path).train
+    match = rf"image \(JPEG, PNG, GIF, BMP\) at train/cat/0.png, got: .*{match}"
+    with pytest.raises(ValueError, match=match) as caught:
+        train.take([0, 1], center_crop(8))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_and_a_zip_of_it_hold_the_same(tmp_path):

@@ -15,6 +15,7 @@ TINY = "tiny-imagenet-200.zip"
 TINY_ADDRESS = f"http://cs231n.stanford.edu/{TINY}"
 SUFFIXES = (".jpeg", ".jpg", ".png")
 TEXTS = ("wnids.txt", "words.txt", "val/val_annotations.txt")
+MAX_BYTES = 2**24  # of a file in the zip; the longest, words.txt, has 2.6 MB
 HELD_OUT = ("val", "validation", "test")  # names of the test split; the first one found
 
 Files = list[tuple[str, str]]  # (name from the root of the set, class)
@@ -64,6 +65,8 @@ def tiny_imagenet(data_dir: Folder) -> Splits:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
+            if large := [i for i in archive.infolist() if i.file_size > MAX_BYTES]:
+                raise ValueError(f"{large[0].filename} has more than {MAX_BYTES} bytes")
             root = next((m[:-9] for m in members if m.endswith("wnids.txt")), "")
             wnids, words, annotations = (
                 [line.split("\t") for line in text.decode().splitlines() if line]
@@ -72,10 +75,10 @@ def tiny_imagenet(data_dir: Folder) -> Splits:
             test = [(f"{root}val/images/{line[0]}", line[1]) for line in annotations]
             for name, _ in test:
                 archive.getinfo(name)  # a KeyError if the image is not in the zip
-    except (*DAMAGE, KeyError, IndexError, UnicodeDecodeError) as error:
+    except DAMAGE as error:
         raise ValueError(
-            f"tiny_imagenet: expected {TINY} or one zip of its layout in {folder}, "
-            f"got: {error}. Give --data-dir, or download {TINY_ADDRESS}"
+            f"tiny_imagenet: expected {TINY} or one zip of its layout, got {path}: "
+            f"{error}. Give --data-dir, or download {TINY_ADDRESS}"
         ) from error
     # train/<wnid>/images/*.JPEG
     start, depth = f"{root}train/", root.count("/") + 1
@@ -117,14 +120,15 @@ def _splits(
     label_of = {known: label for label, known in enumerate(classes)}
 
     def encoded(split: str) -> EncodedImages:
-        found = files[split]
-        unknown = sorted({each for _, each in found} - set(classes))
-        if unknown or not found:
+        found, seen = files[split], {each for _, each in files[split]}
+        missing = set(classes) - seen if split == "train" else set()
+        wrong = [f"the class {each} too" for each in sorted(seen - set(classes))]
+        wrong += [f"none of the class {each}" for each in sorted(missing)]
+        if wrong or not found:
             raise ValueError(
                 f"{name}: expected images ({', '.join(SUFFIXES)}) of the classes of "
-                f"train in {root / split}/CLASS, got "
-                f"{f'the class {unknown[0]} too' if unknown else 'none'}. Give "
-                "--data-dir, or move away what is not of the set."
+                f"train in {root / split}/CLASS, got {'; '.join(wrong[:1]) or 'none'}. "
+                "Give --data-dir, or move away what is not of the set."
             )
         labels = [label_of[each] for _, each in found]
         read = file_reader(root, [path for path, _ in found], labels)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import lzma
 import math
 import os
 import struct
@@ -30,7 +31,12 @@ IN_MEMORY_BYTES = 400 * 2**20
 # Pillow decodes without holding the interpreter's lock.
 THREADS = min(16, os.cpu_count() or 1)
 # From damaged files: RuntimeError is array_record's for a checksum that is wrong.
-DAMAGE = (OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
+DAMAGE = (EOFError, LookupError, OSError, RuntimeError, ValueError)
+DAMAGE += (lzma.LZMAError, struct.error, zipfile.BadZipFile, zlib.error)
+# Those that TensorFlow decodes, so that sets of TFDS may have them. Others that Pillow
+# opens run a program (EPS) or hold numbers beyond 0 to 255 (TIFF).
+FORMATS = ("JPEG", "PNG", "GIF", "BMP")
+MAX_PIXELS = 2**26  # 200 MB decoded, which a few kB of PNG can ask for
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names by the number of channels
 
 
@@ -188,17 +194,22 @@ class EncodedImages:
     def _decode(self, record: Record, crop: Crop | None, rng: Rngs) -> np.ndarray:
         mode = MODES[self.shape[-1] or 3]
         try:
-            image = Image.open(io.BytesIO(record.encoded))
+            image = Image.open(io.BytesIO(record.encoded), formats=FORMATS)
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"more than {MAX_PIXELS} pixels: {image.size}")
+            if image.mode.startswith("I"):  # 16 bits, which convert would clip to white
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if crop:
                 # A JPEG is left encoded for the crop, which may decode it smaller.
                 image = image if image.format == "JPEG" else image.convert(mode)
                 image = crop(image, *rng)
             pixels = to_pixels(image.convert(mode))
         # Pillow raises all of these on damaged files, UnidentifiedImageError as well.
-        except (OSError, SyntaxError, ValueError, struct.error) as error:
+        except (*DAMAGE, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(
-                f"{self.name}: expected a readable image at {record.place}, got: "
-                f"{str(error).split(' <')[0]}. Copy it again, or leave it out."
+                f"{self.name}: expected a readable image ({', '.join(FORMATS)}) at "
+                f"{record.place}, got: {str(error).split(' <')[0]}. Copy it again, "
+                "make it smaller, or leave it out."
             ) from error
         size = pixels.shape[:2] if None in self.shape or crop else self.shape[:2]
         if pixels.shape[:2] != size or not 0 <= record.label < self.num_classes:
