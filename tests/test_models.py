@@ -19,6 +19,7 @@ from spikejax.nn import cpu
 KNOWN = {
     "vgg11": (10, 9_228_362),
     "vgg16": (10, 14_724_042),
+    "whitened": (10, 1_972_528),
     "resnet18": (10, 11_173_962),
     "resnet19": (10, 12_630_858),
     "resnet20": (10, 272_474),

@@ -65,10 +65,11 @@ class ResNetOptions:
 class VGGOptions:
     """Networks of convolutions in a row (spikejax.models.vgg)."""
 
-    model: Literal["convnet", "vgg11", "vgg16", "vggsnn", "plifnet", "eventnet"] = (
-        "convnet"
-    )
-    """Convolutions in a row; vggsnn, plifnet and eventnet are for event cameras."""
+    model: Literal[
+        "convnet", "vgg11", "vgg16", "whitened", "vggsnn", "plifnet", "eventnet"
+    ] = "convnet"
+    """Convolutions in a row; whitened learns CIFAR in few passes; vggsnn, plifnet and
+    eventnet are for event cameras."""
     pool: Literal["max", "avg"] = "max"
     """Pooling; the maximum of binary spikes is their OR."""
     dtype: Literal["float32", "bfloat16"] = "float32"

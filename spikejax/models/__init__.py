@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from spikejax.models import general, resnet, vgg
+from spikejax.models import general, resnet, vgg, whitened
 
 MODELS: dict[str, Callable] = {
     "convnet": partial(vgg.VGG, (16, vgg.POOL, 32, 32)),
@@ -12,6 +12,7 @@ MODELS: dict[str, Callable] = {
     "vggsnn": vgg.vggsnn,
     "plifnet": vgg.plif_net,
     "eventnet": partial(vgg.VGG, (16, vgg.POOL, 32, vgg.POOL, 64, vgg.POOL, 64)),
+    "whitened": partial(whitened.WhitenedCNN, (64, 256, 256)),
     "resnet18": resnet.cifar_resnet18,
     "resnet19": resnet.resnet19,
     "resnet20": resnet.resnet20,
