@@ -42,10 +42,12 @@ from spikejax.experiment import (
     read,
     train,
 )
+from spikejax.experiment.build import THRESHOLDS
 from spikejax.experiment.cli import flatten, parse, run_cli
 from spikejax.nn.quant import QuantReLU
 from spikejax.train import TrainConfig, processes, workdir
 from spikejax.train.progress import table
+from spikejax.train.recipe import Ranges, check_settings
 
 SHOWN = (1, 2, 4, 8, 16, 32)  # time steps of the table
 SAMPLE = 256  # training images for calibration and for the confidence of early exits
@@ -88,10 +90,14 @@ class Conversion:
 
     def __post_init__(self):
         QuantReLU(self.bits, noise=self.noise, rngs=nnx.Rngs(0))  # checks them
-        for name in ("max_steps", "test_images"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}.")
+        ranges: Ranges = {
+            "num_thresholds": THRESHOLDS,
+            "quant_epochs": ("more than 0", lambda x: x > 0),
+            "quant_learning_rate": ("more than 0", lambda x: x > 0),
+            "max_steps": ("1 to 10000", lambda n: 1 <= n <= 10000),
+            "test_images": ("at least 1", lambda n: n >= 1),
+        }
+        check_settings(self, ranges)
         if self.experiment.activation.neuron != "relu":
             raise ValueError(
                 "neuron: expected relu, the network that is converted, got "
@@ -274,7 +280,7 @@ def figure(found: list[dict[str, Any]]) -> Any:
 def main(flags: Conversion) -> None:
     """Train, convert, print the table, write summary.json and convert.png."""
     found, folder = [], flags.experiment.workdir
-    with processes.distributed(flags.experiment.processes):
+    with processes.distributed(flags.experiment.processes, flatten(flags)):
         for row in rows(flags):
             found.append(row)
             workdir.write(folder / "summary.json", found)

@@ -20,7 +20,7 @@ from spikejax.experiment import (
     open_images,
     run,
 )
-from spikejax.experiment.cli import override, parse, run_cli
+from spikejax.experiment.cli import flatten, override, parse, run_cli
 from spikejax.train import TrainConfig, processes, workdir
 from spikejax.train.progress import table
 
@@ -48,7 +48,7 @@ def compare(digits: Experiment) -> None:
             "all five networks, which have their own."
         )
     rows = []
-    with processes.distributed(digits.processes):
+    with processes.distributed(digits.processes, flatten(digits)):
         task = open_images(digits)
         for name, flags in NETWORKS.items():
             print(f"{len(rows) + 1}/{len(NETWORKS)}  {name}")

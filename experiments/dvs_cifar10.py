@@ -37,10 +37,11 @@ from spikejax.experiment import (
     report,
     train,
 )
-from spikejax.experiment.cli import cache_folder, parse, run_cli
+from spikejax.experiment.cli import cache_folder, flatten, parse, run_cli
 from spikejax.nn.memory import stepper
 from spikejax.train import TrainConfig, processes
 from spikejax.train.progress import table
+from spikejax.train.recipe import Ranges, check_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,13 @@ class Events(Inputs):
     """Recording to run the trained network on, step by step."""
 
     def __post_init__(self):
+        ranges: Ranges = {
+            "drop": ("0 <= p < 1", lambda p: 0 <= p < 1),
+            "noise": ("0 to 100", lambda n: 0 <= n <= 100),
+            "side": ("1 to 10000", lambda n: 1 <= n <= 10000),
+            "window_ms": ("0.001 to 1e9", lambda ms: 1e-3 <= ms <= 1e9),
+        }
+        check_settings(self, ranges)
         if self.stream and self.frames != "duration":
             raise ValueError(
                 "stream: expected a network of --frames duration, as a stream has no "
@@ -209,7 +217,7 @@ def main(experiment: Experiment) -> None:
     """Train and report; then run the stream, if there is one."""
     inputs, steps = experiment.inputs, experiment.time_steps
     assert isinstance(inputs, Events)
-    with processes.distributed(experiment.processes):
+    with processes.distributed(experiment.processes, flatten(experiment)):
         event_set = load(inputs, steps)
         duration = _duration(inputs, steps)
         if inputs.stream:  # read first: training takes long
@@ -217,7 +225,6 @@ def main(experiment: Experiment) -> None:
         task = Task(event_set, encode, make_augment(inputs, event_set.shape))
         fitted = train(experiment, task)
         if not fitted.finished:
-            print("Stopped and saved. Rerun the same command to resume.")
             return
         classes = by_class(fitted.model, event_set, experiment.train.batch_size)
         result = report(

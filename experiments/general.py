@@ -105,7 +105,7 @@ def compare(comparison: Comparison) -> list[dict[str, Any]]:
 
 def show(comparison: Comparison) -> None:
     """Compare, print the table, and write it as summary.json."""
-    with processes.distributed(comparison.experiment.processes):
+    with processes.distributed(comparison.experiment.processes, flatten(comparison)):
         rows = compare(comparison)
     if not rows:
         return

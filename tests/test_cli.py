@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import errno
 import inspect
 import io
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -85,7 +87,7 @@ def test_a_flag_like_no_other_points_at_help(refused, flag):
             r"a flag of --model convnet \(--pool, --dtype\), got --width\.$",
         ),
         (["--steps"], r"^flags: .*Missing value for argument '--steps'"),
-        (["--time-steps", "0"], r"time_steps: expected at least 1, got 0\.$"),
+        (["--time-steps", "0"], r"time_steps: expected 1 to 10000, got 0\.$"),
         (["--learning-rate", "-1"], r"learning_rate: .* more than 0, got -1.0\.$"),
         (["--data", "cifar1O"], r"^data: .*got 'cifar1O'\. Did you mean cifar10"),
     ],
@@ -147,6 +149,46 @@ def test_sigterm_before_training_leaves_with_exit_code_0(tmp_path, monkeypatch, 
     assert exit.value.code == 0
     assert "Rerun the same command to resume" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_before_training_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(images, "load", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, "--workdir", tmp_path / "new", "--neuron", "lif")
+    assert exit.value.code == 130
+    assert capsys.readouterr().out.startswith("Stopped. Rerun the same command")
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO])
+def test_a_closed_output_does_not_end_a_run(tmp_path, monkeypatch, number):
+    """As after | head -1, and in a terminal that is gone."""
+    said, path = [], tmp_path / "out"
+
+    class Closed(io.TextIOWrapper):
+        def write(self, text):
+            raise OSError(number, os.strerror(number))
+
+    def script(flags):
+        print("one")
+        print("two", flush=True)
+        said.append(flags)
+
+    with path.open("wb") as file:
+        monkeypatch.setattr(sys, "stdout", Closed(file, "utf-8"))
+        run_cli(script, digits.DEFAULT)
+        os.write(file.fileno(), b"dropped")
+    assert said == [digits.DEFAULT] and path.read_bytes() == b""
+
+
+def test_other_errors_of_the_output_are_one_line(monkeypatch, capsys):
+    def write(text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=write))
+    with pytest.raises(SystemExit) as exit:
+        run_cli(lambda _: print("one"), digits.DEFAULT)
+    assert exit.value.code == 1
+    assert capsys.readouterr().err == "[Errno 28] No space left on device\n"
 
 
 def documented(config):

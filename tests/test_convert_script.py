@@ -44,7 +44,7 @@ def test_the_script_leaves_a_summary_and_a_picture(tmp_path, capsys, monkeypatch
     [
         ({"bits": 9}, "expected 1 to 8 bits, got 9"),
         ({"noise": -1.0}, "expected noise of 0 or more, got -1.0"),
-        ({"max_steps": 0}, "max_steps: expected at least 1, got 0"),
+        ({"max_steps": 0}, "max_steps: expected 1 to 10000, got 0"),
         ({"test_images": 0}, "test_images: expected at least 1, got 0"),
     ],
 )

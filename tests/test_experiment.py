@@ -147,7 +147,7 @@ def test_sigterm_saves_and_leaves_with_exit_code_0(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        ({"time_steps": 0}, r"time_steps: expected at least 1, got 0\.$"),
+        ({"time_steps": 0}, r"time_steps: expected 1 to 10000, got 0\.$"),
         ({"label_smoothing": 1.0}, r"label_smoothing: .* 0 <= p < 1, got 1.0\.$"),
         (
             {"activation": SingleOptions("relu"), "time_steps": 4},
@@ -168,12 +168,16 @@ def test_settings_out_of_range_are_refused(flags, match):
         (
             MultiThresholdOptions,
             {"num_thresholds": 0},
-            r"expected at least 1, got 0\.$",
+            r"num_thresholds: expected 1 to 64, got 0\.$",
         ),
         (Images, {"augment": "inception"}, r"image_size: expected a number .*, got no"),
         (Images, {"augment": "flip"}, r"augment: expected one of none, .*, got 'flip'"),
         (ResNetOptions, {"model": "vgg"}, r"model: expected one of resnet18, .*'vgg'"),
-        (ResNetOptions, {"width": 0.0}, r"width: expected more than 0, got 0\.0\.$"),
+        (
+            ResNetOptions,
+            {"width": 0.0},
+            r"width: expected more than 0, .* got 0\.0\.$",
+        ),
     ],
 )
 def test_options_out_of_range_are_refused(options, flags, match):
@@ -185,7 +189,6 @@ def test_options_out_of_range_are_refused(options, flags, match):
     ("flags", "match"),
     [
         ({"data": "mnist"}, r"^mnist: .*Run: python -m experiments.prepare mnist --da"),
-        ({"seed": -1}, "expected non-negative integer"),
         ({"batch_size": 1600}, "at least 1600 ex.*, got .* 1600"),
         ({"batch_size": 9}, r"multiple of the 8 device.*Take 8\.$"),
     ],

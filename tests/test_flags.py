@@ -53,6 +53,7 @@ TURNED = {
     "--num-processes": "3 --coordinator-address h:1 --process-id 0",
     "--process-id": "1 --coordinator-address h:1 --num-processes 2",
     "--heartbeat": "7",
+    "--join-timeout": "7",
     "--epochs": "3",
     "--steps": "7",
     "--batch-size": "32",
@@ -148,7 +149,7 @@ def effect(monkeypatch, recordings, tmp_path, capsys):
         return original(*args, workers=0, **options)
 
     @contextlib.contextmanager
-    def distributed(flags):
+    def distributed(flags, settings):
         found.append(flags)
         yield
 

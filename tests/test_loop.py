@@ -19,6 +19,7 @@ from spikejax.layers import MultiThreshold
 from spikejax.train import TrainConfig, loop
 from spikejax.train.checksum import parameters_sha256
 from spikejax.train.progress import NonFinite, Progress
+from spikejax.train.workdir import locked
 
 STEPS, EPOCH = 12, 5  # evaluations and checkpoints at 5, 10 and 12; saves at 3, ...
 SHORT = {"steps": STEPS, "batch_size": 24, "save_every": 3}
@@ -74,9 +75,15 @@ def die(batch):
     raise Killed
 
 
-def terminate(batch):
-    os.kill(os.getpid(), signal.SIGTERM)
-    return batch
+def send(*numbers):
+    """Sends signals to this process before the batch."""
+
+    def act(batch):
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        return batch
+
+    return act
 
 
 def mark(batch):
@@ -223,16 +230,26 @@ def test_a_run_broken_off_goes_on_bit_for_bit(whole, tmp_path, recipe, broken):
     assert here == there
 
 
-@pytest.mark.parametrize("at", [5, 8, STEPS])
-def test_sigterm_saves_the_step_and_leaves(whole, tmp_path, at):
-    before = signal.getsignal(signal.SIGTERM)
-    stopped = fit(tmp_path, data=Data(SGD, at, terminate))
-    assert signal.getsignal(signal.SIGTERM) is before
+@pytest.mark.parametrize(
+    "at, number",
+    [(5, signal.SIGTERM), (8, signal.SIGINT), (STEPS, signal.SIGHUP)],
+)
+def test_a_signal_saves_the_step_and_leaves(whole, tmp_path, at, number):
+    before = signal.getsignal(number)
+    stopped = fit(tmp_path, data=Data(SGD, at, send(number)))
+    assert signal.getsignal(number) is before
     assert stopped.finished == (at == STEPS) and stopped.metrics["steps"] == at
     assert max(saved(tmp_path)) == at and steps(tmp_path)[-1] == at
     fitted = fit(tmp_path)
     assert fitted.finished and sha(fitted) == sha(whole["sgd"][1])
     assert steps(tmp_path) == list(range(1, STEPS + 1))
+
+
+def test_a_second_ctrl_c_interrupts(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, data=Data(SGD, 5, send(signal.SIGINT, signal.SIGINT)))
+    assert saved(tmp_path) == [3]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_sigterm_again_while_saving_loses_nothing(tmp_path, monkeypatch):
@@ -245,7 +262,7 @@ def test_sigterm_again_while_saving_loses_nothing(tmp_path, monkeypatch):
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append("outside"))
     monkeypatch.setattr(loop, "Checkpoints", Checkpoints)
     try:
-        stopped = fit(tmp_path, data=Data(SGD, 4, terminate))
+        stopped = fit(tmp_path, data=Data(SGD, 4, send(signal.SIGTERM)))
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not heard and not stopped.finished and saved(tmp_path) == [3, 4]
@@ -348,7 +365,28 @@ def test_nan_stops_the_run_and_the_next_goes_on(
     assert sha(fit(tmp_path)) == sha(whole["sgd"][1])
 
 
+def test_data_that_are_not_finite_are_named(tmp_path):
+    def spoil(batch):
+        return batch | {"image": np.where(batch["image"] > 15, np.nan, batch["image"])}
+
+    with pytest.raises(NonFinite, match="at step 1, as the images of its batch are no"):
+        fit(tmp_path, data=Data(SGD, 1, spoil))
+
+
 # What is refused
+
+
+def test_a_folder_that_another_run_uses_is_refused(tmp_path):
+    with locked(tmp_path), pytest.raises(ValueError, match="no other run is using"):
+        fit(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_more_steps_than_can_be_counted_are_refused(tmp_path):
+    config = TrainConfig(epochs=1e9)
+    with pytest.raises(ValueError, match="^epochs: expected at most 2147483647 steps"):
+        fit(tmp_path / "new", config)
+    assert not (tmp_path / "new").exists()
 
 
 def shorter(batch):
@@ -388,14 +426,14 @@ def test_a_model_that_keeps_its_membranes_is_refused(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-ORBAX = r"without \*, \? and \[, .*, got .*another"
+ORBAX = r"a path without .*, which Orbax cannot read back, got .*another"
 GRAIN = "an iterator of Grain, as iter.dataset. gives, got list_iterator"
 
 
 @pytest.mark.parametrize(
     "name, data, message",
     [
-        *((name, None, ORBAX) for name in ("net[4]", "what?", "*")),
+        *((name, None, ORBAX) for name in ("net[4]", "a#b", "10%", "a\\b")),
         ("", iter([]), GRAIN),
     ],
 )

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -23,7 +24,7 @@ from flax import nnx
 from spikejax import losses
 from spikejax.data import images
 from spikejax.layers import PLIF
-from spikejax.train import TrainConfig, fit, processes, sharding
+from spikejax.train import TrainConfig, fit, processes, rendezvous, sharding
 from spikejax.train.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,13 +96,17 @@ def child():
     print("result", json.dumps(told))
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Pair:
     """Two processes in a with statement, after which they are gone."""
 
     def __init__(self, workdir, number=0, at=0):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         self.commands = [
             [sys.executable, "-c", "import test_processes as t; t.child()"]
             + [str(word) for word in (workdir, address, index, int(number), at)]
@@ -304,6 +309,123 @@ def test_flags_that_do_not_fit_together_are_an_error(flags, got):
     message = f"--num-processes and --process-id, or auto without them, got {got}."
     with pytest.raises(ValueError, match=re.escape(message)):
         Processes(**flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"process_id": 2}, "process_id: expected 0 to 1, got 2."),
+        ({"process_id": -1}, "process_id: expected 0 to 1, got -1."),
+        ({"num_processes": 0}, "num_processes: expected at least 1, got 0."),
+        ({"heartbeat": 0}, "heartbeat: expected 1 to 3600 seconds, got 0."),
+        ({"join_timeout": 0}, "join_timeout: expected 1 to 86400 seconds, got 0."),
+        (
+            {"coordinator_address": "h:70000"},
+            "coordinator_address: expected a port up to 65535, got 'h:70000'.",
+        ),
+    ],
+)
+def test_flags_out_of_range_are_an_error(flags, message):
+    good = {"coordinator_address": ADDRESS, "num_processes": 2, "process_id": 0}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Processes(**good | flags)
+
+
+# The meeting before JAX starts: processes played by threads
+
+
+def meet(*places, seconds=20.0, port=None):
+    """What processes (index, count) get: "" or the text of an error, in order."""
+    port = port or free_port()
+
+    def one(place):
+        index, count = place
+        try:
+            rendezvous.meet(f"127.0.0.1:{port}", count, index, seconds)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(one, places))
+
+
+def test_processes_meet_in_any_order_and_leave_the_port_free():
+    port = free_port()
+    for _ in range(2):
+        assert meet((2, 3), (0, 3), (1, 3), port=port) == ["", "", ""]
+
+
+def test_all_are_told_who_did_not_join():
+    ends = meet((0, 4), (2, 4), seconds=0.5)
+    assert ends == 2 * [
+        "num_processes: expected 4 within 0.5 s, got none with --process-id 1, 3. "
+        "Start it, or raise --join-timeout."
+    ]
+
+
+def test_without_process_0_its_address_is_named():
+    (end,) = meet((1, 2), seconds=0.2)
+    assert re.fullmatch(
+        r"coordinator_address: expected process 0 at 127\.0\.0\.1:\d+ within 0\.2 s, "
+        r"got no answer \(Connection refused\)\. Start it, or raise --join-timeout\.",
+        end,
+    )
+
+
+@pytest.mark.parametrize(
+    "others, got", [([(1, 3), (1, 3)], "1 of 3"), ([(2, 2)], "2 of 2")]
+)
+def test_a_process_that_is_there_twice_ends_all(others, got):
+    ends = meet((0, 3), *others)
+    assert set(ends) == {
+        f"process_id: expected 0 to 2 once each, got another {got}. Start each process "
+        "once."
+    }
+
+
+def test_a_port_in_use_is_named():
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        (end,) = meet((0, 2), port=port)
+    assert end.startswith(
+        f"coordinator_address: expected a free port, got 127.0.0.1:{port} (Address "
+        "already in use). Take another port, or another --process-id"
+    )
+
+
+def test_what_is_no_process_of_a_run_is_ignored():
+    port = free_port()
+
+    def strangers():
+        for word in (b"GET / HTTP/1.1", b"[]", b"7"):
+            while True:
+                try:
+                    with socket.create_connection(("127.0.0.1", port)) as link:
+                        link.sendall(word)
+                    break
+                except OSError:
+                    time.sleep(0.01)
+        return meet((1, 2), port=port)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(strangers)
+        assert meet((0, 2), port=port) == [""] and other.result() == [""]
+
+
+def test_processes_agree_on_their_settings(monkeypatch):
+    def all_gather(value):
+        return [value, value, value | {"seed": "1"}]
+
+    processes.agree({"seed": 0, "workdir": ROOT})
+    monkeypatch.setattr(processes, "all_gather", all_gather)
+    message = (
+        "seed: expected the same in all processes, got 0 in process 0 and 1 in pro"
+    )
+    with pytest.raises(ValueError, match=f"^{message}cess 2\\. Start all alike\\.$"):
+        processes.agree({"epochs": 3.0, "seed": 0, "workers": 2})
+    monkeypatch.setattr(processes, "all_gather", lambda value: [{}, value])
+    processes.agree(dict.fromkeys(("workers", "process_id", "data_dir"), 5))
 
 
 def test_one_process_needs_no_word_with_others():

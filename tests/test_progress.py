@@ -1,12 +1,15 @@
 import contextlib
+import gc
 import io
 import json
 import os
 import re
+import resource
 import struct
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
@@ -31,7 +34,7 @@ def no_terminal(monkeypatch):
 def clock(monkeypatch):
     """A clock that stands still until a test sets its `now`."""
     clock = SimpleNamespace(now=1000.0)
-    fake = SimpleNamespace(monotonic=lambda: clock.now)
+    fake = SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now)
     monkeypatch.setattr(progress, "time", fake)
     return clock
 
@@ -229,10 +232,23 @@ def test_an_error_closes_the_bar_and_the_files(tmp_path, terminal):
     shown = Progress(tmp_path, 100)
     with pytest.raises(NonFinite), shown:
         shown.train(1, {"loss": 1.0})
-        check_finite(2, float("nan"), {})
+        check_finite(2, float("nan"), {}, np.zeros(1))
     assert terminal().endswith("\n")
     with pytest.raises(ValueError, match="closed file"):
         shown.train(2, {"loss": 1.0})
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_is_an_error(tmp_path):
+    """And not a wait for the thread that writes TensorBoard's files."""
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, kept[1]))
+        with pytest.raises(OSError, match="File too large"):
+            train(tmp_path, range(1, 100))
+    finally:
+        gc.collect()  # of files that cannot be closed
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
 
 
 @pytest.mark.parametrize(
@@ -255,12 +271,23 @@ def test_an_error_closes_the_bar_and_the_files(tmp_path, terminal):
 )
 def test_numbers_that_are_not_finite_stop_the_run(loss, norms, message):
     with pytest.raises(NonFinite, match=message) as caught:
-        check_finite(120, loss, norms)
+        check_finite(120, loss, norms, np.zeros((2, 3), np.uint8))
     assert "(--learning-rate) or clip gradients (--clip)." in str(caught.value)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_data_that_are_not_finite_are_told_from_divergence(bad):
+    message = (
+        "train: the loss became nan at step 3, as the images of its batch are not "
+        "finite. Remove NaN and infinity from the data."
+    )
+    with pytest.raises(NonFinite) as caught:
+        check_finite(3, float("nan"), {"a": float("nan")}, np.array([1.0, bad]))
+    assert str(caught.value) == message
+
+
 def test_finite_numbers_pass():
-    check_finite(1, 1e30, {"a": 0.0, "b": 1e-38})
+    check_finite(1, 1e30, {"a": 0.0, "b": 1e-38}, np.full(2, np.nan))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,11 @@
 """The folder of a run: its files, and the check that it is this run's."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,11 +33,13 @@ def test_of_several_processes_the_first_writes(tmp_path, monkeypatch):
 def test_a_folder_belongs_to_one_run(tmp_path):
     settings = {"seed": 0, "model": "vgg11"}
     folder.check(tmp_path, settings, {})
-    assert folder.claim(tmp_path, settings) == tmp_path
+    assert folder.claim(tmp_path, settings, {}) == tmp_path
     folder.check(tmp_path, settings, {})
     match = r"holds another: seed was 0 and is 1\. Take another --workdir"
     with pytest.raises(ValueError, match=match):
         folder.check(tmp_path, settings | {"seed": 1}, {})
+    with pytest.raises(ValueError, match="seed was 0 and is 1"):
+        folder.claim(tmp_path, settings | {"seed": 1}, {})  # claimed since the check
     newer = {"width": 1.0}
     folder.check(tmp_path, settings | newer, newer)  # a flag that was added since
     folder.check(tmp_path, {"seed": 0}, {})  # one that was removed
@@ -41,13 +48,17 @@ def test_a_folder_belongs_to_one_run(tmp_path):
 
 
 def test_a_folder_that_a_process_does_not_see_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "all_gather", lambda value: [value, False])
+
+    def all_gather(value):
+        return [value, False if value is True else value]
+
+    monkeypatch.setattr(processes, "all_gather", all_gather)
     match = (
         rf"^workdir: expected a folder that all processes share, got {tmp_path}, where "
         "process 1 does not see what process 0 wrote"
     )
     with pytest.raises(ValueError, match=match):
-        folder.claim(tmp_path, {})
+        folder.claim(tmp_path, {}, {})
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"seed": 0'])
@@ -56,3 +67,56 @@ def test_damaged_settings_are_an_error_that_names_the_file(tmp_path, text):
     match = r"holds another: config\.json is corrupted\. Take another --workdir"
     with pytest.raises(ValueError, match=match):
         folder.check(tmp_path, {"seed": 0}, {})
+
+
+def test_a_folder_is_of_one_process_at_a_time(tmp_path):
+    """A lock is of an open file: a second one in this process is refused too."""
+    match = (
+        rf"^workdir: expected a folder that no other run is using, got {tmp_path}, "
+        rf"which process {os.getpid()} on .*, since 20.*, uses\. Wait for it, or take"
+    )
+    with folder.locked(tmp_path):
+        with pytest.raises(ValueError, match=match), folder.locked(tmp_path):
+            pytest.fail("locked twice")
+        with pytest.raises(ValueError, match=match):
+            folder.claim(tmp_path, {}, {})
+        assert not (tmp_path / "config.json").exists()
+    with folder.locked(tmp_path):
+        pass
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_kernel_drops_the_lock_of_a_process_that_was_killed(tmp_path):
+    command = [sys.executable, "-S", "-c", HOLD, tmp_path / "lock"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as child:
+        assert child.stdout.readline() == b"locked\n"
+        with pytest.raises(ValueError, match="which another process uses"):
+            folder.claim(tmp_path, {}, {})
+        child.kill()
+        child.wait()
+        folder.claim(tmp_path, {}, {})
+
+
+def test_a_disk_without_locks_is_used_without(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(folder.fcntl, "flock", flock)
+    with folder.locked(tmp_path), folder.locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("name", ["net[4]", "what?", "*", "a#b", "10%", "a\\b"])
+def test_a_path_that_cannot_be_read_back_is_refused(name):
+    with pytest.raises(ValueError, match="^workdir: expected a path without .*another"):
+        folder.check_path(Path("runs") / name / "one")
+    folder.check_path(Path("runs/é ü,+=:;~$&'\"!(1)"))

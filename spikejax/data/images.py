@@ -4,6 +4,7 @@ Reading needs no TensorFlow; preparing a TFDS set does: see experiments/prepare.
 """
 
 import dataclasses
+import signal
 
 import grain
 import numpy as np
@@ -231,7 +232,13 @@ class TrainBatches(grain.DatasetIterator):
         if profiling in flags.FLAGS:
             flags.FLAGS[profiling].present = True
         options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
-        return iter(rest.mp_prefetch(options))
+        return iter(rest.mp_prefetch(options, worker_init_fn=_ignore_signals))
+
+
+def _ignore_signals(*_: int) -> None:
+    """Leave Ctrl-C and the end of the terminal to the main process, which saves."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _check(

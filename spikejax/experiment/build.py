@@ -17,9 +17,12 @@ from spikejax import neurons
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold
 from spikejax.models import MODELS, resnet
 from spikejax.nn import cpu, windowed
-from spikejax.train.recipe import check_settings
+from spikejax.train.recipe import Ranges, check_settings
 
 NeuronFactory = Callable[[], Callable[[jax.Array], jax.Array]]
+WIDTH: Ranges = {"width": ("more than 0, at most 100", lambda w: 0 < w <= 100)}
+# The cells are unrolled over their thresholds: more would compile for minutes.
+THRESHOLDS = "1 to 64", lambda n: 1 <= n <= 64
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class ResNetOptions:
     """Type of the computation; parameters, statistics and membranes are float32."""
 
     def __post_init__(self):
-        check_settings(self, {"width": ("more than 0", lambda w: w > 0)})
+        check_settings(self, WIDTH)
 
     def build(self, **parts: Any) -> nnx.Module:
         """Return the network; see ``build_model``."""
@@ -93,6 +96,9 @@ class GeneralOptions:
     binarise: Literal["bernoulli", "straight-through"] = "bernoulli"
     """Conversion of the input of a spiking layer to spikes."""
 
+    def __post_init__(self):
+        check_settings(self, WIDTH)
+
     def build(self, **parts: Any) -> nnx.Module:
         """Return the network; see ``build_model``."""
         binarise = getattr(windowed, self.binarise.replace("-", "_"))
@@ -118,7 +124,7 @@ class MultiThresholdOptions:
     """Number of thresholds; up to as many spikes per time step."""
 
     def __post_init__(self):
-        check_settings(self, {"num_thresholds": ("at least 1", lambda n: n >= 1)})
+        check_settings(self, {"num_thresholds": THRESHOLDS})
 
 
 NetworkOptions = ResNetOptions | VGGOptions | GeneralOptions

@@ -5,7 +5,9 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import errno
 import io
+import logging
 import os
 import platform
 import re
@@ -13,7 +15,15 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    NoReturn,
+    TextIO,
+    TypeVar,
+    get_args,
+    get_type_hints,
+)
 
 import jax
 
@@ -41,6 +51,8 @@ def parse(default: T, description: str | None, *options: Any) -> T:
     """
     import tyro
 
+    if empty := [w for w in sys.argv[1:] if w.strip() == "" or w.endswith("=")]:
+        fail(f"flags: expected a value after each flag, got {empty[0]!r}.")
     # Two passes: tyro fixes the flags before it reads them, so the groups are needed.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, _ in _groups(default):
@@ -153,21 +165,60 @@ def fail(message: str) -> NoReturn:
 def run_cli(script: Callable[[T], None], flags: T) -> None:
     """Run a script; an error of the user's is one line on stderr and exit code 1.
 
-    SIGTERM exits with code 0; ``fit`` saves first.
+    SIGTERM and SIGHUP exit with code 0, Ctrl-C with 130; ``fit`` saves first.
     """
-    # ``fit`` has a handler of its own; this one is for the time before and after.
-    previous = signal.signal(signal.SIGTERM, _exit_now)
+    # Orbax logs pages of tracebacks from its threads for an error that it raises too.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # ``fit`` has handlers of its own; these are for the time before and after.
+    caught = signal.SIGTERM, signal.SIGHUP
+    previous = {n: signal.getsignal(n) for n in caught}
+    for number in caught:
+        if previous[number] is not signal.SIG_IGN:  # as it is under nohup
+            signal.signal(number, lambda *_: _leave(0))
     try:
-        script(flags)
+        with contextlib.redirect_stdout(_Output(sys.stdout)):
+            script(flags)
+    except KeyboardInterrupt:
+        _leave(130)
     except (ValueError, OSError) as error:  # OSError: a folder that cannot be written
         fail(str(error))
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def _exit_now(*_: object) -> NoReturn:
+class _Output:
+    """Standard output that may be closed, as by ``| head``: the run continues."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._kept():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._kept():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: no more terminal
+                raise
+            # What is left in the buffer goes there too, else Python fails at its exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+def _leave(code: int) -> NoReturn:
     print("Stopped. Rerun the same command to resume from the last checkpoint.")
-    sys.exit(0)
+    sys.exit(code)
 
 
 def cache_folder() -> Path:

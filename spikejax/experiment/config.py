@@ -67,7 +67,7 @@ class Images(Inputs):
     """Height and width to which images are cropped; by default they are not."""
 
     def __post_init__(self):
-        check_settings(self, {"image_size": ("at least 1", lambda n: n >= 1)})
+        check_settings(self, {"image_size": ("1 to 10000", lambda n: 1 <= n <= 10000)})
         if self.augment == "inception" and self.image_size is None:
             raise ValueError(
                 "image_size: expected a number with --augment inception, got none. "
@@ -106,9 +106,12 @@ class Experiment:
 
     def __post_init__(self):
         object.__setattr__(self, "workdir", Path(self.workdir))  # of a str in Python
+        workdir.check_path(self.workdir.absolute())
         ranges: Ranges = {
-            "time_steps": ("at least 1", lambda n: n >= 1),
+            "time_steps": ("1 to 10000", lambda n: 1 <= n <= 10000),
             "label_smoothing": ("0 <= p < 1", lambda p: 0 <= p < 1),
+            "workers": ("0 to 1000", lambda n: 0 <= n <= 1000),
+            "fsdp": ("at least 1", lambda n: n >= 1),
         }
         check_settings(self, ranges)
         check_settings(self.network)
@@ -227,7 +230,7 @@ def train(
         shard=shard,
     )
     eval_data = images.eval_batches(data.test, batch_size, crop=eval_crop, shard=shard)
-    return fit(
+    fitted = fit(
         recipe,
         # No name holds the network here, so that ``fit`` can free its parameters.
         _build(experiment, data) if model is None else model,
@@ -236,10 +239,14 @@ def train(
         eval_data,
         encode=task.encode,
         steps_per_epoch=max(1, len(data.train) // recipe.batch_size),
-        workdir=workdir.claim(experiment.workdir, settings),
+        workdir=workdir.claim(experiment.workdir, settings, defaults(experiment)),
         mesh=mesh,
         profile=experiment.profile,
     )
+    if not fitted.finished and processes.is_primary():
+        step = f"step {fitted.metrics['steps']}"
+        print(f"Stopped and saved at {step}. Rerun the same command to resume.")
+    return fitted
 
 
 def _build(experiment: Experiment, data: ImageSet | EventSet) -> nnx.Module:
@@ -259,12 +266,7 @@ def run(experiment: Experiment, task: Task) -> dict[str, Any] | None:
         the content of result.json, or None if SIGTERM stopped the run.
     """
     fitted = train(experiment, task)
-    if fitted.finished:
-        return report(experiment, fitted, task)
-    if processes.is_primary():
-        step = f"step {fitted.metrics['steps']}"
-        print(f"Stopped and saved at {step}. Rerun the same command to resume.")
-    return None
+    return report(experiment, fitted, task) if fitted.finished else None
 
 
 def report(
@@ -334,7 +336,7 @@ def defaults(experiment: Experiment) -> dict[str, Any]:
 
 def main(experiment: Experiment) -> None:
     """Run one experiment on images and print one line of result."""
-    with processes.distributed(experiment.processes):
+    with processes.distributed(experiment.processes, flatten(experiment)):
         result = run(experiment, open_images(experiment))
         if result and processes.is_primary():
             print(

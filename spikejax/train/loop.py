@@ -1,6 +1,6 @@
 """The training loop: a run that is killed resumes, and ends with the same bits."""
 
-import glob
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +21,7 @@ from spikejax.train import processes, sharding
 from spikejax.train.checkpoint import Checkpoints
 from spikejax.train.checksum import by_path, parameters_sha256
 from spikejax.train.progress import Progress, check_finite, tracing
-from spikejax.train.recipe import TrainConfig, make_optimizer
+from spikejax.train.recipe import MOST_STEPS, TrainConfig, make_optimizer
 from spikejax.train.step import (
     Encode,
     EvalStep,
@@ -33,8 +33,11 @@ from spikejax.train.step import (
     make_predict,
     make_train_step,
 )
+from spikejax.train.workdir import check_path, locked
 
 HostBatch = dict[str, np.ndarray]  # image [B, ...], label [B]
+# Metrics that are not yet read, and the images that they are of, by step.
+Pending = dict[int, tuple[dict[str, Any], np.ndarray]]
 
 
 def evaluate(
@@ -97,8 +100,8 @@ def fit(
     """Train a model, with checkpoints in ``workdir`` from which the same call resumes.
 
     A run that was killed resumes from its last checkpoint and ends with the same bits.
-    SIGTERM saves and returns with finished=False; sent to one of several processes, it
-    ends all of them with the same step.
+    SIGTERM, SIGHUP and a first Ctrl-C save and return with finished=False; sent to one
+    of several processes, they end all of them with the same step.
 
     Args:
         config: the recipe.
@@ -116,13 +119,16 @@ def fit(
         profile: write a trace of some steps to ``workdir``/profile.
 
     Raises:
-        ValueError: data, folder, batch size or checkpoint do not fit this run, or the
-            loss or a gradient is not finite.
+        ValueError: data, folder, batch size or checkpoint do not fit this run, another
+            one uses the folder, or the loss or a gradient is not finite.
     """
     mesh, workdir = mesh or sharding.data_mesh(), Path(workdir).absolute()
     sharding.check_batch_size(config.batch_size, mesh)
     _check(model, train_data, workdir)
     steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
+    if steps > MOST_STEPS:
+        raise ValueError(f"epochs: expected at most {MOST_STEPS} steps, got {steps}.")
+    processes.agree(dataclasses.asdict(config) | {"steps": steps} | mesh.shape)
     optimizer = make_optimizer(config, steps)
     state = sharding.place_state(initial_state(model, optimizer, config), mesh)
     graphdef, eval_graphdef = graphs(model)
@@ -203,6 +209,7 @@ def _train(
     every = max(1, round(config.evaluate_every * run.steps_per_epoch))
     with ExitStack() as stack:
         stop = stack.enter_context(processes.Terminated())
+        stack.enter_context(locked(workdir))
         checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints")))
         trace = stack.enter_context(tracing(workdir / "profile" if profile else None))
         restored = checkpoints.restore(state, train_data)
@@ -211,17 +218,18 @@ def _train(
         scores = run.score(state) if start >= run.steps else {}  # resumed at the end
         progress = Progress(workdir, run.steps, start, config.batch_size)
         stack.enter_context(progress)
-        pending: dict[int, Any] = {}  # metrics that are not yet read, by step
+        pending: Pending = {}
         for step in range(start + 1, run.steps + 1):
-            batch = _checked(next(train_data, {}), config.batch_size)
-            batch |= stop.flag(len(batch["label"]))
-            batch = sharding.shard_batch(batch, run.mesh)
+            host_batch = _checked(next(train_data, {}), config.batch_size)
+            flagged = host_batch | stop.flag(len(host_batch["label"]))
+            batch = sharding.shard_batch(flagged, run.mesh)
             trace(step - start, state)
             state, metrics = run.train_step(state, batch)
             # The metrics of a step are read while the next one runs: reading its own
             # would leave the device idle between two steps.
             _report(progress, stop, pending)
-            pending[step] = metrics | {"epoch": step / run.steps_per_epoch}
+            metrics["epoch"] = step / run.steps_per_epoch
+            pending[step] = metrics, host_batch["image"]
             clock.tick()
             evaluates = step % every == 0 or step == run.steps
             if not (evaluates or stop.now or step % config.save_every == 0):
@@ -239,15 +247,13 @@ def _train(
     return state, scores | saved
 
 
-def _report(
-    progress: Progress, stop: processes.Terminated, pending: dict[int, Any]
-) -> None:
+def _report(progress: Progress, stop: processes.Terminated, pending: Pending) -> None:
     """Check and log the metrics of pending steps."""
     while pending:
-        step, metrics = pending.popitem()
+        step, (metrics, images) = pending.popitem()
         metrics = jax.device_get(metrics)
         norms = by_path(metrics.pop("gradient_norms"))
-        check_finite(step, float(metrics["loss"]), norms)
+        check_finite(step, float(metrics["loss"]), norms, images)
         stop.read(metrics)
         metrics["gradient_norm"] = math.hypot(*norms.values())
         progress.train(step, {name: float(value) for name, value in metrics.items()})
@@ -278,12 +284,7 @@ def _check(model: nnx.Module, train_data: Any, workdir: Path) -> None:
             "fit: expected an iterator of Grain, as iter(dataset) gives, got "
             f"{type(train_data).__name__}. docs/model.md makes one of arrays."
         )
-    # Orbax expands such characters, and then cannot read what it has written.
-    if glob.has_magic(str(workdir)):
-        raise ValueError(
-            f"workdir: expected a path without *, ? and [, which Orbax takes for a "
-            f"pattern, got {workdir}. Take another --workdir."
-        )
+    check_path(workdir)
 
 
 def _checked(batch: Any, batch_size: int) -> HostBatch:

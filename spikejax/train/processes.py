@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from spikejax.train.recipe import Ranges, check_settings
+from spikejax.train.rendezvous import meet
+
 # JAX's collectives and Orbax's barriers raise these when a peer has died.
 PEER_ERRORS = (jax.errors.JaxRuntimeError, TimeoutError)
 RESUME = "The same command on all of them resumes from the last checkpoint."
+# Settings that may differ between the processes of one run.
+LOCAL = {"coordinator_address", "process_id", "data_dir", "workers", "heartbeat"}
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,11 @@ class Processes:
     """Index of this process: 0, 1, ..."""
     heartbeat: int = 20
     """Seconds of silence after which a process counts as dead and the others stop."""
+    join_timeout: int = 60
+    """Seconds to wait at the start for processes that have not joined."""
 
     def __post_init__(self):
-        where = self.coordinator_address
+        where, count = self.coordinator_address, self.num_processes or 0
         missing = (self.num_processes, self.process_id).count(None)
         # Without this JAX would try to reach half an address for five minutes.
         explicit = re.fullmatch(r".+:\d+", where or "") and missing == 0
@@ -48,10 +55,21 @@ class Processes:
                 f"--process-id, or auto without them, got {where}, "
                 f"{self.num_processes} and {self.process_id}."
             )
+        port = int((where or "").rpartition(":")[2]) if explicit else 1
+        ranges: Ranges = {
+            "coordinator_address": ("a port up to 65535", lambda _: 0 < port < 2**16),
+            "num_processes": ("at least 1", lambda n: n >= 1),
+            "process_id": (f"0 to {count - 1}", lambda i: 0 <= i < count),
+            "heartbeat": ("1 to 3600 seconds", lambda s: 1 <= s <= 3600),
+            "join_timeout": ("1 to 86400 seconds", lambda s: 1 <= s <= 86400),
+        }
+        check_settings(self, ranges)
 
 
 @contextlib.contextmanager
-def distributed(flags: Processes) -> Iterator[None]:
+def distributed(
+    flags: Processes, settings: Mapping[str, Any] | None = None
+) -> Iterator[None]:
     """Join the other processes; to be entered before any other use of JAX.
 
     If there are several, an exception inside ends this process with exit code 1 and one
@@ -60,6 +78,7 @@ def distributed(flags: Processes) -> Iterator[None]:
 
     Args:
         flags: how to find the others; by default there are none.
+        settings: of this process, on which all have to `agree`.
     """
     if flags.coordinator_address is None:
         yield
@@ -68,16 +87,21 @@ def distributed(flags: Processes) -> Iterator[None]:
     address = None if auto else flags.coordinator_address
     try:
         if not jax.distributed.is_initialized():  # else by an earlier run of the script
+            count, index = flags.num_processes, flags.process_id
+            if address and count is not None and index is not None:
+                meet(address, count, index, flags.join_timeout)
             jax.distributed.initialize(
-                *(address, flags.num_processes, flags.process_id),
-                heartbeat_timeout_seconds=flags.heartbeat,
+                address, count, index, heartbeat_timeout_seconds=flags.heartbeat
             )
+        agree(settings or {})
         yield
-    except Exception as error:  # anything: the peers wait for this process
+    except (Exception, KeyboardInterrupt) as error:  # the peers wait for this process
         message = " ".join(str(error).split())
         if isinstance(error, PEER_ERRORS):
             reason = f"as when another process dies ({message[:200]})"
             message = f"JAX failed, {reason}. {RESUME}"
+        elif isinstance(error, KeyboardInterrupt):
+            message = f"interrupted. {RESUME}"
         elif not isinstance(error, ValueError | OSError):
             traceback.print_exc()
             message = f"{type(error).__name__}: {message[:200]}"
@@ -89,6 +113,24 @@ def distributed(flags: Processes) -> Iterator[None]:
         # sys.exit would run JAX's shutdown barrier, which waits for the peers, which
         # wait for this process in a collective.
         os._exit(1)
+
+
+def agree(settings: Mapping[str, Any]) -> None:
+    """Check that all processes have the same settings, but for those in `LOCAL`.
+
+    Raises:
+        ValueError: one of them differs.
+    """
+    shared = {k: str(v) for k, v in settings.items() if k not in LOCAL}
+    every = all_gather(shared)
+    for index, other in enumerate(every):
+        for name in every[0] | other:
+            first, here = every[0].get(name), other.get(name)
+            if first != here:
+                raise ValueError(
+                    f"{name}: expected the same in all processes, got {first} in "
+                    f"process 0 and {here} in process {index}. Start all alike."
+                )
 
 
 def all_gather(value: Any) -> list[Any]:
@@ -113,30 +155,36 @@ def shard() -> tuple[int, int]:
 
 
 class Terminated:
-    """A context in which SIGTERM is recorded instead of ending the process.
+    """A context in which SIGTERM, SIGHUP and Ctrl-C are recorded instead of obeyed.
 
-    With several processes the signal may reach only one. `flag` therefore goes into
-    each batch, the training step reduces it over all of them, and all stop at the same
-    step. (JAX's own preemption service does the same, but Orbax calls it for an older
-    step from another thread, and then the processes can miss the step agreed on.)
+    A second Ctrl-C interrupts. With several processes the signal may reach only one.
+    `flag` therefore goes into each batch, the training step reduces it over all of
+    them, and all stop at the same step. (JAX's own preemption service does the same,
+    but Orbax calls it for an older step from another thread, and then the processes can
+    miss the step agreed on.)
     """
 
     requested = agreed = False
 
     def __enter__(self) -> "Terminated":
+        self._previous = {}
         # Python delivers signals to the main thread only. JAX's preemption service has
         # installed a C handler of its own; this one replaces it.
-        self._main = threading.current_thread() is threading.main_thread()
-        if self._main:
-            self._previous = signal.signal(signal.SIGTERM, self._record)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                # Ignored under nohup, or in the background: then it stays ignored.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._main:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def _record(self, *_: object) -> None:
+    def _record(self, number: int, _: object) -> None:
         self.requested = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     def flag(self, size: int) -> dict[str, np.ndarray]:
         """Return {"stop": [size]} for the batch, or {} for a single process."""

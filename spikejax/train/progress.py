@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from spikejax.train import processes
 from spikejax.train.checksum import write_atomically
@@ -29,8 +30,17 @@ class NonFinite(ValueError):
     """A loss or a gradient that is no longer a finite number."""
 
 
-def check_finite(step: int, loss: float, gradient_norms: Mapping[str, float]) -> None:
+def check_finite(
+    step: int, loss: float, gradient_norms: Mapping[str, float], images: np.ndarray
+) -> None:
     """Check that the loss of a step and its gradients, by path, are finite.
+
+    Args:
+        step: of the training.
+        loss: of the step.
+        gradient_norms: by path.
+        images: this process's part of the batch. If they are not finite, it is the data
+            that is at fault, not the learning rate.
 
     Raises:
         NonFinite: one of them is not.
@@ -43,10 +53,11 @@ def check_finite(step: int, loss: float, gradient_norms: Mapping[str, float]) ->
         found = f"gradients became {gradient_norms[bad[0]]} (loss {loss:.4g})"
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     where = f"; first non-finite gradients: {', '.join(bad[:3])}{more}" if bad else ""
-    raise NonFinite(
-        f"train: {found} at step {step}{where}. Lower the learning rate "
-        "(--learning-rate) or clip gradients (--clip)."
-    )
+    advice = "Lower the learning rate (--learning-rate) or clip gradients (--clip)."
+    if not all(processes.all_gather(bool(np.isfinite(images).all()))):
+        where = ", as the images of its batch are not finite"
+        advice = "Remove NaN and infinity from the data."
+    raise NonFinite(f"train: {found} at step {step}{where}. {advice}")
 
 
 class Progress:
@@ -112,7 +123,8 @@ class Progress:
         self._recent.clear()  # the rate is that of training alone
 
     def _open_files(self, workdir: Path, start: int) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
 
         def is_kept(line: str) -> bool:
             try:
@@ -124,14 +136,30 @@ class Progress:
         path.parent.mkdir(parents=True, exist_ok=True)
         old = path.read_text("utf-8").splitlines() if path.exists() else []
         write_atomically(path, "".join(f"{line}\n" for line in filter(is_kept, old)))
-        board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._file = self._opened.enter_context(path.open("a", encoding="utf-8"))
-        self._board = self._opened.enter_context(board)
+        # Not its SummaryWriter: the thread of that dies when the disk is full, and the
+        # training then waits for it for ever.
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        board = EventsWriter(str(workdir / "tensorboard" / "events"))
+        self._opened.enter_context(contextlib.closing(board))
+
+        made: Any = vars(event_pb2) | vars(summary_pb2)  # without types
+        event, summary, log = (made[n] for n in ("Event", "Summary", "SessionLog"))
+
+        def write(step: int, values: dict[str, float]) -> None:
+            pairs = [summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+            content = {"wall_time": time.time(), "summary": summary(value=pairs)}
+            board.write_event(event(step=step, **content))
+            board.flush()
+
+        # TensorBoard drops what an earlier start wrote of these steps.
+        board.write_event(event(step=start + 1, session_log=log(status=log.START)))
+        self._write = write
 
     def _record(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
         entry: dict[str, float | None] = {"step": step}
+        self._write(step, {f"{kind}/{name}": v for name, v in metrics.items()})
         for name, value in metrics.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
             key = f"eval_{name}" if kind == "eval" and name != "seconds" else name
             entry[key] = value if math.isfinite(value) else None  # NaN is not in JSON
         self._file.write(json.dumps(entry) + "\n")

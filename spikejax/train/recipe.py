@@ -1,5 +1,6 @@
 """The recipe of a training: its settings, and the optimizer that they make."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -20,7 +21,8 @@ def check_settings(settings: Any, ranges: Ranges | None = None) -> None:
     Args:
         settings: instance of a dataclass; a field annotated as a `Literal` is to be one
             of the choices.
-        ranges: {field: (expected, test of the value)}; None is not tested.
+        ranges: {field: (expected, test of the value)}; None is not tested. Every float
+            is to be finite.
 
     Raises:
         ValueError: a field has another value.
@@ -30,15 +32,20 @@ def check_settings(settings: Any, ranges: Ranges | None = None) -> None:
         if get_origin(hint) is Literal:
             choices = get_args(hint)
             ranges[name] = f"one of {', '.join(choices)}", choices.__contains__
-    for name, (expected, is_good) in ranges.items():
-        value = getattr(settings, name)
+    for name, value in vars(settings).items():
+        expected, is_good = ranges.get(name, ("", lambda _: True))
+        if isinstance(value, float) and not math.isfinite(value):
+            expected, is_good = "a finite number", math.isfinite
         if value is not None and not is_good(value):
             raise ValueError(f"{name}: expected {expected}, got {value!r}.")
 
 
+MOST_STEPS = 2**31 - 1  # the step is an int32
+
 _RANGES: Ranges = {
     "epochs": ("more than 0", lambda x: x > 0),
-    "steps": ("at least 1", lambda x: x >= 1),
+    "steps": (f"1 to {MOST_STEPS}", lambda x: 1 <= x <= MOST_STEPS),
+    "seed": ("0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
     "batch_size": ("at least 1", lambda x: x >= 1),
     "learning_rate": ("more than 0", lambda x: x > 0),
     "learning_rate_batch": ("at least 1 image", lambda x: x >= 1),

@@ -1,6 +1,13 @@
-"""The folder of a run: its files, and the check that it belongs to the same run."""
+"""The folder of a run: its files, its lock, and the check that it is this run's."""
 
+import contextlib
+import fcntl
 import json
+import os
+import platform
+import re
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +20,53 @@ def write(path: Path, content: Any) -> None:
     if processes.is_primary():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(content, indent=2))
+
+
+def check_path(folder: Path) -> None:
+    """Raise a ValueError for a folder whose checkpoints could not be read back."""
+    # Orbax takes the first three for a pattern, TensorStore the others for a URL.
+    if found := re.search(r"[*?[#%\\]", str(folder)):
+        raise ValueError(
+            f"workdir: expected a path without {found[0]}, which Orbax cannot read "
+            f"back, got {folder}. Take another --workdir."
+        )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a folder, which is created if missing, until the end of the context.
+
+    The kernel drops the lock when the process dies.
+
+    Raises:
+        ValueError: another process is using the folder.
+    """
+    with contextlib.ExitStack() as held:
+        owner = _lock(folder, held) if processes.is_primary() else ""
+        if owner := processes.all_gather(owner)[0]:
+            raise ValueError(
+                f"workdir: expected a folder that no other run is using, got {folder}, "
+                f"which {owner} uses. Wait for it, or take another --workdir."
+            )
+        yield
+
+
+def _lock(folder: Path, held: contextlib.ExitStack) -> str:
+    """Return who else has the lock, or ""; `held` keeps it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = held.enter_context((folder / "lock").open("a+", encoding="utf-8"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return file.read() or "another process"
+    except OSError:  # the disk has no locks, as some of clusters
+        return ""
+    file.truncate(0)
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.write(f"process {os.getpid()} on {platform.node()}, since {now},")
+    file.flush()
+    return ""
 
 
 def check(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
@@ -44,14 +98,16 @@ def check(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> N
         )
 
 
-def claim(folder: Path, settings: dict[str, Any]) -> Path:
+def claim(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> Path:
     """Write the settings that `check` compares, and return the folder.
 
     Raises:
-        ValueError: not all processes see the folder.
+        ValueError: as `check` and `locked`, or not all processes see the folder.
     """
     path = folder / "config.json"
-    write(path, settings)
+    with locked(folder):
+        check(folder, settings, defaults)  # another run may have claimed it since
+        write(path, settings)
     processes.all_gather(0)  # all wait for the primary one
     seen = processes.all_gather(path.exists())
     if not all(seen):
