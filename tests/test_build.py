@@ -1,7 +1,10 @@
 """The network that the options name: neurons, thresholds, models, types of numbers."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -18,14 +21,15 @@ from spikejax.experiment.build import (
     neuron_factory,
 )
 from spikejax.experiment.cli import alternatives
-from spikejax.layers import IF, LIF, PLIF, MultiThreshold
+from spikejax.layers import IF, LIF, PLIF, MultiThreshold, Neuron
 from spikejax.models import MODELS
 from spikejax.nn import windowed
+from spikejax.nn.quant import half_up, quantise
 from spikejax.train.checksum import by_path
 
 NEURONS = alternatives(ActivationOptions.__args__)[1]
 FAMILIES = alternatives(NetworkOptions.__args__)[1]
-NAMES = ("lif", "plif", "if", "mt-parallel", "mt-cascade", "relu")
+NAMES = ("lif", "plif", "if", "mt-parallel", "mt-cascade", "i-lif", "relu")
 DEEP = ("resnet50", "resnet101", "resnet152")  # resnet34 with other numbers
 CONVNET = VGGOptions("convnet")
 
@@ -37,13 +41,14 @@ def made(name, network=CONVNET, **options):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_neuron_has_its_layer(name):
     layer = made(name)
-    kinds = {"lif": LIF, "plif": PLIF, "if": IF}
+    kinds = {"lif": LIF, "plif": PLIF, "if": IF, "i-lif": Neuron}
     if name == "relu":
         assert layer is nnx.relu
         return
     assert type(layer) is kinds.get(name, MultiThreshold)
-    assert layer.num_thresholds == (4 if name.startswith("mt-") else 1)
+    assert layer.num_thresholds == (4 if name in ("i-lif", *NAMES[3:5]) else 1)
     cells = {"mt-parallel": neurons.parallel, "mt-cascade": neurons.cascade}
+    cells["i-lif"] = neurons.parallel
     assert layer.cell is cells.get(name, neurons.lif)
     assert layer.options.v_reset is None and layer.options.detach_reset
     learned = jax.tree.leaves(nnx.state(layer, nnx.Param))
@@ -68,6 +73,26 @@ def test_several_thresholds_cover_normalised_inputs(name, options, expected):
     layer = made(name, **options)
     assert jnp.allclose(jnp.array(layer.params.thresholds), jnp.array(expected))
     assert jnp.allclose(layer.params.leak, 0.5)
+
+
+@pytest.mark.parametrize(("name", "shift"), [("i-lif", 0.0), ("mt-parallel", 0.25)])
+def test_rectangles_make_a_quantised_relu_with_a_straight_through_gradient(name, shift):
+    layer = made(name, surrogate="rectangle")
+    # The first step of four thresholds 0.5 apart, which I-LIF rounds and others cut.
+    xs = jnp.linspace(-1.0, 3.0, 200)[:, None] + shift
+    spikes, pull = jax.vjp(layer, xs)
+    relu = partial(quantise, scale=0.5, noise=0.0, levels=4.0, rounding=half_up)
+    expected, expected_pull = jax.vjp(lambda x: relu(x - shift) / 0.5, xs)
+    np.testing.assert_array_equal(spikes, expected)
+    g = jnp.ones_like(xs)
+    np.testing.assert_allclose(pull(g)[0], expected_pull(g)[0], rtol=1e-6)
+    assert set(np.unique(spikes)) == {0.0, 1.0, 2.0, 3.0, 4.0}
+
+
+def test_the_rectangle_of_one_threshold_is_as_wide_as_it_is_high():
+    xs = jnp.array([[0.4], [0.6], [1.4], [1.6]])
+    _, pull = jax.vjp(made("lif", surrogate="rectangle"), xs)
+    np.testing.assert_array_equal(pull(jnp.ones_like(xs))[0][:, 0], [0, 1, 1, 0])
 
 
 def test_the_gain_of_the_norms_does_not_depend_on_the_neurons():

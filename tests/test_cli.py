@@ -98,12 +98,15 @@ def test_bad_input_is_one_line(refused, flags, match):
 
 def test_flags_that_do_nothing_for_a_neuron(refused):
     refused(r"^flags: expected --neuron .*, lif, .*, got 'lfi'\.$", neuron="lfi")
-    match = r"a flag of --neuron if \(none of its own\), got --num-thresholds\.$"
+    match = r"a flag of --neuron if \(--surrogate\), got --num-thresholds\.$"
     refused(match, "--num-thresholds=3", neuron="if")
     refused("time_steps: expected 1 for --neu", "--time-steps", "2", neuron="relu")
     refused("loss: expected rate for one time step", "--loss", "tet")
+    rectangle = ["--surrogate", "rectangle"]
+    refused("surrogate: expected atan for --neuron relu", *rectangle, neuron="relu")
     general = ["--model", "general-cnn", "--norm-groups", "2"]
     refused("norm_groups: expected 1 for a General SNN", *general)
+    refused("surrogate: expected atan for a General SNN", *general[:2], *rectangle)
     general[2:] = "--binarise", "straight-through"
     refused("binarise: expected .* for --neuron relu", *general, neuron="relu")
 

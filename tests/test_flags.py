@@ -43,6 +43,7 @@ TURNED = {
     "--binarise": "straight-through --model general-cnn --neuron lif",
     "--neuron": "plif",
     "--num-thresholds": "3 --neuron mt-cascade",
+    "--surrogate": "rectangle --neuron lif --model convnet",
     "--time-steps": "3 --neuron lif",
     "--loss": "tet|rate --neuron lif --time-steps 2",
     "--label-smoothing": "0.3",
@@ -260,5 +261,6 @@ def test_every_neuron_is_another():
     options = [build.SingleOptions(name) for name in ("lif", "plif", "if", "relu")]
     several = build.MultiThresholdOptions
     options += [several(), several(num_thresholds=3), several("mt-cascade")]
+    options += [several("i-lif"), several(surrogate="rectangle")]
     made = {layout(build.VGGOptions(), option) for option in options}
     assert len(made) == len(options)

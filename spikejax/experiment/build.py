@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spikejax import neurons
-from spikejax.layers import IF, LIF, PLIF, MultiThreshold
+from spikejax import neurons, surrogate
+from spikejax.layers import IF, LIF, PLIF, MultiThreshold, Neuron
 from spikejax.models import MODELS, resnet
 from spikejax.nn import cpu, windowed
 from spikejax.train.recipe import Ranges, check_settings
@@ -112,16 +112,22 @@ class SingleOptions:
 
     neuron: Literal["lif", "plif", "if", "relu"] = "lif"
     """Activation: lif with fixed tau, plif learns one tau per layer; if has no leak."""
+    surrogate: Literal["atan", "rectangle"] = "atan"
+    """Derivative of a spike; rectangle is as wide as the threshold is high."""
 
 
 @dataclass(frozen=True)
 class MultiThresholdOptions:
     """Neurons with several thresholds and a fixed tau."""
 
-    neuron: Literal["mt-parallel", "mt-cascade"] = "mt-parallel"
-    """Activation: several thresholds and, as in lif, a fixed tau."""
+    neuron: Literal["mt-parallel", "mt-cascade", "i-lif"] = "mt-parallel"
+    """Activation: several thresholds and, as in lif, a fixed tau; i-lif fires half a
+    threshold earlier than mt-parallel."""
     num_thresholds: int = 4
     """Number of thresholds; up to as many spikes per time step."""
+    surrogate: Literal["atan", "rectangle"] = "atan"
+    """Derivative of a spike; rectangles as wide as the spacing of the thresholds make
+    that of all spikes the one of a clipped ReLU."""
 
     def __post_init__(self):
         check_settings(self, {"num_thresholds": THRESHOLDS})
@@ -137,13 +143,15 @@ def neuron_factory(
     """Return the factory of the activation, as models take it.
 
     Neurons have soft reset, which passes no gradient (``detach_reset``), and do not
-    scale their input by the leak. lif and mt-* keep tau at 2; plif learns it from
-    there. In a General SNN, tau, the threshold and the surrogate are its authors'.
+    scale their input by the leak. All but plif, which learns it, keep tau at 2. In a
+    General SNN, tau, the threshold and the surrogate are its authors'.
     """
     count = getattr(activation, "num_thresholds", 1)
     # Normalised inputs have a standard deviation of 1. One threshold there is tdBN's
     # choice; of several, 0.5, 1, 1.5 ... cover it. The latter was chosen on the digits.
-    options: dict[str, Any] = {"v_threshold": 0.5 if count > 1 else 1.0}
+    spacing = 0.5 if count > 1 else 1.0
+    kinds = {"atan": surrogate.ATAN, "rectangle": surrogate.rectangle(1 / spacing)}
+    options = {"v_threshold": spacing, "surrogate": kinds[activation.surrogate]}
     options["detach_reset"] = True  # our choice
     # From rest, the first step has u = x: in one time step tau has no effect.
     tau: dict[str, Any] = {"decay_input": False}
@@ -157,8 +165,18 @@ def neuron_factory(
         "if": partial(IF, **options),
         "mt-parallel": several,
         "mt-cascade": partial(several, neurons.cascade),
+        "i-lif": lambda: _i_lif(several()),
         "relu": lambda: nnx.relu,
     }[activation.neuron]
+
+
+def _i_lif(layer: MultiThreshold) -> Neuron:
+    """Return the I-LIF neuron of Luo et al. 2024, arXiv:2407.20708."""
+    leak, thresholds, _ = layer.params
+    earlier = tuple(theta - thresholds[0] / 2 for theta in thresholds)
+    amounts = thresholds[:1] * len(thresholds)
+    params = neurons.NeuronParams(leak, earlier, amounts)
+    return Neuron(neurons.parallel, params, layer.options)
 
 
 def build_model(
