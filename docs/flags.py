@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import inspect
 import textwrap
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -54,6 +55,7 @@ def shown(value: Any) -> str:
     return f"`{value:.4g}`" if isinstance(value, float) else f"`{value}`"
 
 
+@cache
 def docstrings(cls: type) -> dict[str, str]:
     """Return {field of a dataclass: the string under it}."""
     found: dict[str, str] = {}
@@ -91,6 +93,7 @@ def flags(config: Any, options: bool = True) -> dict[str, Flag]:
     return found
 
 
+@cache
 def scripts() -> dict[str, dict[str, Flag]]:
     """Return {script: its flags}, with those of all networks and neurons."""
     modules = {name: importlib.import_module(f"experiments.{name}") for name in SCRIPTS}
