@@ -39,11 +39,7 @@ def poisson(images: jax.Array, time_steps: int, *, rng: jax.Array) -> jax.Array:
     Raises:
         ValueError: as for ``direct``, or images are not floats.
     """
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(
-            f"poisson: expected intensities in [0, 1], got {images.dtype}. Divide: "
-            "images / 255."
-        )
+    _check_intensities("poisson", images)
     xs = direct(images, time_steps)
     # A bfloat16 uniform has 7 bits: x = 1/255 then fires twice as often as it should.
     uniform = jax.random.uniform(rng, xs.shape, jnp.float32)
@@ -54,16 +50,26 @@ def latency(images: jax.Array, time_steps: int) -> jax.Array:
     """Return one spike each, the brighter the earlier: at round((1 - x) (T - 1)).
 
     Args:
-        images: [B, ...] with values in [0, 1], clipped; zero does not fire.
+        images: [B, ...], floats in [0, 1], clipped; zero does not fire.
         time_steps: T >= 1.
 
     Returns:
         spikes in {0, 1}, [B, T, ...], at most one over T.
 
     Raises:
-        ValueError: as for ``direct``.
+        ValueError: as for ``poisson``.
     """
-    xs = jnp.clip(direct(images, time_steps), 0, 1)
+    _check_intensities("latency", images)
+    # bfloat16 rounds step 399 of 400 to 400, which does not exist: no spike.
+    xs = jnp.clip(direct(images, time_steps).astype(jnp.float32), 0, 1)
     step = jnp.round((1 - xs[:, 0]) * (time_steps - 1)).astype(jnp.int32)
     spikes = jax.nn.one_hot(step, time_steps, axis=1, dtype=images.dtype)
-    return spikes * (xs > 0).astype(images.dtype)
+    return jnp.where(xs > 0, spikes, 0)
+
+
+def _check_intensities(who: str, images: jax.Array) -> None:
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"{who}: expected intensities in [0, 1], got {images.dtype}. Divide: "
+            "images / 255."
+        )

@@ -75,6 +75,16 @@ def test_latency_clips_and_fits_into_one_step():
     np.testing.assert_array_equal(encode.latency(images, 4)[0, :, 3], [1, 0, 0, 0])
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_latency_of_short_floats_has_all_its_steps(dtype):
+    images = jnp.array([[1.0, 0.5, 0.25, 1 / 256, 1e-3, 0.0]], dtype)
+    # Neither 398.44, the step of 1/256 of 400, nor 399 is a bfloat16.
+    spikes = encode.latency(images, 400)[0]
+    np.testing.assert_array_equal(spikes.sum(0), [1, 1, 1, 1, 1, 0])
+    assert spikes.dtype == dtype
+    np.testing.assert_array_equal(spikes.argmax(0), [0, 200, 299, 397, 399, 0])
+
+
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_encodings_keep_type_and_are_the_same_in_jit(name):
     encoding = ENCODINGS[name]
@@ -97,6 +107,7 @@ def test_no_batch_is_an_error(name):
         ENCODINGS[name](jnp.ones(3), 2)
 
 
-def test_intensities_in_bytes_are_an_error():
-    with pytest.raises(ValueError, match="poisson: .* got uint8. Divide: images / 255"):
-        encode.poisson(jnp.zeros((1, 2), jnp.uint8), 2, rng=jax.random.key(0))
+@pytest.mark.parametrize("name", ["poisson", "latency"])
+def test_intensities_in_bytes_are_an_error(name):
+    with pytest.raises(ValueError, match=f"{name}: .* got uint8. Divide: images / 255"):
+        ENCODINGS[name](jnp.zeros((1, 2), jnp.uint8), 2)

@@ -148,6 +148,13 @@ def test_windows_that_do_not_fit_are_refused(window, side, length):
 KEY = jax.random.key(0)
 
 
+def test_bernoulli_of_short_floats_fires_at_the_same_rate():
+    dark = jnp.full((40_000,), 1 / 512, jnp.bfloat16)
+    spikes = bernoulli(dark, KEY)
+    assert spikes.dtype == jnp.bfloat16
+    assert float(spikes.astype(jnp.float32).sum()) == pytest.approx(78, rel=0.35)
+
+
 @pytest.mark.parametrize("binarise", [bernoulli, straight_through])
 def test_bernoulli_fires_with_the_value_as_probability(binarise):
     x = jnp.broadcast_to(jnp.array([-1.0, 0.0, 0.3, 0.9, 1.0, 7.0]), (20_000, 6))

@@ -112,7 +112,8 @@ def bernoulli(x: jax.Array, rng: jax.Array) -> jax.Array:
     """
     x = jax.lax.stop_gradient(x)
     # The same numbers as for x.shape; six axes take eight times as long to compile.
-    u = jax.random.uniform(rng, (x.size,), x.dtype).reshape(x.shape)
+    # Of float32: a bfloat16 one has 7 bits, and small x fire twice as often.
+    u = jax.random.uniform(rng, (x.size,), jnp.float32).reshape(x.shape)
     return (x > u).astype(x.dtype)
 
 
