@@ -1,5 +1,7 @@
 """Encodings of images [B, ...] as sequences [B, T, ...]."""
 
+from numbers import Integral
+
 import jax
 import jax.numpy as jnp
 
@@ -14,15 +16,16 @@ def direct(images: jax.Array, time_steps: int) -> jax.Array:
     Raises:
         ValueError: images have no batch axis, or T < 1.
     """
-    if images.ndim < 2 or time_steps < 1:
+    shape = jnp.shape(images)
+    if len(shape) < 2 or not isinstance(time_steps, Integral) or time_steps < 1:
         raise ValueError(
-            "encode: expected a batch [B, ...] and time_steps >= 1, got shape "
-            f"{images.shape} and {time_steps}. For one image: image[None]."
+            "encode: expected a batch [B, ...] and a whole number of time_steps >= 1, "
+            f"got shape {shape} and {time_steps!r}. For one image: image[None]."
         )
     # Not the field's [T, B, ...]: with B sharded, folding T and B into one makes XLA
     # gather whole activations, silently (142 instead of 18 MB per device, on eight).
-    shape = (images.shape[0], time_steps, *images.shape[1:])
-    return jnp.broadcast_to(images[:, None], shape)
+    shape = (shape[0], time_steps, *shape[1:])
+    return jnp.broadcast_to(jnp.asarray(images)[:, None], shape)
 
 
 def poisson(images: jax.Array, time_steps: int, *, rng: jax.Array) -> jax.Array:

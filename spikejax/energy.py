@@ -20,7 +20,7 @@ from jax.extend.core import JaxprEqn
 
 from spikejax import trace
 from spikejax.layers import neuron_layers
-from spikejax.nn.memory import drop_membranes
+from spikejax.nn.memory import drop_membranes, evaluation_copy
 from spikejax.trace import Match, Site, Value
 
 # Of float32 in 45 nm: Horowitz 2014, doi:10.1109/ISSCC.2014.6757323
@@ -150,8 +150,7 @@ def measure(model: nnx.Module, xs: jax.Array) -> Report:
 
 def _named(model: nnx.Module) -> nnx.Module:
     """Return a copy in evaluation mode, at rest, whose neurons have their paths."""
-    model = nnx.clone(model)
-    model.eval()
+    model = evaluation_copy("measure", model)
     for path, neuron in neuron_layers(model).items():
         neuron.name = neuron.name or trace.as_scope(path)
     return drop_membranes(model)

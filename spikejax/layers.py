@@ -7,6 +7,7 @@ whatever the type of the input.
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -245,7 +246,8 @@ def check_sequence(who: str, xs: jax.Array) -> None:
     Raises:
         ValueError: it is not.
     """
-    shape, dtype = jnp.shape(xs), jnp.result_type(xs)
+    shape = getattr(xs, "shape", ())
+    dtype = getattr(xs, "dtype", type(xs).__name__)
     if len(shape) > 1 and shape[1] and jnp.issubdtype(dtype, jnp.floating):
         return
     raise ValueError(
@@ -287,11 +289,17 @@ def _check(who: str, cell: Cell, params: NeuronParams, options: NeuronOptions) -
     """Check the parameters of our own cells."""
     if not isinstance(options.surrogate, Surrogate):
         raise ValueError(
-            f"{who}: expected a surrogate such as surrogate.ATAN or "
-            f"surrogate.heaviside(derivative), got {options.surrogate!r}."
+            f"{who}: expected a surrogate such as surrogate.ATAN or surrogate."
+            f"heaviside(derivative), got a {type(options.surrogate).__name__}."
         )
     if cell is neurons.integrate or isinstance(params.thresholds, nnx.Variable):
         return
+    count = len(params.thresholds)
+    if params.amounts is not None and len(params.amounts) != count:
+        raise ValueError(
+            f"{who}: expected an amount for each of {count} thresholds, got "
+            f"{params.amounts}."
+        )
     if params.amounts is None:
         rising = cell is neurons.parallel
         neurons.check_thresholds(who, params.thresholds, rising=rising)
@@ -301,9 +309,11 @@ def _check(who: str, cell: Cell, params: NeuronParams, options: NeuronOptions) -
             "For several, give neurons.parallel, cascade or independent."
         )
     v_reset, lowest = options.v_reset, min(np.min(t) for t in params.thresholds)
-    if v_reset is not None and params.amounts is None and not v_reset < lowest:
+    if v_reset is None or params.amounts is not None:
+        return
+    if not isinstance(v_reset, Real) or not v_reset < lowest:
         raise ValueError(
-            f"{who}: expected v_reset below every threshold {lowest}, got {v_reset}. "
+            f"{who}: expected v_reset below every threshold {lowest}, got {v_reset!r}. "
             "Give None for soft reset."
         )
 
@@ -311,7 +321,8 @@ def _check(who: str, cell: Cell, params: NeuronParams, options: NeuronOptions) -
 def _leak(who: str, tau: Number, options: NeuronOptions, learn_tau: bool) -> Any:
     """Return 1 / tau, or raise where tau is out of its range."""
     with np.errstate(all="ignore"):
-        leak = 1 / np.asarray(tau, np.float64)
+        # Text such as "2" is no number, though NumPy reads it as one.
+        leak = 1 / np.asarray(math.nan if isinstance(tau, str) else tau, np.float64)
     finite = learn_tau or options.decay_input  # at tau = inf no input would arrive
     right = (leak > 0 if finite else leak >= 0) & (leak < 1 if learn_tau else leak <= 1)
     if not np.all(right):
@@ -446,13 +457,16 @@ class MultiThreshold(Neuron):
         learn_thresholds: bool = False,
     ):
         who = type(self).__name__
-        if isinstance(cell, type | Neuron | str) or isinstance(thresholds, float | str):
+        counts = isinstance(thresholds, int | np.integer)
+        if isinstance(cell, type | Neuron | str) or not (
+            counts or isinstance(thresholds, Sequence | jax.Array | np.ndarray)
+        ):
             raise ValueError(
                 f"{who}: expected the number of thresholds or a sequence of them, and "
                 "a cell such as neurons.parallel, got "
                 f"{thresholds!r} and {getattr(cell, '__name__', type(cell).__name__)}."
             )
-        if isinstance(thresholds, int | np.integer):
+        if counts:
             equal = neurons.equal_thresholds
             if cell is neurons.cascade:
                 equal = neurons.repeated_thresholds
@@ -475,8 +489,5 @@ class MultiThreshold(Neuron):
 
 def neuron_layers(model: nnx.Module) -> dict[str, Neuron]:
     """Return the layers of neurons in a model, by path such as 'stages/0/neurons/1'."""
-    return {
-        "/".join(map(str, path)): module
-        for path, module in iter_modules(model)
-        if isinstance(module, Neuron)
-    }
+    modules = ((path, m) for path, m in iter_modules(model) if isinstance(m, Neuron))
+    return {"/".join(map(str, path)): module for path, module in modules}

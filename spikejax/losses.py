@@ -13,13 +13,19 @@ def _checked(
     who: str, logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
     """Return the logits in float32 and the targets [B, K]."""
-    if logits.ndim != 3 or labels.shape != logits.shape[:1]:
+    labels = jnp.asarray(labels)
+    whole = jnp.issubdtype(labels.dtype, jnp.integer)
+    if logits.ndim != 3 or labels.shape != logits.shape[:1] or not whole:
         hint = "Labels are class numbers, one per example."
         if logits.ndim == 2:
             hint = "Logits without time: add the axis, logits[:, None]."
         raise ValueError(
-            f"{who}: expected logits [B, T, K] and labels [B], got {logits.shape} and "
-            f"{labels.shape}. {hint}"
+            f"{who}: expected logits [B, T, K] and integer labels [B], got "
+            f"{logits.shape} and {labels.dtype} labels {labels.shape}. {hint}"
+        )
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(
+            f"{who}: expected 0 <= label_smoothing < 1, got {label_smoothing}."
         )
     classes = logits.shape[-1]
     # Values cannot raise inside jit, and one_hot gives an unknown label a row of zeros,

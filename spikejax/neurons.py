@@ -9,6 +9,7 @@ shared by all cells, so a cell with one threshold is the plain neuron.
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -295,9 +296,9 @@ def dyadic_thresholds(num_thresholds: int, v_threshold: Number = 1.0) -> tuple:
 
 
 def _check_number(num_thresholds: int) -> int:
-    if num_thresholds < 1:
+    if not isinstance(num_thresholds, Integral) or num_thresholds < 1:
         raise ValueError(
-            f"num_thresholds: expected at least 1, got {num_thresholds}. "
+            f"num_thresholds: expected a whole number >= 1, got {num_thresholds!r}. "
             "One threshold is the plain neuron."
         )
     return int(num_thresholds)

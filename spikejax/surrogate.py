@@ -8,6 +8,7 @@ inverse width: the larger, the narrower.
     z = spike(u - v_threshold)
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,20 +27,22 @@ class Surrogate:
     a function of a module.
 
     derivative: elementwise, (x, alpha) -> H'(x), or x -> H'(x) where alpha is None.
-    alpha: inverse width, > 0.
+    alpha: inverse width, > 0 and finite.
 
     Raises:
-        ValueError: alpha is not positive.
+        ValueError: derivative is no function, or alpha is out of its range.
     """
 
     derivative: Callable[..., jax.Array]
     alpha: float | None = None
 
     def __post_init__(self):
-        if self.alpha is not None and not self.alpha > 0:
+        alpha = 1.0 if self.alpha is None else self.alpha
+        if not callable(self.derivative) or not 0 < alpha < math.inf:
             raise ValueError(
-                f"surrogate: expected alpha > 0, got {self.alpha}. "
-                "It is the inverse width of the surrogate derivative."
+                "surrogate: expected a function for the derivative and a finite alpha "
+                f"> 0, got {self.derivative!r} and {alpha}. Alpha is the inverse width "
+                "of the derivative."
             )
 
     def __call__(self, x: jax.Array) -> jax.Array:

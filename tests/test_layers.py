@@ -271,8 +271,11 @@ TAU = r"expected tau >= 1, and > 1 and finite where it is learned, got "
         (lambda: MultiThreshold((1.0, 1.0)), "sorted, without equal ones"),
         (lambda: MultiThreshold(("1", "2")), r"positive thresholds, got \('1', '2'\)"),
         (lambda: MultiThreshold(()), "MultiThreshold: expected at least one threshold"),
-        (lambda: MultiThreshold(0), "num_thresholds: expected at least 1, got 0. One"),
-        (lambda: MultiThreshold(-3, cascade), "expected at least 1, got -3"),
+        (
+            lambda: MultiThreshold(0),
+            "num_thresholds: expected a whole number >= 1, got 0. One",
+        ),
+        (lambda: MultiThreshold(-3, cascade), "expected a whole number >= 1, got -3"),
         (
             lambda: LIF(v_reset=1.0),
             "LIF: expected v_reset below every threshold 1.0, got 1.0. Give None",

@@ -11,7 +11,7 @@ from jax.extend.core import JaxprEqn
 from spikejax import neurons, trace
 from spikejax._compat import iter_modules
 from spikejax.layers import neuron_layers
-from spikejax.nn.memory import drop_membranes
+from spikejax.nn.memory import drop_membranes, evaluation_copy
 from spikejax.nn.quant import QuantReLU
 from spikejax.trace import Match, Value
 
@@ -39,8 +39,7 @@ def fold_norms(model: nnx.Module, xs: jax.Array) -> nnx.Module:
     Raises:
         ValueError: a norm has no such layer before it, or the answers differ.
     """
-    model = nnx.clone(model)
-    model.eval()
+    model = evaluation_copy("fold_norms", model)
     order = _Order()
     trace.trace(*trace.functional(model), xs, order)
     folded = nnx.clone(model)

@@ -22,7 +22,7 @@ from spikejax._compat import List, iter_modules
 from spikejax.conversion.relus import Relus
 from spikejax.layers import Membrane
 from spikejax.neurons import Number
-from spikejax.nn.memory import has_held, keep_membranes
+from spikejax.nn.memory import evaluation_copy, has_held, keep_membranes
 from spikejax.nn.quant import QuantReLU, ScaledIF
 from spikejax.trace import Site, Traced
 
@@ -168,8 +168,7 @@ def _sites(
     who: str, model: nnx.Module, xs: jax.Array, *, plain: bool
 ) -> tuple[nnx.Module, Traced, list[QuantReLU | None]]:
     """Return a copy of a network, its sites, and the QuantReLU that each one is."""
-    model = nnx.clone(model)
-    model.eval()
+    model = evaluation_copy(who, model)
     found = []
     if isinstance(model, Replaced):
         model, found = model.model, list(model.sites)
@@ -335,6 +334,12 @@ def calibrate(
         ValueError: something in the model is neither affine nor a ReLU, with file and
             line, or a layer is dead.
     """
+    if isinstance(neuron, QuantReLU) or not (callable(rule) and callable(neuron)):
+        raise ValueError(
+            "calibrate: expected a rule such as maximum and a factory such as "
+            "partial(QuantReLU, 4), got a "
+            f"{type(rule).__name__} and a {type(neuron).__name__}."
+        )
     model, traced, found = _sites("calibrate", model, xs, plain=True)
     quants = [quant or neuron() for quant in found]
 

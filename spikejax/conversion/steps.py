@@ -15,7 +15,7 @@ from flax import nnx
 
 from spikejax.conversion.spiking import Replaced, Seen, quantised
 from spikejax.layers import Membrane
-from spikejax.nn.memory import keep_membranes
+from spikejax.nn.memory import evaluation_copy, keep_membranes
 from spikejax.nn.quant import ScaledIF
 
 Batch = Mapping[str, np.ndarray]
@@ -72,8 +72,7 @@ def _steps(
             f"every step, and at least 1 time step, got {type(model).__name__}, shape "
             f"{xs.shape} and {time_steps}. For images, add the axis: images[:, None]."
         )
-    model = nnx.clone(model)
-    model.eval()
+    model = evaluation_copy(who, model)
     graphdef, membranes, rest = nnx.split(keep_membranes(model, xs), Membrane, ...)
     for _ in range(time_steps):
         membranes, seen = _step(graphdef, watched, membranes, rest, xs)

@@ -14,6 +14,7 @@ from flax import nnx
 
 from spikejax._compat import List
 from spikejax.layers import Neuron
+from spikejax.models.check import check_factory
 from spikejax.neurons import State
 from spikejax.nn.windowed import (
     Binarise,
@@ -116,6 +117,7 @@ class General(nnx.Module):
                 f"General: expected a width that leaves channels, got {width}. 1 is "
                 "the paper's; 0.25 trains on a CPU."
             )
+        check_factory("General", neuron)
         spiking = isinstance(neuron(), Neuron)
         channels = round(48 * width)
         self.stem = conv(in_channels, channels, (2, 2), (2, 2), rngs=rngs)

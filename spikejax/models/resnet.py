@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax._compat import List
+from spikejax.models.check import check_factory, check_images
 from spikejax.nn.norm import td_batch_norm
 
 Layer = Callable[[jax.Array], jax.Array]
@@ -161,6 +162,10 @@ class ResNet(nnx.Module):
     Returns:
         logits [B, T, num_classes] for input [B, T, H, W, in_channels].
 
+    Raises:
+        ValueError: the stages or residual are not possible, neuron is not a factory, or
+            the images do not fit.
+
     Reference: He et al. 2015, arXiv:1512.03385.
     """
 
@@ -188,7 +193,15 @@ class ResNet(nnx.Module):
         def scaled(channels: int) -> int:
             return max(1, round(width * channels))
 
-        self.residual = residual
+        check_factory("ResNet", neuron)
+        stages = len(depths), len(widths)
+        if residual not in LAST_SCALE or not width > 0 or min(stages) != max(stages):
+            raise ValueError(
+                "ResNet: expected residual=resnet.plain, sew or ms, width > 0, and a "
+                f"width for each depth, got {residual!r:.40}, {width}, {depths} and "
+                f"{widths}."
+            )
+        self.residual, self.in_channels = residual, in_channels
         self.imagenet_stem = imagenet_stem
         self.pool = pool
         self.remat = remat
@@ -215,6 +228,7 @@ class ResNet(nnx.Module):
         self.head = nnx.Linear(channels, num_classes, **options)
 
     def __call__(self, xs: jax.Array) -> jax.Array:
+        check_images("ResNet", xs, self.in_channels)
         xs = self.stem_norm(self.stem_conv(xs))
         if self.residual is not ms:
             xs = self.stage_neuron(xs)

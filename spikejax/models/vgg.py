@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax._compat import List
+from spikejax.models.check import check_factory, check_images
 from spikejax.nn.norm import td_batch_norm
 
 Layer = Callable[[jax.Array], jax.Array]
@@ -29,6 +30,10 @@ class VGG(nnx.Module):
     Returns:
         logits [B, T, num_classes] for input [B, T, H, W, in_channels].
 
+    Raises:
+        ValueError: there is nothing to build, neuron is not a factory, or the images
+            do not fit.
+
     Reference: Simonyan and Zisserman 2014, arXiv:1409.1556. Norms and the global mean
     before the head, which takes any size, are ours.
     """
@@ -47,8 +52,14 @@ class VGG(nnx.Module):
         in_channels: int = 3,
         dtype: jnp.dtype = jnp.float32,
     ):
-        self.plan, self.pool = tuple(plan), pool
+        check_factory("VGG", neuron)
         widths = [channels for channels in plan if channels != POOL]
+        if not widths or num_classes < 1:
+            raise ValueError(
+                "VGG: expected a plan with a convolution, and at least one class, got "
+                f"{plan} and {num_classes}."
+            )
+        self.plan, self.pool, self.in_channels = tuple(plan), pool, in_channels
         self.convs = List(
             # no bias: the norm that follows has one
             conv(a, b, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)
@@ -63,6 +74,8 @@ class VGG(nnx.Module):
         self.neurons = List(neuron() for _ in [*widths, *hidden])
 
     def __call__(self, xs: jax.Array) -> jax.Array:
+        side = 2 ** self.plan.count(POOL)
+        check_images("VGG", xs, self.in_channels, side)
         neurons = iter(self.neurons)
         units = zip(self.convs, self.norms, strict=True)
         for step in self.plan:

@@ -15,6 +15,7 @@ from jax.extend.core import JaxprEqn, Primitive
 
 from spikejax._compat import iter_modules
 from spikejax.layers import Neuron
+from spikejax.nn.memory import evaluation_copy
 from spikejax.nn.recurrent import Recurrent
 from spikejax.trace import CALLS, PLATFORM, Match, Pytree, Traced, Value, functional
 from spikejax.trace import trace as trace_function
@@ -52,8 +53,7 @@ def trace(model: nnx.Module, xs: jax.Array) -> tuple[Traced, Pytree, Layers]:
         model: it is not modified.
         xs: an input of the model; only its shape and type count.
     """
-    model = nnx.clone(model)
-    model.eval()
+    model = evaluation_copy("to_nir", model)
     layers: Layers = {}
     # The longest path first: a Recurrent holds a Neuron, and gives it its own path.
     for path, module in sorted(iter_modules(model), key=lambda item: -len(item[0])):

@@ -69,10 +69,13 @@ def to_nir(
         ValueError: an argument is out of its range, or NIR cannot say what the model
             computes.
     """
-    if not 0 < dt < math.inf or xs.ndim not in (3, 4, 5):
+    rules = callable(soft_reset) and isinstance(integration, Integration)
+    if not 0 < dt < math.inf or xs.ndim not in (3, 4, 5) or not rules:
         raise ValueError(
-            "to_nir: expected dt > 0 in seconds and an input [B, T, H, W, C] or "
-            f"[B, T, C], got {dt} and {xs.shape}."
+            "to_nir: expected dt > 0 in seconds, an input [B, T, H, W, C] or "
+            "[B, T, C], soft_reset=spikejax.nir.loop or node, and "
+            "integration=spikejax.nir.EULER or EXPONENTIAL, got "
+            f"{dt}, {xs.shape}, {soft_reset!r:.40} and {integration!r:.40}."
         )
     traced, state, neurons = trace(model, xs)
     writer = _Writer(neurons, dt, soft_reset, integration, sum_pool)
@@ -112,7 +115,7 @@ def refuse(what: str, eqn: JaxprEqn | None = None) -> NoReturn:
     """Raise an error with the line of the model that NIR has no nodes for."""
     at, hint = "", "Move it out of the model."
     if eqn is not None:
-        at = f" at {where(eqn)}"
+        at = f" at {where(eqn)}" if where(eqn) else ""  # inside of a library
         hint = HINTS.get(eqn.primitive.name, hint)
     raise ValueError(f"to_nir: expected what NIR can say, got {what}{at}. {hint}")
 

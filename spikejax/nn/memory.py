@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -10,12 +10,34 @@ from flax import nnx
 from spikejax._compat import List, iter_modules
 from spikejax.layers import Membrane, Memory, neuron_layers
 
+Model = TypeVar("Model", bound=nnx.Module)
 Stepper = Callable[[Any, jax.Array], tuple[Any, jax.Array]]
 
 
 def _memories(model: nnx.Module) -> dict[tuple, Memory]:
     found = iter_modules(model)
     return {path: module for path, module in found if isinstance(module, Memory)}
+
+
+def _check_module(who: str, model: nnx.Module) -> None:
+    if not isinstance(model, nnx.Module):
+        raise ValueError(
+            f"{who}: expected an nnx.Module, got a {type(model).__name__}. Make an "
+            "instance of a class; take .model of a result; wrap a function or Linen's "
+            "apply: trace.Function(f, params)."
+        )
+
+
+def evaluation_copy(who: str, model: Model) -> Model:
+    """Return a copy of a model, in evaluation mode.
+
+    Raises:
+        ValueError: it is a class, a function, or a result that holds the model.
+    """
+    _check_module(who, model)
+    model = nnx.clone(model)
+    model.eval()
+    return model
 
 
 def keep_membranes(model: nnx.Module, xs: jax.Array) -> nnx.Module:
@@ -32,11 +54,12 @@ def keep_membranes(model: nnx.Module, xs: jax.Array) -> nnx.Module:
     Raises:
         ValueError: the model has no spiking neurons.
     """
+    _check_module("keep_membranes", model)
     drop_membranes(model)
     if not neuron_layers(model):
         raise ValueError(
-            "keep_membranes: expected a model with spiking neurons, found none in "
-            f"{type(model).__name__}."
+            "keep_membranes: expected a model with spiking neurons, got "
+            f"{type(model).__name__} without any. Only they have membranes."
         )
     graphdef, state = nnx.split(model)
 
@@ -98,7 +121,6 @@ def stepper(model: nnx.Module, xs: jax.Array) -> tuple[nnx.State, Stepper]:
     Raises:
         ValueError: the model has no spiking neurons.
     """
-    model = nnx.clone(model)
-    model.eval()
+    model = evaluation_copy("stepper", model)
     graphdef, state, rest = nnx.split(keep_membranes(model, xs), Membrane, ...)
     return state, partial(_advance, graphdef, rest)

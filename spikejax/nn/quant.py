@@ -139,10 +139,12 @@ class QuantReLU(nnx.Module):
         scale: float | None = None,
         rngs: nnx.Rngs | None = None,
     ):
-        self.levels = 2**bits - 1
-        start = INITIAL_THRESHOLD / max(1, self.levels) if scale is None else scale
+        known = bits in range(1, 9)
+        self.levels = 2**bits - 1 if known else 1
+        start = INITIAL_THRESHOLD / self.levels if scale is None else scale
         for right, expected, got in (
-            (bits in range(1, 9), "1 to 8 bits", bits),
+            (known, "1 to 8 bits", repr(bits)),
+            (callable(rounding), "a rounding such as half_even", rounding),
             (0 <= noise < math.inf, "noise of 0 or more", noise),
             (not noise or rngs, f"rngs=nnx.Rngs(noise=seed) with noise {noise}", rngs),
             (0 < start < math.inf, "a positive scale", scale),

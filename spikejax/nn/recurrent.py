@@ -39,10 +39,18 @@ class Recurrent(nnx.Module):
         features: their number, the last axis of the input.
         rngs: source of the weights U, orthogonal initially.
 
+    Raises:
+        ValueError: neuron is a class or function, or there are no features.
+
     Reference: Bellec et al. 2018, arXiv:1803.09574.
     """
 
     def __init__(self, neuron: Neuron, features: int, *, rngs: nnx.Rngs):
+        if not isinstance(neuron, Neuron) or features < 1:
+            raise ValueError(
+                "Recurrent: expected a layer of neurons such as LIF() and at least one "
+                f"feature, got a {type(neuron).__name__} and {features}."
+            )
         self.neuron = neuron
         self.memory = Memory()
         orthogonal = nnx.initializers.orthogonal()
