@@ -118,7 +118,7 @@ def test_labels_of_another_batch_are_an_error(loss):
 
 @pytest.mark.parametrize("loss", ALL)
 def test_labels_that_are_no_class_numbers_are_an_error(loss):
-    message = r"got \(4, \d, 5\) and \(4, 5\)\. Labels are class numbers, one per"
+    message = r"got \(4, \d, 5\) and float32 labels \(4, 5\)\. Labels are class numbers, one per"
     with pytest.raises(ValueError, match=message):
         loss(LOGITS, jax.nn.one_hot(LABELS, 5))
 

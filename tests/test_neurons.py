@@ -341,7 +341,7 @@ def test_thresholds_by_number():
 @pytest.mark.parametrize("kind", ["equal", "repeated", "dyadic"])
 def test_there_must_be_a_threshold(kind, number):
     build = getattr(neurons, f"{kind}_thresholds")
-    with pytest.raises(ValueError, match=f"expected at least 1, got {number}. One"):
+    with pytest.raises(ValueError, match=f"a whole number >= 1, got {number}. One"):
         build(number)
 
 

@@ -320,7 +320,7 @@ def test_what_nir_cannot_say_is_told_with_its_place(does, message):
 def test_networks_that_do_not_spike_are_told_what_to_do():
     with pytest.raises(ValueError, match="call calibrate and convert first"):
         to_nir(calibrate(vgg(lambda: nnx.relu), XS).model, XS, dt=DT)
-    with pytest.raises(ValueError, match="expected dt > 0 in seconds .* got 0"):
+    with pytest.raises(ValueError, match="expected dt > 0 in seconds, .* got 0"):
         to_nir(Net(), XS, dt=0)
     with pytest.raises(ValueError, match=r"an input \[B, T, H, W, C\] or"):
         to_nir(Net(), XS[0, 0, 0], dt=DT)
