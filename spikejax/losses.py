@@ -16,12 +16,12 @@ def _checked(
     labels = jnp.asarray(labels)
     whole = jnp.issubdtype(labels.dtype, jnp.integer)
     if logits.ndim != 3 or labels.shape != logits.shape[:1] or not whole:
-        hint = "Labels are class numbers, one per example."
+        hint = "Labels are class numbers, whole ones, one per example."
         if logits.ndim == 2:
             hint = "Logits without time: add the axis, logits[:, None]."
         raise ValueError(
-            f"{who}: expected logits [B, T, K] and integer labels [B], got "
-            f"{logits.shape} and {labels.dtype} labels {labels.shape}. {hint}"
+            f"{who}: expected logits [B, T, K] and labels [B], got {logits.shape} and "
+            f"{labels.shape}, {labels.dtype}. {hint}"
         )
     if not 0 <= label_smoothing < 1:
         raise ValueError(

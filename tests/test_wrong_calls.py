@@ -208,16 +208,16 @@ CALLS = {
     "latency: expected intensities in [0, 1]": [
         lambda: encode.latency(jnp.ones((2, 3), jnp.uint8), 2),
     ],
-    "rate_cross_entropy: expected logits [B, T, K] and integer labels [B]": [
+    "rate_cross_entropy: expected logits [B, T, K] and labels [B]": [
         lambda: losses.rate_cross_entropy(jnp.zeros((2, 5)), LAB),
         lambda: losses.rate_cross_entropy(LOG, jnp.zeros((2, 5))),
         lambda: losses.rate_cross_entropy(LOG, jnp.zeros(3, int)),
         lambda: losses.rate_cross_entropy(LOG, jnp.zeros(2)),
     ],
-    "tet: expected logits [B, T, K] and integer labels [B]": [
+    "tet: expected logits [B, T, K] and labels [B]": [
         lambda: losses.tet(jnp.zeros((2, 5)), LAB),
     ],
-    "rate_mse: expected logits [B, T, K] and integer labels [B]": [
+    "rate_mse: expected logits [B, T, K] and labels [B]": [
         lambda: losses.rate_mse(jnp.zeros((2, 3, 4, 5)), LAB),
     ],
     "rate_cross_entropy: expected 0 <= label_smoothing < 1": [
@@ -344,8 +344,8 @@ CALLS = {
     "optimizer: expected one of sgd, adamw": [
         lambda: TrainConfig(optimizer="adam"),
     ],
-    "learning_rate: expected more than 0": [
-        lambda: TrainConfig(learning_rate=0),
+    "learning_rate: expected more than 0": [lambda: TrainConfig(learning_rate=0)],
+    "learning_rate: expected a finite number": [
         lambda: TrainConfig(learning_rate=math.nan),
     ],
     "batch_size: expected at least 1": [
