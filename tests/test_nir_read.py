@@ -1,7 +1,9 @@
 """Networks from NIR: graphs that other libraries wrote, and what cannot be read."""
 
+import re
 from pathlib import Path
 
+import h5py
 import jax
 import jax.numpy as jnp
 import nir
@@ -111,3 +113,119 @@ def test_a_dialect_is_not_a_name():
     message = ".* dialect such as spikejax.nir.SINABS, .* dialect='sinabs'"
     with pytest.raises(ValueError, match=f"from_nir: {message}"):
         from_nir(graph_of({"a": scale(1.0)}, LINE), dt=DT, dialect="sinabs")
+
+
+# Files from outside
+
+
+UNEVEN = nir.Scale(np.arange(1.0, 3.0))
+PAIR = [("in", "a"), ("a", "b"), ("b", "out")]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A graph of two nodes in a file."""
+    nodes = {"a": nir.Linear(np.eye(2, dtype=np.float32)), "b": UNEVEN}
+    nir.write(tmp_path / "a.nir", graph_of(nodes, PAIR))
+    assert from_nir(tmp_path / "a.nir", dt=DT)
+    return tmp_path / "a.nir"
+
+
+def changed(saved, change):
+    with h5py.File(saved, "r+") as file:
+        change(file["node/nodes/a"])
+    with pytest.raises(ValueError) as caught:
+        from_nir(saved, dt=DT)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(f"from_nir: {saved}: expected ")
+    return message
+
+
+def replace(name, value, **options):
+    def change(node):
+        del node[name]
+        node.create_dataset(name, data=value, **options)
+
+    return change
+
+
+def outside(kind):
+    def change(node):
+        other = str(Path(node.file.filename).parent / "other")
+        del node["weight"]
+        if kind == "external link":
+            node["weight"] = h5py.ExternalLink(other, "/weight")
+        elif kind == "soft link":
+            node["weight"] = h5py.SoftLink("/version")
+        elif kind == "external storage":
+            storage = [(other, 0, h5py.h5f.UNLIMITED)]
+            node.create_dataset("weight", (2, 2), np.float32, external=storage)
+        else:
+            layout = h5py.VirtualLayout((2, 2), np.float32)
+            layout[:] = h5py.VirtualSource(other, "weight", (2, 2))
+            node.create_virtual_dataset("weight", layout)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "kind", ["external link", "soft link", "external storage", "virtual dataset"]
+)
+def test_data_of_other_files_are_not_read(saved, kind):
+    assert "a link out of the file at 'weight'" in changed(saved, outside(kind))
+
+
+def loop(node):
+    node["again"] = node.parent
+
+
+def twice(node):
+    node["again"] = node["weight"]
+
+
+def nested(node):
+    for _ in range(2000):
+        node = node.create_group("g")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (loop, "a loop, or more than .* bytes, at 'again'"),
+        (twice, "a loop, or more than"),
+        (nested, "got RecursionError"),
+        (
+            lambda node: node.create_dataset("x", (2**30,), "f4"),
+            "more than 67.* at 'x'",
+        ),
+        (
+            lambda node: node.create_dataset("x", (2**25,), "f4", compression="gzip"),
+            "more than 67",
+        ),
+        (lambda node: node.pop("weight"), "got TypeError: .* missing 1 .* 'weight'"),
+        (lambda node: node.pop("type"), "got .*Error"),
+        (replace("weight", np.eye(3)), "got TypeError: dot_general requires"),
+        (replace("weight", np.zeros((2, 0))), "got .*Error"),
+        (replace("weight", "text"), "got .*Error"),
+        (replace("type", "Conv2d"), "got TypeError: .* missing 6"),
+        (replace("type", "Nothing"), "got AssertionError"),
+        (replace("type", "CubaLIF"), "got .*Error"),
+    ],
+)
+def test_damaged_graphs_are_one_line(saved, change, message):
+    assert re.search(message, changed(saved, change))
+
+
+def test_files_that_are_no_graph_are_one_line(tmp_path):
+    for name, content in (("none", None), ("text", b"text"), ("empty", b"")):
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"^from_nir: {path}: expected a graph"):
+            from_nir(path, dt=DT)
+
+
+def test_shapes_of_a_graph_in_memory_have_to_fit():
+    nodes = {"a": nir.Linear(np.ones((3, 2))), "b": UNEVEN}
+    with pytest.raises(ValueError, match="^from_nir: expected .* shapes fit, got Val"):
+        from_nir(graph_of(nodes, PAIR), dt=DT)

@@ -78,7 +78,8 @@ def tiny_imagenet(data_dir: Folder) -> Splits:
     except DAMAGE as error:
         raise ValueError(
             f"tiny_imagenet: expected {TINY} or one zip of its layout, got {path}: "
-            f"{error}. Give --data-dir, or download {TINY_ADDRESS}"
+            f"{' '.join(str(error).split())[:200]}. Give --data-dir, or download "
+            f"{TINY_ADDRESS}"
         ) from error
     # train/<wnid>/images/*.JPEG
     start, depth = f"{root}train/", root.count("/") + 1

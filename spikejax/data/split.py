@@ -187,8 +187,9 @@ class EncodedImages:
             return self.read([int(i) for i in indices])
         except DAMAGE as error:
             raise ValueError(
-                f"{self.name}: expected readable files, got a damaged one: {error}. "
-                "Copy it again, or prepare the set again."
+                f"{self.name}: expected readable files, got a damaged one: "
+                f"{' '.join(str(error).split())[:200]}. Copy it again, or prepare the "
+                "set again."
             ) from error
 
     def _decode(self, record: Record, crop: Crop | None, rng: Rngs) -> np.ndarray:

@@ -112,11 +112,13 @@ class Loop(nnx.Module):
 
 def reachable(start: Hashable, edges: Iterable[tuple]) -> dict[Any, None]:
     """Return the nodes that edges lead to; the start itself only from a loop."""
+    after: dict[Any, list] = {}
+    for a, b in edges:
+        after.setdefault(a, []).append(b)
     seen: dict[Any, None] = {}
     todo = [start]
     while todo:
-        name = todo.pop()
-        new = [b for a, b in edges if a == name and b not in seen]
+        new = [b for b in after.get(todo.pop(), ()) if b not in seen]
         seen |= dict.fromkeys(new)
         todo += new
     return seen

@@ -7,9 +7,15 @@ libraries differ: a ``Dialect`` says how a library means its nodes.
 """
 
 import math
+import re
+import struct
 from pathlib import Path
+from typing import Any
 
+import h5py
+import jax
 import nir
+import numpy as np
 
 from spikejax import neurons
 from spikejax.nir.graph import Edge, Graph, reachable
@@ -25,6 +31,11 @@ SNNTORCH = Dialect(soft_reset=neurons.late_reset)
 NORSE = Dialect(per_step=True)
 # IAF, LIF and ExpLeak with one spike per step. Its unit of time is the step: dt=1.
 SINABS = Dialect(EXPONENTIAL, neurons.lif, per_step=True)
+
+# What HDF5, NIR and JAX raise for damaged files, and for graphs that do not fit.
+DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError)
+DAMAGE += (OSError, RuntimeError, TypeError, ValueError)
+UNPACKED = 2**26  # bytes
 
 
 def from_nir(
@@ -43,17 +54,78 @@ def from_nir(
         dialect: STANDARD, SNNTORCH, NORSE, SINABS, or your own for another writer.
 
     Raises:
-        ValueError: an argument is out of its range, or the graph has nodes, edges or
-            numbers that spikejax cannot run.
+        ValueError: an argument is out of its range, the graph has nodes, edges, shapes
+            or numbers that spikejax cannot run, or the file is damaged.
     """
     if not (0 < dt < math.inf and isinstance(dialect, Dialect)):
         raise ValueError(
             "from_nir: expected dt > 0 in seconds, and a dialect such as "
             f"spikejax.nir.SINABS, got dt={dt} and dialect={dialect!r}."
         )
-    if isinstance(graph, str | Path):
-        # Its check of types refuses graphs of other libraries, and loops.
-        graph = nir.read(graph, type_check=False)
+    where = "from_nir: " if isinstance(graph, nir.NIRGraph) else f"from_nir: {graph}: "
+    try:
+        # NaN and numbers that are too large raise here, in place of a warning. A tau of
+        # 0 is out of range, as is said below.
+        with np.errstate(invalid="raise", over="raise", divide="ignore"):
+            return _network(_read(graph), dt, dialect)
+    except DAMAGE as error:
+        reason = " ".join(str(error).split())
+        if not reason.startswith("from_nir: "):
+            reason = (
+                "expected a graph that is whole and whose shapes fit, got "
+                f"{type(error).__name__}: {reason[:200]}. Write or copy it again."
+            )
+        raise ValueError(where + reason.removeprefix("from_nir: ")) from error
+
+
+def _read(graph: nir.NIRGraph | str | Path) -> nir.NIRGraph:
+    if isinstance(graph, nir.NIRGraph):
+        return graph
+    data = Path(graph).read_bytes()
+    _check_heaps(data)
+    with h5py.File(graph, "r") as file:
+        # Weights hardly shrink; zeros do to a thousandth.
+        _check_objects(file, UNPACKED + 32 * len(data))
+    # Its check of types refuses graphs of other libraries, and loops.
+    return nir.read(graph, type_check=False)
+
+
+def _check_objects(file: h5py.File, most: int) -> None:
+    """Check that a file holds all of its data, nothing twice, and not too much."""
+    root: Any = file["/"]
+    todo, seen, size = [root], {root.id}, 0  # identifiers are equal if objects are
+    while todo:
+        group = todo.pop()
+        for name in group:
+            hard = isinstance(group.get(name, getlink=True), h5py.HardLink)
+            item = group[name] if hard else None
+            if isinstance(item, h5py.Group):
+                todo.append(item)
+            # Data outside of the file could be any that this process can read.
+            elif item is None or item.external or item.is_virtual:
+                raise ValueError(f"a link out of the file at {name!r}")
+            else:
+                size += item.nbytes
+            if item.id in seen or size > most:
+                raise ValueError(f"a loop, or more than {most} bytes, at {name!r}")
+            seen.add(item.id)
+
+
+def _check_heaps(data: bytes) -> None:
+    """Check the heaps of strings of a file: HDF5 never returns from a step of 0."""
+    for heap in re.finditer(b"GCOL", data):
+        at, end = heap.start() + 16, len(data)
+        if at <= end:
+            end = min(end, heap.start() + struct.unpack_from("<Q", data, at - 8)[0])
+        while at + 16 <= end:
+            index, size = struct.unpack_from("<HxxxxxxQ", data, at)
+            step = 16 + -(-size // 8) * 8 if index else size
+            if step < 16:
+                raise ValueError("a damaged heap of strings")
+            at += step
+
+
+def _network(graph: nir.NIRGraph, dt: float, dialect: Dialect) -> Graph:
     nodes, edges = _flat(graph, "")
     source, target = (_only(kind, nodes) for kind in (nir.Input, nir.Output))
     named = {name for edge in edges for name in edge}
@@ -76,7 +148,28 @@ def from_nir(
                 "I, IF, LI and LIF."
             )
         modules[name] = module
-    return Graph(modules, edges, source, target)
+    network = Graph(modules, edges, source, target)
+    first = [source, *(b for a, b in edges if a == source)]
+    _check_shapes(network, [nodes[name].input_type["input"] for name in first])
+    return network
+
+
+def _check_shapes(network: Graph, shapes: list[np.ndarray | None]) -> None:
+    """Check that an input of one of these shapes, channels-first, can be run."""
+    given, *others = shapes
+    problem = None
+    # Norse writes the input with its batch.
+    for shape in (given, None if given is None else given[1:], *others):
+        try:
+            if shape is not None and min(shape.tolist(), default=0) > 0:
+                channels, *size = shape.tolist()
+                xs = jax.ShapeDtypeStruct((1, 1, *size, channels), np.float32)
+                jax.eval_shape(lambda xs: network(xs), xs)
+                return
+        except DAMAGE as error:
+            problem = problem or error
+    if problem:
+        raise problem
 
 
 def _only(kind: type[nir.NIRNode], nodes: dict[str, nir.NIRNode]) -> str:

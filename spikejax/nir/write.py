@@ -111,9 +111,11 @@ def _channels_first(shape: Sequence[int]) -> tuple[int, ...]:
     return (shape[-1], *shape[:-1])
 
 
-def refuse(what: str, eqn: JaxprEqn | None = None) -> NoReturn:
+def refuse(
+    what: str, eqn: JaxprEqn | None = None, hint: str = "Move it out of the model."
+) -> NoReturn:
     """Raise an error with the line of the model that NIR has no nodes for."""
-    at, hint = "", "Move it out of the model."
+    at = ""
     if eqn is not None:
         at = f" at {where(eqn)}" if where(eqn) else ""  # inside of a library
         hint = HINTS.get(eqn.primitive.name, hint)
@@ -319,14 +321,23 @@ class _Writer:
                 or {*p["base_dilation"], *p["window_dilation"]} != {1}
                 or any(low != high for low, high in p["padding"][image])
             ):
-                refuse("pooling with uneven padding, dilated or not of the image", eqn)
+                refuse(
+                    "pooling with uneven padding, dilated or not of the image",
+                    eqn,
+                    hint="Take the same padding on both sides, or none.",
+                )
         elif tuple(p["axes"]) != (lead, lead + 1):
             refuse(f"a sum over the axes {tuple(p['axes'])}", eqn)
         node = nir.SumPool2d(np.array(size), np.array(stride), np.array(padding))
         pooled = replace(value, sources=(self.add("pool", node, value),), shape=shape)
         if name == "reduce_window_max":
             if not value.binary or value.factor < 0:
-                refuse("a maximum of what is not spikes (pool by the mean)", eqn)
+                refuse(
+                    "a maximum over windows of what is not spikes",
+                    eqn,
+                    hint="Pool by the mean (pool=nnx.avg_pool) and train again, or "
+                    "pool the spikes of neurons with one threshold.",
+                )
             # A sum of 0s and 1s is above 1/2 where one of them is 1.
             half = nir.Threshold(np.full(_channels_first(shape), 0.5))
             return replace(pooled, sources=(self.add("or", half, pooled),))

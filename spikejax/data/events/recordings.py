@@ -86,7 +86,7 @@ def read(path: str | os.PathLike[str]) -> Recording:
             "Convert it to npz: np.savez(path, x=x, y=y, t=t, p=p)."
         )
     # NaN and numbers too large for an integer raise here, in place of a warning.
-    with naming(path, "whole data"), np.errstate(invalid="raise"):
+    with naming(path, "whole data"), np.errstate(invalid="raise", over="raise"):
         data = path.read_bytes()
         for start, (name, how) in OTHERS.items():
             if re.match(start, data):
