@@ -5,17 +5,32 @@
 imagenet2012 is made from ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar in
 DIR/downloads/manual, which have to be fetched by hand.
 
-Only this step needs TensorFlow: pip install 'spikejax[prepare]'.
+Only this step needs TensorFlow: pip install -e '.[prepare]' in a clone.
 """
 
+import dataclasses
 import importlib.util
-import sys
-from typing import Annotated
+from pathlib import Path
 
-import tyro
+from tyro.conf import Positional
+
+from spikejax.experiment.cli import parse, run_cli
 
 
-def prepare(name: str, data_dir: str | None = None) -> str:
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """An image set of TFDS."""
+
+    name: Positional[str] = ""
+    """Name of a TFDS set, such as mnist."""
+    data_dir: Path | None = None
+    """Folder of TFDS sets; TFDS's own folder by default."""
+
+
+DEFAULT = Preparation()
+
+
+def prepare(name: str, data_dir: Path | None = None) -> str:
     """Download and prepare a set, unless it is prepared; return its folder.
 
     Raises:
@@ -34,7 +49,7 @@ def prepare(name: str, data_dir: str | None = None) -> str:
     if importlib.util.find_spec("tensorflow") is None:
         raise ValueError(
             f"prepare {name}: expected TensorFlow, which preparing needs (training "
-            "does not), got none. Run: pip install 'spikejax[prepare]'"
+            "does not), got none. In a clone: pip install -e '.[prepare]'"
         )
     import tensorflow_datasets as tfds
 
@@ -46,21 +61,14 @@ def prepare(name: str, data_dir: str | None = None) -> str:
     return str(builder.data_dir)
 
 
-def main(
-    name: Annotated[
-        tyro.conf.Positional[str],
-        tyro.conf.arg(metavar="NAME", help="Name of a TFDS set, such as mnist."),
-    ],
-    data_dir: Annotated[
-        str | None, tyro.conf.arg(help="TFDS's folder; without it, TFDS's default.")
-    ] = None,
-) -> None:
-    """Prepare a TFDS image set for training."""
+def main(flags: Preparation) -> None:
+    """Prepare the set, and print its folder."""
+    name = flags.name
     try:
-        print(f"{name} is prepared in {prepare(name, data_dir)}")
-    except (ValueError, OSError) as error:  # OSError: no network, disk full
-        sys.exit(f"{name}: {error}" if isinstance(error, OSError) else str(error))
+        print(f"{name} is prepared in {prepare(name, flags.data_dir)}")
+    except OSError as error:  # no network, disk full
+        raise ValueError(f"prepare {name}: {error}") from error
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_cli(main, parse(DEFAULT, __doc__))

@@ -62,13 +62,13 @@ def test_without_the_compiler(monkeypatch):
         tpu_devices(find_slice("v5e:2x4"))
     assert str(error.value) == (
         "plan: expected the TPU compiler, libtpu, which is not installed. "
-        "pip install 'spikejax[tpu]' (no TPU is needed)."
+        "In a clone: pip install -e '.[tpu]' (no TPU is needed)."
     )
 
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
-    reason="no TPU compiler: pip install 'spikejax[tpu]'",
+    reason="no TPU compiler: pip install -e '.[tpu]'",
 )
 
 

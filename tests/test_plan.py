@@ -263,7 +263,7 @@ def test_rows_side_by_side():
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
-    reason="no TPU compiler: pip install 'spikejax[tpu]'",
+    reason="no TPU compiler: pip install -e '.[tpu]'",
 )
 
 

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Any,
+    Literal,
     NoReturn,
     TextIO,
     TypeVar,
     get_args,
+    get_origin,
     get_type_hints,
 )
 
@@ -51,8 +53,12 @@ def parse(default: T, description: str | None, *options: Any) -> T:
     """
     import tyro
 
-    if empty := [w for w in sys.argv[1:] if w.strip() == "" or w.endswith("=")]:
+    words = sys.argv[1:]
+    if empty := [word for word in words if not word.strip() or word.endswith("=")]:
         fail(f"flags: expected a value after each flag, got {empty[0]!r}.")
+    names = [word.split("=")[0] for word in words if word.startswith("--")]
+    if twice := [name for name in names if names.count(name) > 1]:
+        fail(f"flags: expected each flag once, got {twice[0]} twice. Take one of them.")
     # Two passes: tyro fixes the flags before it reads them, so the groups are needed.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, _ in _groups(default):
@@ -73,13 +79,15 @@ def parse(default: T, description: str | None, *options: Any) -> T:
                 # The second takes the group of the default, and no subcommand.
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
             )
+    except ValueError as error:  # of a group of options
+        fail(str(error))
     except SystemExit as exit:
         if not exit.code:  # --help
             raise
         # tyro draws a frame: a title, then its message and advice between rules.
         text = errors.getvalue().partition("\n")[2].replace("│", " ")
         text = next(part for part in re.split("[─-]{9,}", text) if part.strip())
-        fail("flags: " + re.sub(r"^\s*Error parsing [^:]+:(?=\s+\w+: )", "", text))
+        fail(_wrong_value(default, " ".join(text.split())))
     if unknown:
         fail(f"flags: {_explain(default, unknown[0])}")
     return flags
@@ -142,6 +150,35 @@ def _groups(config: "DataclassInstance") -> Iterator[tuple[str, dict[str, type]]
             yield from _groups(value)
 
 
+def _wrong_value(config: "DataclassInstance", text: str) -> str:
+    """Return what is wrong with a value, of which tyro says the text."""
+    # An error of the config's own check comes as "Error parsing ...: name: expected".
+    if own := re.match(r"Error parsing [^:]+: (\w+: .*)", text):
+        return own[1]
+    found = re.search(r"--[\w-]+", text)
+    hint = dict(_hints(config)).get(found[0]) if found else None
+    if found is None or hint is None:
+        return f"flags: {text}"
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    if get_origin(hint) is Literal:
+        expected = f"one of {', '.join(kinds)}"
+    else:
+        names = {int: "an integer", float: "a number", Path: "a path", str: "text"}
+        expected = names.get(kinds[0], "no value")
+    words = " ".join(sys.argv[1:]).replace("=", " ").partition(found[0])[2].split()
+    got = repr(words[0]) if words and not words[0].startswith("--") else "none"
+    return (
+        f"flags: expected {expected} after {found[0]}, got {got}. --help explains it."
+    )
+
+
+def _hints(config: "DataclassInstance") -> Iterator[tuple[str, Any]]:
+    """Yield (flag, type) of a dataclass and of the dataclasses inside it."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        yield from _hints(value) if is_group(value) else [(flag_name(name), hint)]
+
+
 def _explain(config: "DataclassInstance", unknown: str) -> str:
     """Return the reason why a flag is not one of the config."""
     flag, flags = unknown.split("=")[0], flatten(config)
@@ -151,7 +188,11 @@ def _explain(config: "DataclassInstance", unknown: str) -> str:
             takes = ", ".join(own) or "none of its own"
             which = f"{flag_name(name)} {flags[name]}"
             return f"expected a flag of {which} ({takes}), got {flag}."
-    near = difflib.get_close_matches(unknown, map(flag_name, flags), 1)
+    if not flag.startswith("-"):
+        return f"expected --NAME before each value, got {unknown}. --help lists them."
+    known = list(map(flag_name, flags))
+    near = [k for k in known if k.startswith(flag)]
+    near = near or difflib.get_close_matches(flag, known, 1)
     hint = f"Did you mean {near[0]}?" if near else "--help lists them."
     return f"expected those of this script, got {unknown}. {hint}"
 

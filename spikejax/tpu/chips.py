@@ -131,7 +131,7 @@ def tpu_devices(target: Slice) -> list[Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             "plan: expected the TPU compiler, libtpu, which is not installed. "
-            "pip install 'spikejax[tpu]' (no TPU is needed)."
+            "In a clone: pip install -e '.[tpu]' (no TPU is needed)."
         )
     for name, value in _COMPILE_ONLY.items():
         os.environ.setdefault(name, value)

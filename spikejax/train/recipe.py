@@ -43,7 +43,7 @@ def check_settings(settings: Any, ranges: Ranges | None = None) -> None:
 MOST_STEPS = 2**31 - 1  # the step is an int32
 
 _RANGES: Ranges = {
-    "epochs": ("more than 0", lambda x: x > 0),
+    "epochs": ("more than 0, at most a million", lambda x: 0 < x <= 1e6),
     "steps": (f"1 to {MOST_STEPS}", lambda x: 1 <= x <= MOST_STEPS),
     "seed": ("0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
     "batch_size": ("at least 1", lambda x: x >= 1),
