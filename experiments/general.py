@@ -71,16 +71,16 @@ class Comparison:
     def __post_init__(self):
         flags, shared = flatten(self.experiment), flatten(SHARED)
         own = {"binarise", "neuron", "num_thresholds", "time_steps"}
+        if not isinstance(self.experiment.network, GeneralOptions):
+            raise ValueError(
+                f"model: expected general-cnn or general-lstm, got {flags['model']}."
+            )
         for name in sorted(own | set(NETWORKS.get(self.network, ()))):
             if flags.get(name) != shared.get(name):
                 raise ValueError(
                     f"{name}: expected no such flag, as --network {self.network} sets "
                     f"it, got {flags.get(name)}."
                 )
-        if not isinstance(self.experiment.network, GeneralOptions):
-            raise ValueError(
-                f"model: expected general-cnn or general-lstm, got {flags['model']}."
-            )
 
 
 DEFAULT = Comparison()

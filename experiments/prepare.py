@@ -36,14 +36,12 @@ def prepare(name: str, data_dir: Path | None = None) -> str:
     Raises:
         ValueError: no TFDS set, no TensorFlow, or archives to fetch by hand.
     """
-    from spikejax.data.files import TINY, TINY_ADDRESS
-    from spikejax.data.tfds import check_name
+    from spikejax.data.tfds import OWN, check_name
 
-    if name in ("tiny_imagenet", "folder"):
-        files = f"{TINY} ({TINY_ADDRESS})" if name == "tiny_imagenet" else "its images"
+    if name in OWN:
         raise ValueError(
-            f"prepare {name}: expected a TFDS set, got one that is read from {files} "
-            f"directly. Train without preparing: --data {name} --data-dir FOLDER"
+            f"prepare {name}: expected a TFDS set, got one that needs no preparing. "
+            f"Train: --data {name}, with --data-dir FOLDER if it has files."
         )
     check_name(name)
     if importlib.util.find_spec("tensorflow") is None:

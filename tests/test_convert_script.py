@@ -39,20 +39,6 @@ def test_the_script_leaves_a_summary_and_a_picture(tmp_path, capsys, monkeypatch
     assert not (tmp_path / "later" / "relu").exists()
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"bits": 9}, "expected 1 to 8 bits, got 9"),
-        ({"noise": -1.0}, "expected noise of 0 or more, got -1.0"),
-        ({"max_steps": 0}, "max_steps: expected 1 to 10000, got 0"),
-        ({"test_images": 0}, "test_images: expected at least 1, got 0"),
-    ],
-)
-def test_bad_flags(options, message):
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(script.DEFAULT, **options)
-
-
 def test_the_start_must_be_a_relu_network(tmp_path):
     with pytest.raises(ValueError, match="folder with the config.json of a run, got"):
         script.main(dataclasses.replace(script.DEFAULT, relu=tmp_path))

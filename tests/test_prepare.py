@@ -19,30 +19,37 @@ def builder(monkeypatch):
     return give
 
 
+def run(name, data_dir=None):
+    prepare.main(prepare.Preparation(name, data_dir))
+
+
 def test_preparing_without_tensorflow_names_the_extra(monkeypatch):
     monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"pip install 'spikejax\[prepare\]'$") as exit:
-        prepare.main("mnist")
-    assert "\n" not in str(exit.value)
+    with pytest.raises(
+        ValueError, match=r"In a clone: pip install -e '\.\[prepare\]'$"
+    ):
+        run("mnist")
 
 
 def test_preparing_an_unknown_set_is_refused():
-    with pytest.raises(SystemExit, match=r"got 'minst'. Did you mean mnist"):
-        prepare.main("minst")
+    with pytest.raises(ValueError, match=r"got 'minst'. Did you mean mnist"):
+        run("minst")
 
 
 def test_what_is_prepared_can_be_loaded(builder, tmp_path, monkeypatch, capsys):
     builder(builder_class(GREY, {"train": grey(5), "test": grey(2)}))
     monkeypatch.setattr(tfds, "list_builders", lambda **_: ["tiny_pets"])
-    prepare.main("tiny_pets", str(tmp_path))
+    run("tiny_pets", tmp_path)
     assert "tiny_pets is prepared in" in capsys.readouterr().out
     assert len(load("tiny_pets", tmp_path).train) == 5
 
 
-@pytest.mark.parametrize("name", ["tiny_imagenet", "folder"])
+@pytest.mark.parametrize("name", ["tiny_imagenet", "folder", "digits", "fake"])
 def test_what_needs_no_preparing_says_so(name):
-    with pytest.raises(SystemExit, match=rf"Train without preparing: --data {name} "):
-        prepare.main(name)
+    with pytest.raises(
+        ValueError, match=rf"needs no preparing. Train: --data {name}, "
+    ):
+        run(name)
 
 
 def test_archives_that_are_fetched_by_hand_are_asked_for_in_one_line(builder):
@@ -51,8 +58,8 @@ def test_archives_that_are_fetched_by_hand_are_asked_for_in_one_line(builder):
             raise AssertionError("Manual directory\n  is empty.")
 
     builder(lambda **_: Builder())
-    with pytest.raises(SystemExit, match=r"^prepare mnist: Manual directory is empty"):
-        prepare.main("mnist")
+    with pytest.raises(ValueError, match=r"^prepare mnist: Manual directory is empty"):
+        run("mnist")
 
 
 def test_a_download_that_fails_is_one_line(builder):
@@ -60,5 +67,5 @@ def test_a_download_that_fails_is_one_line(builder):
         raise ConnectionError("no route to host")
 
     builder(make)
-    with pytest.raises(SystemExit, match=r"^mnist: no route to host$"):
-        prepare.main("mnist")
+    with pytest.raises(ValueError, match=r"^prepare mnist: no route to host$"):
+        run("mnist")

@@ -20,7 +20,7 @@ from spikejax.train.step import initial_state
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("epochs", 0.0, "more than 0"),
+        ("epochs", 0.0, "more than 0, at most a million"),
         ("epochs", math.nan, "a finite number"),
         ("epochs", math.inf, "a finite number"),
         ("clip", math.inf, "a finite number"),
