@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from sklearn.datasets import load_sample_images
 
+from spikejax import energy
 from spikejax.encode import direct
 from spikejax.layers import MultiThreshold
 from spikejax.models.whitened import WhitenedCNN, patch_basis
@@ -142,3 +143,10 @@ def test_pooling_of_currents_is_pooling_of_spikes_in_one_step():
     currents = layer(norm(pool(conv(xs))))
     assert len(jnp.unique(currents)) == 3
     np.testing.assert_array_equal(currents, pool(layer(norm(conv(xs)))))
+
+
+def test_only_the_filters_multiply():
+    report = energy.measure(tiny(), XS[:, :1])
+    # 8x8 patches of 12 numbers meet 12 filters, at 4.6 pJ.
+    assert report.mac_nj == pytest.approx(8 * 8 * 12 * 12 * 4.6e-3)
+    assert report.energy_nj > report.mac_nj
