@@ -6,12 +6,14 @@ The long run, 1,000 files per reader:
 """
 
 import io
+import json
 import os
 import resource
 import struct
 import sys
 import time
 import zlib
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +27,10 @@ from test_files import folder, tiny_files, write_zip
 from spikejax.data import images
 from spikejax.data.augment import center_crop
 from spikejax.data.events import Framing, load, recordings
+from spikejax.experiment import config
 from spikejax.nir.read import from_nir
+from spikejax.train import workdir
+from spikejax.train.progress import Progress
 
 COUNT = int(os.environ.get("SPIKEJAX_MUTATIONS", "30"))
 GOLDEN = Path(__file__).parent / "golden"
@@ -86,8 +91,8 @@ def mutated_zip(data, rng):
     return with_right_sums(mutated(data, rng))
 
 
-def survives(path, whole, read, change=mutated, names=None):
-    """Reads COUNT damaged files, and says how many of them were refused."""
+def survives(path, whole, read, change=mutated, names=None, least=COUNT // 10):
+    """Reads COUNT damaged files, of which so many are refused at least."""
     rng, refused = np.random.default_rng(zlib.crc32(path.name.encode())), 0
     path.write_bytes(whole)
     read(path)
@@ -108,7 +113,7 @@ def survives(path, whole, read, change=mutated, names=None):
         assert time.process_time() - start < SECONDS
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert after - before < GIGABYTE
-    assert refused >= COUNT // 10
+    assert refused >= least
 
 
 # Event recordings
@@ -251,3 +256,32 @@ def test_nir_with_other_nodes(tmp_path):
 
     whole = (GOLDEN / "nir_sinabs.nir").read_bytes()
     survives(path, whole, partial(from_nir, dt=1.0), change)
+
+
+# Files of a run
+
+
+def test_config_of_a_run(tmp_path):
+    settings = config.identity(config.Experiment(tmp_path))
+    defaults = config.defaults(config.Experiment(tmp_path))
+    workdir.write(tmp_path / "config.json", settings)
+    whole = (tmp_path / "config.json").read_bytes()
+    for read in (
+        lambda _: workdir.check(tmp_path, settings, defaults),
+        lambda _: config.read(tmp_path),
+    ):
+        survives(tmp_path / "config.json", whole, read, names=[tmp_path])
+
+
+def test_metrics_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("tensorboardX.SummaryWriter", lambda *_, **__: nullcontext())
+    lines = [{"step": n, "loss": 1 / n} for n in range(1, 30)]
+
+    def read(path):
+        with Progress(tmp_path, 100, 10):
+            pass
+        kept = map(json.loads, path.read_text("utf-8").splitlines())
+        assert all(line["step"] <= 10 for line in kept)
+
+    whole = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    survives(tmp_path / "metrics.jsonl", whole, read, least=0)

@@ -311,16 +311,22 @@ def read(folder: Path | str, data_dir: Path | None = None) -> Experiment:
         data_dir: folder of its data, which config.json does not name.
 
     Raises:
-        ValueError: the folder holds no run.
+        ValueError: the folder holds no run, or a corrupted config.json.
     """
     path = Path(folder) / "config.json"
     if not path.exists():
         raise ValueError(
             f"read: expected a folder with the config.json of a run, got {folder}."
         )
-    saved = json.loads(path.read_text()) | {"data_dir": data_dir}
-    # dataclasses.replace runs the checks, as config.json may have been edited.
-    return dataclasses.replace(override(Experiment(Path(folder)), saved))
+    try:
+        saved = json.loads(path.read_text()) | {"data_dir": data_dir}
+        # dataclasses.replace runs the checks, as config.json may have been edited.
+        return dataclasses.replace(override(Experiment(Path(folder)), saved))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"read: expected the settings of a run in {path}, got: {error} Fix the "
+            "file, or take another folder."
+        ) from error
 
 
 def identity(experiment: Experiment) -> dict[str, Any]:

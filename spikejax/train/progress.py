@@ -134,7 +134,7 @@ class Progress:
 
         path = workdir / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        old = path.read_text("utf-8").splitlines() if path.exists() else []
+        old = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
         write_atomically(path, "".join(f"{line}\n" for line in filter(is_kept, old)))
         self._file = self._opened.enter_context(path.open("a", encoding="utf-8"))
         # Not its SummaryWriter: the thread of that dies when the disk is full, and the
