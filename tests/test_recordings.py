@@ -273,7 +273,7 @@ def test_columns_of_different_lengths_and_kinds(tmp_path):
         ({"height": 10**6}, "camera of up to 2048x2048 pixels, got 34x1000000"),
         ({"height": 0}, "got 34x0"),
         ({"t": e["t"] + 2**40 * (e["t"] > 2000)}, "less than 12 days"),
-        ({"t": None}, r"\('dt'\)"),
+        ({"t": None}, "expected arrays x, y, p, and t or dt, got height, p, width, x"),
         ({"more": np.zeros(2**24)}, "expected up to .* bytes unpacked, got 134"),
     ):
         assert re.search(text, refused(written(path, npz(e, compress=1, **more))))
@@ -321,6 +321,12 @@ def test_several_cameras_in_a_file_are_refused(tmp_path):
 def test_other_formats(tmp_path, name, data, expected):
     message = refused(written(tmp_path / name, data))
     assert expected in message and "np.savez(path, x=x" in message
+
+
+@pytest.mark.parametrize("rows", [np.zeros(3, EVENTS), np.zeros((3, 5)), np.zeros(4)])
+def test_npy_of_another_layout(tmp_path, rows):
+    np.save(tmp_path / "a.npy", rows)
+    assert "expected rows x, y, p, t of DVS128 Gesture" in refused(tmp_path / "a.npy")
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -387,7 +387,7 @@ def test_files_of_many_recordings_are_checked(tmp_path, made):
         ({"t": [np.nan, 1]}, "and t in microseconds, got int64, int64, float64"),
         ({"p": ["ON", "OFF"]}, "got int64, int64, int64, <U3"),
         ({"x": [1, 40_000]}, "inside a camera 2048x2048, got event 1 with x=40000"),
-        ({"t": None}, r"got damaged data \('dt'\)"),
+        ({"t": None}, "expected arrays x, y, p, and t or dt, got labels"),
     ):
         for part in ("train", "test"):
             arrays = {k: v for k, v in (good | wrong).items() if v is not None}

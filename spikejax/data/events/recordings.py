@@ -169,9 +169,17 @@ def from_columns(
 
 
 def columns(arrays: Mapping[str, np.ndarray], part: slice = slice(None)) -> Columns:
-    """Return the columns x, y, p and t, or the sum of dt, of a part of named arrays."""
+    """Return the columns x, y, p and t, or the sum of dt, of a part of named arrays.
+
+    Raises:
+        ValueError: one of them is missing.
+    """
+    times = {"t", "dt"} & set(arrays)
+    if not times or not set("xyp") <= set(arrays):
+        got = ", ".join(sorted(arrays))[:160]
+        raise CorruptRecording(f"expected arrays x, y, p, and t or dt, got {got}")
     x, y, p = (arrays[name][part] for name in "xyp")
-    if "t" in arrays:
+    if "t" in times:
         return x, y, arrays["t"][part], p
     return x, y, np.cumsum(arrays["dt"][part], dtype=np.int64), p
 
@@ -291,6 +299,11 @@ def _read_npz(data: bytes) -> Recording:
 def _read_gesture(data: bytes) -> Recording:
     """Read rows x, y, p, and t in milliseconds."""
     rows = np.load(io.BytesIO(data), allow_pickle=False)
+    if rows.ndim != 2 or rows.shape[1] != 4 or rows.dtype.kind not in "iuf":
+        raise CorruptRecording(
+            "expected rows x, y, p, t of DVS128 Gesture as Tonic stores it, got "
+            f"{str(rows.dtype)[:80]} {rows.shape}"
+        )
     # Times become integers after the multiplication, as in Tonic: they have fractions.
     x, y, p, t = (rows * (1, 1, 1, 1000)).astype(np.int64).T
     return from_columns(x, y, t, p, (128, 128))
