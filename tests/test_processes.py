@@ -3,19 +3,19 @@
 Each has two virtual devices, and the parameters are cut over all four.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forked
 import jax
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ from spikejax.train.processes import Processes
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = TrainConfig(steps=40, batch_size=24, save_every=3, evaluate_every=100.0)
 KILLED_AT, TERMINATED_AT = 8, 14
-HEARTBEAT, PATIENCE = 5, 300  # seconds
+HEARTBEAT = 5  # seconds
 
 
 class Net(nnx.Module):
@@ -84,16 +84,15 @@ def run(workdir, data=None, fsdp=1):
     )
 
 
-def child():
+def child(workdir, address, index, number, at):
     """What each of two processes does; the signal is for the second."""
-    workdir, address, index, number, at = sys.argv[1:]
-    flags = Processes(address, 2, int(index), heartbeat=HEARTBEAT)
-    with processes.distributed(flags):
-        at = int(at) if index == "1" else 0
-        fitted = run(Path(workdir), Data(int(number), at), fsdp=4)
+    flags = Processes(address, 2, index, heartbeat=HEARTBEAT)
+    with processes.distributed(flags, {"workdir": workdir, "process_id": index}):
+        data = Data(number, at if index == 1 else 0)
+        fitted = run(workdir, data, fsdp=4)
     kernel = fitted.model.first.kernel[...]
     told = fitted.metrics | {"finished": fitted.finished, "shape": kernel.shape}
-    print("result", json.dumps(told))
+    print("result", json.dumps(told), flush=True)
 
 
 def free_port():
@@ -102,50 +101,19 @@ def free_port():
         return free.getsockname()[1]
 
 
-class Pair:
+@contextlib.contextmanager
+def pair(workdir, number=0, at=0):
     """Two processes in a with statement, after which they are gone."""
+    address = f"127.0.0.1:{free_port()}"
+    arguments = ((workdir, address, index, int(number), at) for index in (0, 1))
+    first, second = (forked.Child(child, *args, devices=2) for args in arguments)
+    with first, second:
+        yield first, second
 
-    def __init__(self, workdir, number=0, at=0):
-        address = f"127.0.0.1:{free_port()}"
-        self.commands = [
-            [sys.executable, "-c", "import test_processes as t; t.child()"]
-            + [str(word) for word in (workdir, address, index, int(number), at)]
-            for index in (0, 1)
-        ]
 
-    def __enter__(self):
-        cache = {"JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS"}
-        env = {name: v for name, v in os.environ.items() if name not in cache}
-        env |= {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        }
-        self.children = [
-            subprocess.Popen(
-                command,
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for command in self.commands
-        ]
-        return self
-
-    def __exit__(self, *_):
-        for process in self.children:
-            if process.poll() is None:
-                process.kill()
-            process.communicate(timeout=PATIENCE)
-
-    def finish(self):
-        """[(exit code, stdout, stderr)]"""
-        ends = []
-        for process in self.children:
-            out, err = process.communicate(timeout=PATIENCE)
-            ends.append((process.returncode, out, err))
-        return ends
+def finish(both):
+    """[(exit code, stdout, stderr)]"""
+    return [process.finish() for process in both]
 
 
 def results(ends):
@@ -174,8 +142,8 @@ def saved(workdir):
 def undisturbed(tmp_path_factory):
     """(folder, results) of two processes that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("undisturbed")
-    with Pair(workdir) as pair:
-        ends = pair.finish()
+    with pair(workdir) as both:
+        ends = finish(both)
     told = results(ends)
     first, second = (out for _, out, _ in ends)
     assert "step 1/40" in first and "step " not in second  # one of them prints
@@ -193,12 +161,12 @@ def alone(tmp_path_factory):
 def killed(tmp_path_factory):
     """(folder, seconds, end of the other process) where the second one was killed."""
     workdir = tmp_path_factory.mktemp("killed")
-    with Pair(workdir, signal.SIGKILL, KILLED_AT) as pair:
-        pair.children[1].wait(timeout=PATIENCE)
+    with pair(workdir, signal.SIGKILL, KILLED_AT) as both:
+        both[1].process.join(forked.PATIENCE)
         began = time.monotonic()
-        pair.children[0].wait(timeout=PATIENCE)
+        both[0].process.join(forked.PATIENCE)
         seconds = time.monotonic() - began
-        end, other = pair.finish()
+        end, other = finish(both)
     assert other[0] == -signal.SIGKILL
     return workdir, seconds, end
 
@@ -208,8 +176,8 @@ def terminated(killed, tmp_path_factory):
     """(folder, results) of the killed run, resumed until SIGTERM to the second one."""
     workdir = tmp_path_factory.mktemp("terminated")
     shutil.copytree(killed[0], workdir, dirs_exist_ok=True)
-    with Pair(workdir, signal.SIGTERM, TERMINATED_AT) as pair:
-        return workdir, results(pair.finish())
+    with pair(workdir, signal.SIGTERM, TERMINATED_AT) as both:
+        return workdir, results(finish(both))
 
 
 # Two as one
@@ -239,6 +207,28 @@ def test_evaluation_counts_each_example_once_though_shards_differ(undisturbed, a
 # The end of one
 
 
+def disagree(workdir, address, index):
+    """A child whose seed is that of nobody else."""
+    flags = Processes(address, 2, index, heartbeat=HEARTBEAT)
+    with processes.distributed(flags, {"epochs": 3, "seed": index}):
+        run(workdir)
+
+
+def test_processes_with_other_settings_do_not_train_together(tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    first, second = (
+        forked.Child(disagree, tmp_path, address, index, devices=1) for index in (0, 1)
+    )
+    with first, second:
+        ends = finish((first, second))
+    for index, (code, _, err) in enumerate(ends):
+        assert code == 1 and err.splitlines()[-1] == (
+            f"process {index}: seed: expected the same in all processes, got 0 in "
+            "process 0 and 1 in process 1. Start all alike."
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_dead_process_ends_the_other_with_one_clear_line(killed):
     workdir, seconds, (code, out, err) = killed
     assert code in (1, -signal.SIGABRT) and "result" not in out
@@ -265,8 +255,8 @@ def test_killed_and_terminated_both_end_with_the_same_bits(
     undisturbed, terminated, tmp_path
 ):
     workdir = shutil.copytree(terminated[0], tmp_path, dirs_exist_ok=True)
-    with Pair(workdir) as pair:
-        one, other = results(pair.finish())
+    with pair(workdir) as both:
+        one, other = results(finish(both))
     expected = undisturbed[1][0]
     for name in ("parameters_sha256", "accuracy", "loss", "steps"):
         assert one[name] == other[name] == expected[name], name

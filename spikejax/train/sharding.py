@@ -99,7 +99,12 @@ def place_state(state: Any, mesh: Mesh) -> Any:
     placed = jax.tree.map(place, state, state_shardings(state, mesh))
     # On a CPU several devices, and the given state, may still share their memory, and
     # donation would take one buffer twice.
-    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(placed)
+    return _copied(placed)
+
+
+@jax.jit
+def _copied(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def replicate(mesh: Mesh) -> Callable[[Any], Any]:
