@@ -5,6 +5,7 @@ from spikejax.conversion import calibrate, convert, fold_norms
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold, neuron_layers
 from spikejax.neurons import NeuronParams, cascade, independent, lif, parallel
 from spikejax.nn.cpu import convolve, max_pool
+from spikejax.nn.driven import spike_driven
 from spikejax.nn.memory import drop_membranes, keep_membranes, stepper
 from spikejax.nn.norm import td_batch_norm
 from spikejax.nn.quant import QuantReLU
@@ -33,6 +34,7 @@ __all__ = [
     "neuron_layers",
     "neurons",
     "parallel",
+    "spike_driven",
     "stepper",
     "surrogate",
     "td_batch_norm",

@@ -158,7 +158,7 @@ def run(
     Args:
         traced: from ``trace``, for the same shapes.
         params, xs: as in ``trace``.
-        handler: (number, site, operands, given) -> (output, kept).
+        handler: (number, site, operands, given) -> (output or list of them, kept).
         given: number of a site -> pytree for its handler. In scans each step gets its
             slice: leaves [*site.repeats, ...].
 
@@ -444,7 +444,7 @@ class _Run(NamedTuple):
             else:
                 site = self.sites[item]
                 y, kept[item] = self.handler(item, site, values, given[item])
-                outs = [y]
+                outs = y if isinstance(y, list) else [y]
             known.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars], kept
 

@@ -16,7 +16,7 @@ NEURON = {"_compat", "surrogate", "neurons", "unroll", "layers", "encode", "loss
 STOREYS = {
     "": NEURON | {"nn", "conversion"},
     **{name: NEURON for name in NEURON},
-    "nn": NEURON,
+    "nn": NEURON | {"trace"},
     "trace": set(),
     "energy": NEURON | {"nn", "trace"},
     "models": NEURON | {"nn"},

@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 from spikejax.nir import layers
 from spikejax.nir.graph import reachable
 from spikejax.nir.neurons import EULER, Integration, SoftReset, loop, specs, write
-from spikejax.nir.trace import Layers, trace
+from spikejax.nn.operations import Layers, trace
 from spikejax.nn.recurrent import Recurrent
 from spikejax.trace import Site, run, where
 
@@ -190,7 +190,7 @@ class _Writer:
         elif name in ("reduce_sum", "reduce_window_sum", "reduce_window_max"):
             value = self.pooled(eqn, first)
         elif name in ("conv_general_dilated", "dot_general") and linear:
-            value = self.weighted(eqn, first, inputs[1], site.name)
+            value = self.weighted(eqn, first, inputs[1], site.name.replace("/", "."))
         elif name in ("mul", "div", "add", "add_any", "sub") and linear:
             value = self.affine(eqn, *inputs)
         elif name in ("add", "add_any", "sub"):

@@ -7,7 +7,7 @@ layers and functions of any library come out alike.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -17,7 +17,16 @@ from spikejax._compat import iter_modules
 from spikejax.layers import Neuron
 from spikejax.nn.memory import evaluation_copy
 from spikejax.nn.recurrent import Recurrent
-from spikejax.trace import CALLS, PLATFORM, Match, Pytree, Traced, Value, functional
+from spikejax.trace import (
+    CALLS,
+    PLATFORM,
+    Match,
+    Pytree,
+    Traced,
+    Value,
+    call_name,
+    functional,
+)
 from spikejax.trace import trace as trace_function
 
 Layers = dict[str, Neuron | Recurrent]  # by path in the model
@@ -26,24 +35,32 @@ _neurons = Primitive("neurons")
 _neurons.def_abstract_eval(lambda xs, *, path: xs)  # spikes have the type of currents
 
 
-class _Operations:
-    """Rule by which all that depends on the input is a site; calls are entered."""
+class _Operations(NamedTuple):
+    """Rule by which all that depends on the input is a site; calls are entered.
+
+    whole: names of functions whose calls are not entered.
+    """
+
+    whole: tuple[str, ...] = ()
 
     def match(self, eqn: JaxprEqn, values: Sequence[Value]) -> Match | None:
-        """Return the path of the parameters that take part, or "weights"."""
-        name = eqn.primitive.name
-        chosen = name == "cond" and values[0].const == PLATFORM
-        if name in CALLS or chosen or not any(v.level for v in values):
+        """Return the operation, and the path of its parameters or "weights"."""
+        kind = call_name(eqn)
+        kind = kind if kind in self.whole else eqn.primitive.name
+        chosen = kind == "cond" and values[0].const == PLATFORM
+        if kind in CALLS or chosen or not any(v.level for v in values):
             return None
         labels = [v.label for v in values if v.label and not v.level]
-        return Match(name, labels[0].replace("/", ".") if labels else "weights")
+        return Match(kind, labels[0] if labels else "weights")
 
     def level(self, eqn: JaxprEqn, values: Sequence[Value]) -> int:
         """Return 1: nothing but calls is left."""
         return 1
 
 
-def trace(model: nnx.Module, xs: jax.Array) -> tuple[Traced, Pytree, Layers]:
+def trace(
+    model: nnx.Module, xs: jax.Array, who: str = "to_nir", whole: tuple[str, ...] = ()
+) -> tuple[Traced, Pytree, Layers]:
     """Return a model in evaluation mode as a jaxpr, its state, and its neurons.
 
     A layer of neurons is an equation of the primitive ``neurons``, with its path in the
@@ -52,8 +69,10 @@ def trace(model: nnx.Module, xs: jax.Array) -> tuple[Traced, Pytree, Layers]:
     Args:
         model: it is not modified.
         xs: an input of the model; only its shape and type count.
+        who: name of the caller, for an error.
+        whole: names of functions that are one operation, as nn.cpu's convolution.
     """
-    model = evaluation_copy("to_nir", model)
+    model = evaluation_copy(who, model)
     layers: Layers = {}
     # The longest path first: a Recurrent holds a Neuron, and gives it its own path.
     for path, module in sorted(iter_modules(model), key=lambda item: -len(item[0])):
@@ -63,7 +82,7 @@ def trace(model: nnx.Module, xs: jax.Array) -> tuple[Traced, Pytree, Layers]:
             layers[name] = module
     f, state = functional(model)
     with _whole(layers):
-        traced = trace_function(f, state, xs, _Operations(), enter=True)
+        traced = trace_function(f, state, xs, _Operations(whole), enter=True)
     return traced, state, layers
 
 

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from spikejax.layers import LIF
-from spikejax.nir.trace import trace
+from spikejax.nn.operations import trace
 from spikejax.nn.recurrent import Recurrent
 from spikejax.trace import run
 

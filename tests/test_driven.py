@@ -1,0 +1,198 @@
+"""Networks in binary spikes: the same answers, and each accumulate counted."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from spikejax import (
+    LIF,
+    PLIF,
+    MultiThreshold,
+    energy,
+    keep_membranes,
+    neurons,
+    spike_driven,
+)
+from spikejax.layers import LI, Neuron
+from spikejax.models import MODELS, resnet
+from spikejax.models.vgg import POOL, VGG
+from spikejax.neurons import NeuronParams
+from spikejax.nn import cpu
+from spikejax.nn.recurrent import Recurrent
+
+R = nnx.Rngs
+mt = partial(MultiThreshold, 4, v_threshold=0.5, decay_input=False)
+cascade = partial(MultiThreshold, 3, neurons.cascade, v_threshold=0.5)
+dyadic = partial(MultiThreshold, (1.0, 0.5, 0.25), neurons.cascade)
+unequal = partial(MultiThreshold, (0.25, 0.75, 2.0))
+
+
+def i_lif():
+    levels = (0.5, 1.5, 2.5, 3.5)
+    return Neuron(neurons.parallel, NeuronParams(0.75, levels, (1.0,) * 4))
+
+
+def noise(*shape):
+    return jax.random.normal(jax.random.key(0), shape)
+
+
+vgg = partial(VGG, (4, POOL, 6, 5), 3, rngs=R(0))
+block = partial(resnet.ResNet, (1, 1), (4, 6), 3, neuron=mt, rngs=R(0))
+fast = {"conv": cpu.Conv, "norm": cpu.td_batch_norm, "pool": cpu.max_pool}
+IMAGES = noise(2, 1, 8, 8, 3)
+
+# Network, input, trains of the layers with weights; 0 for analog values.
+NETWORKS = {
+    "parallel": (vgg(neuron=mt), IMAGES, [0, 4, 4, 0]),
+    "cascade": (vgg(neuron=cascade), IMAGES, [0, 3, 3, 0]),
+    "unequal": (vgg(neuron=unequal), IMAGES, [0, 3, 3, 0]),
+    "i-lif": (vgg(neuron=i_lif), noise(2, 5, 8, 8, 3), [0, 4, 4, 0]),
+    "plif": (vgg(neuron=PLIF), noise(2, 5, 8, 8, 3), [0, 1, 1, 0]),
+    "mean pooling": (vgg(neuron=mt, pool=nnx.avg_pool), IMAGES, [0, 0, 4, 0]),
+    "counts": (vgg(neuron=mt), jnp.floor(3 * abs(IMAGES) / 2), [4, 4, 4, 0]),
+    "sew": (block(residual=resnet.sew), IMAGES, [0, 4, 4, 8, 4, 8, 0]),
+    "ms": (block(residual=resnet.ms), IMAGES, [0, 4, 4, 4, 4, 0, 0]),
+    "plain": (block(residual=resnet.plain), IMAGES, [0, 4, 4, 4, 4, 4, 0]),
+    "remat": (block(residual=resnet.sew, remat=True), IMAGES, [0, 4, 4, 8, 4, 8, 0]),
+    "kernels of a cpu": (
+        block(residual=resnet.sew, imagenet_stem=True, **fast),
+        noise(2, 1, 16, 16, 3),
+        [0, 4, 4, 8, 4, 8, 0],
+    ),
+    "recurrent": (
+        nnx.Sequential(Recurrent(mt(), 3, rngs=R(0)), nnx.Linear(3, 2, rngs=R(1))),
+        noise(2, 5, 3),
+        [4, 4],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_answers_and_accumulates_are_those_of_the_network(name):
+    model, xs, trains = NETWORKS[name]
+    logits, report = spike_driven(model, xs)
+    model.eval()
+    np.testing.assert_allclose(logits, model(xs), rtol=0, atol=1e-6)
+    assert report.difference == jnp.abs(logits - model(xs)).max()
+    assert [layer.trains for layer in report.layers] == trains
+    assert report.virtual_steps == max(trains)
+    rows = {row.path: row for row in energy.measure(model, xs).connections}
+    assert [layer.path for layer in report.layers] == list(rows)
+    for layer in report.layers:
+        counted = rows[layer.path].acs, rows[layer.path].macs
+        np.testing.assert_allclose((layer.acs, layer.macs), counted, rtol=1e-6)
+        assert bool(layer.trains) == (not layer.reason)
+
+
+@pytest.mark.parametrize("neuron", [mt, dyadic])
+def test_sums_that_are_exact_give_the_same_bits(neuron):
+    """With weights of whole 64ths every sum is exact, in any order."""
+    model = vgg(neuron=neuron)
+    model.eval()
+    for conv in model.convs:
+        conv.kernel = nnx.Param(jnp.round(64 * conv.kernel[...]) / 64)
+    xs = jnp.round(8 * IMAGES) / 8
+    logits, report = spike_driven(model, xs)
+    np.testing.assert_array_equal(logits, model(xs))
+    assert report.difference == 0
+
+
+def test_by_hand():
+    """Currents 1 and 2.5 make 1 and 2 spikes; the second meets one weight that is 0."""
+    linear = nnx.Linear(2, 2, use_bias=False, rngs=R(0))
+    linear.kernel = nnx.Param(jnp.array([[1.0, 2.0], [4.0, 0.0]]))
+    neuron = MultiThreshold(3, decay_input=False)
+    xs = jnp.array([[[1.0, 2.5]]])
+    logits, report = spike_driven(nnx.Sequential(neuron, linear), xs)
+    np.testing.assert_array_equal(logits, [[[1 + 2 * 4, 2]]])
+    (layer,) = report.layers
+    assert layer == ("layers/1", 3, 1 * 2 + 2 * 1, 0.0, "")
+    assert str(report).splitlines()[1].split() == ["layers/1", "3", "4", "0"]
+
+
+def test_the_largest_of_weighed_spikes_are_spikes_again():
+    """Of 1.75 = 1 + 1/2 + 1/4 and 1.5, the larger has three spikes."""
+
+    class Pooled(nnx.Module):
+        def __init__(self):
+            self.neuron, self.head = dyadic(), nnx.Linear(1, 1, rngs=R(0))
+
+        def __call__(self, xs):
+            return self.head(self.neuron(xs).max(-1, keepdims=True))
+
+    xs = jnp.array([[[3.75, 3.25]]])  # tau = 2 halves them
+    _, report = spike_driven(Pooled(), xs)
+    assert report.layers[0][1:4] == (3, 3.0, 0.0)
+
+
+class Attention(nnx.Module):
+    """Products of spikes with spikes."""
+
+    def __init__(self):
+        self.queries, self.keys = mt(), LIF(v_threshold=0.5)
+
+    def __call__(self, xs):
+        queries, keys = self.queries(xs), self.keys(-xs)
+        return jnp.einsum("btnd,btmd->btnm", queries, keys)
+
+
+def test_a_product_of_spikes_is_one_of_each_pair_of_trains():
+    xs, model = noise(2, 1, 3, 4), Attention()
+    logits, report = spike_driven(model, xs)
+    np.testing.assert_array_equal(logits, model(xs))
+    (layer,) = report.layers
+    assert layer.trains == 4 and layer.acs == float(logits.sum()) / 2
+
+
+def test_the_report_says_why_values_are_analog():
+    li = nnx.Sequential(LI(), nnx.Linear(3, 2, rngs=R(0)), nnx.Linear(2, 2, rngs=R(0)))
+    _, report = spike_driven(li, noise(2, 2, 3))
+    assert [layer.reason for layer in report.layers] == ["membranes", "currents"]
+    model, xs, _ = NETWORKS["mean pooling"]
+    reasons = [layer.reason for layer in spike_driven(model, xs).report.layers]
+    means = "average pooling of spikes", "sum or mean of spikes"
+    assert reasons == ["the input", means[0], "", means[1]]
+    scaled = nnx.Sequential(
+        MultiThreshold(2, v_threshold=np.array([0.5, 1.0])),
+        lambda xs: xs * jnp.array([1.0, 2.0]),
+        nnx.Linear(2, 2, rngs=R(0)),
+    )
+    _, report = spike_driven(scaled, noise(2, 1, 2))
+    assert report.layers[0].reason == "mul of spikes"
+
+
+def test_general_snns_meet_binary_spikes():
+    model = MODELS["general-cnn"](3, neuron=LIF, width=0.05, depths=(2,), rngs=R(0))
+    xs = noise(1, 1, 4, 4, 3)
+    logits, report = spike_driven(model, xs)
+    model.eval()
+    np.testing.assert_allclose(logits, model(xs), rtol=0, atol=1e-6)
+    reasons = {layer.path: layer.reason for layer in report.layers}
+    assert reasons["stem"] == "the input"
+    assert not reasons["stages/0/0/mixer/network/layers/0"]
+    assert reasons["stages/0/0/widen"] == "currents"
+
+
+def test_held_membranes_are_ignored():
+    model, xs, _ = NETWORKS["parallel"]
+    held = keep_membranes(nnx.clone(model), xs)
+    held(xs)
+    np.testing.assert_array_equal(spike_driven(held, xs)[0], spike_driven(model, xs)[0])
+
+
+def test_what_cannot_be_driven():
+    with pytest.raises(ValueError, match="spike_driven: expected an nnx.Module, got a"):
+        spike_driven(LIF, IMAGES)
+    with pytest.raises(ValueError, match="expected a network with weights .* a LIF"):
+        spike_driven(LIF(), IMAGES)
+
+    class Loop(nnx.Module):
+        def __call__(self, xs):
+            return jax.lax.scan(lambda c, x: (c + x, c), xs[:, 0], xs[0])[1]
+
+    with pytest.raises(ValueError, match=r"got a scan at test_driven.py:\d+"):
+        spike_driven(Loop(), noise(1, 2, 1))
