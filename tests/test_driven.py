@@ -20,6 +20,7 @@ from spikejax import (
 from spikejax.layers import LI, Neuron
 from spikejax.models import MODELS, resnet
 from spikejax.models.vgg import POOL, VGG
+from spikejax.models.whitened import WhitenedCNN
 from spikejax.neurons import NeuronParams
 from spikejax.nn import cpu
 from spikejax.nn.recurrent import Recurrent
@@ -62,6 +63,11 @@ NETWORKS = {
         block(residual=resnet.sew, imagenet_stem=True, **fast),
         noise(2, 1, 16, 16, 3),
         [0, 4, 4, 8, 4, 8, 0],
+    ),
+    "whitened": (
+        WhitenedCNN((4, 6), 3, neuron=mt, rngs=R(0)),
+        noise(2, 1, 9, 9, 3),
+        [0, 4, 4, 4, 4, 4],
     ),
     "recurrent": (
         nnx.Sequential(Recurrent(mt(), 3, rngs=R(0)), nnx.Linear(3, 2, rngs=R(1))),

@@ -8,6 +8,7 @@ from flax import nnx
 
 from spikejax._compat import List
 from spikejax.layers import Fixed
+from spikejax.models.check import check_factory, check_images
 from spikejax.nn.norm import td_batch_norm
 
 Layer = Callable[[jax.Array], jax.Array]
@@ -34,6 +35,9 @@ class WhitenedCNN(nnx.Module):
     Returns:
         logits [B, T, num_classes] for input [B, T, H, W, in_channels].
 
+    Raises:
+        ValueError: neuron is not a factory, or the images do not fit.
+
     Reference: Jordan 2024, arXiv:2404.00498; Page 2018, "How to train your ResNet".
     Both compute the filters from training images.
     """
@@ -51,7 +55,8 @@ class WhitenedCNN(nnx.Module):
         in_channels: int = 3,
         dtype: jnp.dtype = jnp.float32,
     ):
-        self.pool = pool
+        check_factory("WhitenedCNN", neuron)
+        self.pool, self.in_channels = pool, in_channels
         # No biases: the norms have them, and of logits they are of no use here.
         options = {"use_bias": False, "dtype": dtype, "rngs": rngs}
         basis = patch_basis(in_channels)
@@ -65,6 +70,9 @@ class WhitenedCNN(nnx.Module):
         self.head = nnx.Linear(sizes[-1], num_classes, **options)
 
     def __call__(self, xs: jax.Array) -> jax.Array:
+        # Filters of 2x2 without padding, and a halving per stage.
+        side = 1 + 2 ** (len(self.convs) // 2)
+        check_images("WhitenedCNN", xs, self.in_channels, side)
         xs = self.filters(xs)
         xs = jnp.concatenate([xs, -xs], -1)
         xs = self.neurons[0](self.norms[0](xs))
