@@ -1,6 +1,7 @@
 """Networks from NIR: graphs that other libraries wrote, and what cannot be read."""
 
 import re
+import zlib
 from pathlib import Path
 
 import h5py
@@ -188,9 +189,30 @@ def nested(node):
         node = node.create_group("g")
 
 
+def bomb(times):
+    """A chunk of 16 bytes that unpacks to 32 MB."""
+
+    def change(node):
+        del node["weight"]
+        made = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        made.set_chunk((2, 2))
+        data = bytes(2**25)
+        for _ in range(times):
+            made.set_filter(h5py.h5z.FILTER_DEFLATE, 0, (9,))
+            data = zlib.compress(data)
+        space = h5py.h5s.create_simple((2, 2))
+        kind = h5py.h5t.IEEE_F32LE
+        weight = h5py.h5d.create(node.id, b"weight", kind, space, made)
+        weight.write_direct_chunk((0, 0), data)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (bomb(1), "a chunk of more than 16 bytes"),
+        (bomb(2), "data packed 2 times"),
         (loop, "a loop, or more than .* bytes, at 'again'"),
         (twice, "a loop, or more than"),
         (nested, "got RecursionError"),

@@ -9,6 +9,7 @@ libraries differ: a ``Dialect`` says how a library means its nodes.
 import math
 import re
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ SINABS = Dialect(EXPONENTIAL, neurons.lif, per_step=True)
 
 # What HDF5, NIR and JAX raise for damaged files, and for graphs that do not fit.
 DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError)
-DAMAGE += (OSError, RuntimeError, TypeError, ValueError)
+DAMAGE += (OSError, RuntimeError, TypeError, ValueError, zlib.error)
 UNPACKED = 2**26  # bytes
+GZIP, SHUFFLE, SUMS = 1, 2, 3  # HDF5's numbers of filters
 
 
 def from_nir(
@@ -105,10 +107,31 @@ def _check_objects(file: h5py.File, most: int) -> None:
             elif item is None or item.external or item.is_virtual:
                 raise ValueError(f"a link out of the file at {name!r}")
             else:
-                size += item.nbytes
+                size += _unpacked(item, most)
             if item.id in seen or size > most:
                 raise ValueError(f"a loop, or more than {most} bytes, at {name!r}")
             seen.add(item.id)
+
+
+def _unpacked(item: h5py.Dataset, most: int) -> int:
+    """Return the bytes that reading a dataset takes; a chunk is read as a whole."""
+    made: Any = item.id.get_create_plist()
+    filters = [made.get_filter(n)[0] for n in range(made.get_nfilters())]
+    packers = [n for n in filters if n not in (SHUFFLE, SUMS)]
+    if len(packers) > 1:
+        raise ValueError(f"data packed {len(packers)} times at {item.name!r}")
+    chunk = math.prod(item.chunks or (0,)) * item.id.get_type().get_size()
+    if GZIP in filters and chunk <= most:
+        place = filters.index(GZIP)
+        for n in range(item.id.get_num_chunks()):
+            offset = item.id.get_chunk_info(n).chunk_offset
+            skipped, raw = item.id.read_direct_chunk(offset)
+            # HDF5 itself would unpack all, which can be 1,000 times the file.
+            if not skipped >> place & 1:
+                raw = zlib.decompressobj().decompress(raw, chunk + 5)
+            if len(raw) > chunk + 4:  # with its checksum
+                raise ValueError(f"a chunk of more than {chunk} bytes at {item.name!r}")
+    return max(item.nbytes, chunk)
 
 
 def _check_heaps(data: bytes) -> None:
