@@ -190,6 +190,8 @@ def test_options_out_of_range_are_refused(options, flags, match):
     [
         ({"data": "mnist"}, r"^mnist: .*Run: python -m experiments.prepare mnist --da"),
         ({"batch_size": 1600}, "at least 1600 ex.*, got .* 1600"),
+        ({"model": "vgg11"}, r"sides of at least 32, got shape .*, 8, 8, 1\)"),
+        ({"model": "general-cnn"}, r"multiples of 32, got shape .*, 8, 8, 1\)"),
         ({"batch_size": 9}, r"multiple of the 8 device.*Take 8\.$"),
     ],
 )

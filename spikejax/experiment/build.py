@@ -187,6 +187,7 @@ def build_model(
     in_channels: int,
     seed: int,
     platform: str | None = None,
+    size: tuple[int, int] | None = None,
 ) -> nnx.Module:
     """Return the network of the options, with initial weights from the seed.
 
@@ -197,6 +198,10 @@ def build_model(
         seed: of the weights.
         platform: backend for which it is built, by default the one in use. On a CPU,
             networks take the kernels of ``nn.cpu``.
+        size: height and width of the images, which the network is checked to take.
+
+    Raises:
+        ValueError: the network does not take images of that size.
     """
     parts: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
     # Not elsewhere: nn/cpu.py says how much faster they are, without forward mode.
@@ -207,6 +212,10 @@ def build_model(
     def make() -> nnx.Module:
         return network.build(**parts, rngs=nnx.Rngs(seed))
 
+    # Residual networks take any size, and the largest of them take seconds to trace.
+    if size and not isinstance(network, ResNetOptions):
+        xs = jax.ShapeDtypeStruct((1, 1, *size, in_channels), jnp.float32)
+        jax.eval_shape(lambda xs: make()(xs), xs)
     # Compiled as a whole: layer by layer, each initialiser would be dispatched alone.
     graphdef, _ = nnx.split(nnx.eval_shape(make))
     weights = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make())))()

@@ -252,12 +252,14 @@ def train(
 
 
 def _build(experiment: Experiment, data: ImageSet | EventSet) -> nnx.Module:
+    side = getattr(experiment.inputs, "image_size", None)
     return build_model(
         experiment.network,
         experiment.activation,
         num_classes=data.num_classes,
         in_channels=cast(int, data.shape[-1]),
         seed=experiment.train.seed,
+        size=(side, side) if side else cast(Any, data.shape[:2]),
     )
 
 
