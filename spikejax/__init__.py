@@ -1,5 +1,7 @@
 """Multi-threshold spiking neural networks in JAX and Flax."""
 
+from importlib import import_module
+
 from spikejax import encode, losses, neurons, surrogate
 from spikejax.conversion import calibrate, convert, fold_norms
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold, neuron_layers
@@ -12,6 +14,15 @@ from spikejax.nn.quant import QuantReLU
 from spikejax.unroll import unroll
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    # Trained networks need the models and their flags, which take a second to import.
+    if name in ("load", "pretrained"):
+        return getattr(import_module("spikejax.experiment.trained"), name)
+    raise AttributeError(f"module 'spikejax' has no attribute {name!r}")
+
+
 __all__ = [
     "IF",
     "LIF",

@@ -24,6 +24,7 @@ from spikejax.data.augment import Augment, Crop
 from spikejax.data.events import EventSet
 from spikejax.data.images import ImageSet
 from spikejax.encode import direct
+from spikejax.experiment import trained
 from spikejax.experiment.build import (
     ActivationOptions,
     MultiThresholdOptions,
@@ -32,6 +33,7 @@ from spikejax.experiment.build import (
     build_model,
 )
 from spikejax.experiment.cli import cache_programs, flatten, override
+from spikejax.experiment.trained import Card
 from spikejax.train import processes, sharding, workdir
 from spikejax.train.loop import Fitted, fit
 from spikejax.train.processes import Processes
@@ -278,6 +280,8 @@ def report(
 ) -> dict[str, Any]:
     """Measure spikes and energy of what ``train`` returned; write result.json.
 
+    Writes card.json and weights.npz too, which ``spikejax.load`` reads.
+
     Args:
         experiment, task: as in ``train``.
         fitted: the trained network and its metrics.
@@ -302,6 +306,11 @@ def report(
         "device": jax.devices()[0].device_kind,
     }
     workdir.write(experiment.workdir / "result.json", result | more)
+    if processes.is_primary():
+        data, flags = task.data, identity(experiment)
+        mean, std = (getattr(data, name, None) for name in ("mean", "std"))
+        card = Card(flags, data.class_names, data.shape, mean, std, result | more)
+        trained.save(experiment.workdir, fitted.model, card)
     return result | more
 
 

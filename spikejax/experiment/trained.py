@@ -1,0 +1,225 @@
+"""Trained networks as two files: card.json says what they are, weights.npz has them.
+
+A finished run has them in its folder, and the package has those of a few networks.
+Neither needs the data set.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from spikejax.encode import direct
+from spikejax.experiment.build import (
+    ActivationOptions,
+    MultiThresholdOptions,
+    NetworkOptions,
+    VGGOptions,
+    build_model,
+)
+from spikejax.experiment.cli import override
+from spikejax.train.checksum import by_path, signatures
+
+SHIPPED = Path(__file__).parent / "weights"
+CARD, WEIGHTS, SCALE = "card.json", "weights.npz", ":scale"
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """Description of a trained network.
+
+    flags: of its run, as in config.json.
+    class_names: of its logits, in order.
+    shape: [H, W, C] of an image, None where sizes differ.
+    mean, std: of the channels of the training images, where white is 1; None for
+        frames of events, which are not normalised.
+    result: content of result.json: accuracy, spikes and energy, versions.
+    notes: what else is known, such as the command and the commit.
+    """
+
+    flags: dict[str, Any]
+    class_names: tuple[str, ...]
+    shape: tuple[int | None, ...]
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    result: dict[str, Any]
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """Return the input of the network, [B, T, ...], for raw images.
+
+        Args:
+            images: uint8 [B, H, W, C], or frames of events [B, T, H, W, C].
+
+        Raises:
+            ValueError: they are of another type, or have other channels.
+        """
+        rank, channels = 4 if self.mean else 5, self.shape[-1]
+        images = jnp.asarray(images)
+        dtype, shape = images.dtype, images.shape
+        if dtype != jnp.uint8 or len(shape) != rank or shape[-1] != channels:
+            raise ValueError(
+                f"encode: expected uint8 images of {rank} axes and {channels} channels,"
+                f" as files have them, got {dtype} {shape}. For one image: image[None]."
+            )
+        if self.mean is None:
+            return images.astype(jnp.float32)
+        mean, std = (jnp.array(x, jnp.float32) for x in (self.mean, self.std))
+        return direct((images / 255.0 - mean) / std, self.flags["time_steps"])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    """Flags that make a network; the groups are those that the flags select."""
+
+    network: NetworkOptions = VGGOptions()
+    activation: ActivationOptions = MultiThresholdOptions()
+
+
+class Trained(NamedTuple):
+    """Trained network in evaluation mode, and its card."""
+
+    model: nnx.Module
+    card: Card
+
+
+def save(folder: Path, model: nnx.Module, card: Card) -> None:
+    """Write card.json and weights.npz.
+
+    Kernels that are whole multiples of a scale per output, as ``round_weights`` makes
+    them, take 8 bits.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for path, leaf in _leaves(model).items():
+        arrays[path] = np.asarray(leaf)
+        if arrays[path].ndim > 1:
+            scale = _scale(arrays[path])
+            whole = np.round(arrays[path] / scale)
+            if np.array_equal((whole * scale).astype(np.float32), arrays[path]):
+                arrays |= {path: whole.astype(np.int8), path + SCALE: scale}
+    packed: Any = arrays
+    np.savez_compressed(folder / WEIGHTS, **packed)
+    content = dataclasses.asdict(card) | {"sha256": _digest(folder)}
+    (folder / CARD).write_text(json.dumps(content, indent=2), "utf-8")
+
+
+def load(folder: Path | str) -> Trained:
+    """Return the network of a finished run, without its data.
+
+        model, card = spikejax.load("runs/mt")
+        logits = model(card.encode(images)).mean(1)  # images uint8 [B, H, W, C]
+
+    Args:
+        folder: workdir of the run.
+
+    Raises:
+        ValueError: the folder has no finished run, or its files are damaged.
+    """
+    folder = Path(folder)
+    if not (folder / CARD).exists():
+        raise ValueError(
+            f"load: expected the folder of a finished run, with {CARD}, got {folder}. "
+            "Rerun its command, which finishes it."
+        )
+    try:
+        content = json.loads((folder / CARD).read_text("utf-8"))
+        if content.pop("sha256") != _digest(folder):
+            raise ValueError(f"{WEIGHTS} is not as it was saved.")
+        card = Card(**content)
+        model = _build(card)
+        _set(model, folder)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise ValueError(
+            f"load: expected the files of a trained network in {folder}, got: "
+            f"{' '.join(str(error).split())} Copy it again, or rerun its command."
+        ) from error
+    return Trained(model, card)
+
+
+def pretrained(name: str) -> Trained:
+    """Return a network that comes with the package, such as "cifar10-mt4".
+
+    Args:
+        name: see ``docs/model.md``; its card has the recipe, and accuracy and energy.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    names = sorted(path.parent.name for path in SHIPPED.glob(f"*/{CARD}"))
+    if name not in names:
+        raise ValueError(f"pretrained: expected one of {', '.join(names)}, got {name}.")
+    return load(SHIPPED / name)
+
+
+def round_weights(model: nnx.Module) -> nnx.Module:
+    """Return a copy whose kernels are whole multiples of a scale, for 8 bits each.
+
+    w' = s round(w / s),  s = max |w| / 127 of each output
+    """
+    model = nnx.clone(model)
+    state = nnx.state(model)
+    rounded = jax.tree.map(
+        lambda v: v if v.ndim < 2 else np.round(v / _scale(v)) * _scale(v), state
+    )
+    nnx.update(model, rounded)
+    return model
+
+
+def _scale(kernel: np.ndarray) -> np.ndarray:
+    axes = tuple(range(kernel.ndim - 1))
+    most = np.abs(np.asarray(kernel)).max(axes).astype(np.float32)
+    return np.where(most > 0, most, 1) / np.float32(127)
+
+
+def _build(card: Card) -> nnx.Module:
+    """Return the network of a card with its initial weights, in evaluation mode."""
+    chosen = override(_Network(), card.flags)
+    model = build_model(
+        chosen.network,
+        chosen.activation,
+        num_classes=len(card.class_names),
+        in_channels=int(card.shape[-1] or 0),
+        seed=card.flags["seed"],
+    )
+    model.eval()
+    return model
+
+
+def _leaves(model: nnx.Module) -> dict[str, jax.Array]:
+    """Return the arrays of a network by path, random keys as their data."""
+    leaves = by_path(nnx.to_pure_dict(nnx.state(model)))
+    is_key = jax.dtypes.prng_key
+    return {
+        path: jax.random.key_data(v) if jnp.issubdtype(v.dtype, is_key) else v
+        for path, v in leaves.items()
+    }
+
+
+def _set(model: nnx.Module, folder: Path) -> None:
+    """Put the arrays of weights.npz into a network."""
+    expected = _leaves(model)
+    with np.load(folder / WEIGHTS, allow_pickle=False) as file:
+        arrays = {path: file[path] for path in file.files}
+    for path in [path for path in arrays if path.endswith(SCALE)]:
+        scale, kernel = arrays.pop(path), path.removesuffix(SCALE)
+        arrays[kernel] = (arrays[kernel] * scale).astype(np.float32)
+    if signatures(arrays) != signatures(expected):
+        raise ValueError("arrays of another network.")
+    state = nnx.state(model)
+    leaves, structure = jax.tree.flatten(state)
+    new = []
+    for old, path in zip(leaves, expected, strict=True):
+        array = jnp.asarray(arrays[path])
+        is_key = jnp.issubdtype(old.dtype, jax.dtypes.prng_key)
+        new.append(jax.random.wrap_key_data(array) if is_key else array)
+    nnx.update(model, jax.tree.unflatten(structure, new))
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()

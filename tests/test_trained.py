@@ -1,0 +1,136 @@
+"""Trained networks as two files: the same answers, and no others in their place."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import spikejax
+from spikejax.experiment import (
+    Experiment,
+    GeneralOptions,
+    SingleOptions,
+    open_images,
+    run,
+    train,
+)
+from spikejax.experiment.build import build_model
+from spikejax.experiment.trained import Card, load, round_weights, save
+from spikejax.train import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    experiment = Experiment(
+        tmp_path_factory.mktemp("run"), train=TrainConfig(steps=2, batch_size=8, seed=3)
+    )
+    run(experiment, open_images(experiment))
+    return experiment.workdir
+
+
+@pytest.fixture(scope="module")
+def digits():
+    test = open_images(Experiment(Path("unused"))).data.test
+    return test.take(range(16))
+
+
+def test_a_finished_run_is_loaded_without_its_data(folder, digits):
+    model, card = load(folder)
+    result = json.loads((folder / "result.json").read_text())
+    assert card.result == result and card.flags["seed"] == 3
+    assert card.class_names == [str(k) for k in range(10)] and card.shape == [8, 8, 1]
+    # The run's own network and input, made again from its flags.
+    experiment = Experiment(folder, train=TrainConfig(steps=2, batch_size=8, seed=3))
+    task = open_images(experiment)
+    fitted = train(experiment, task)
+    xs = task.encode(jnp.asarray(digits["image"]), None)
+    np.testing.assert_array_equal(card.encode(digits["image"]), xs)
+    np.testing.assert_array_equal(model(xs), fitted.model(xs))
+
+
+def test_of_events_the_frames_are_the_input(folder):
+    card = dataclasses.replace(load(folder).card, mean=None, std=None)
+    frames = np.arange(16, dtype=np.uint8).reshape(1, 2, 2, 4, 1)
+    np.testing.assert_array_equal(card.encode(frames), frames.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((8, 8, 1), np.uint8),
+        np.zeros((1, 8, 8, 1)),
+        np.zeros((1, 8, 8, 3), "u1"),
+    ],
+)
+def test_images_are_raw_ones(folder, images):
+    with pytest.raises(ValueError, match="encode: expected uint8 images of 4 axes"):
+        load(folder).card.encode(images)
+
+
+def test_eight_bits_keep_rounded_weights_to_the_bit(folder, digits, tmp_path):
+    model, card = load(folder)
+    rounded = round_weights(model)
+    save(tmp_path, rounded, card)
+    with np.load(tmp_path / "weights.npz") as file:
+        kinds = {path: file[path].dtype for path in file.files}
+    assert kinds["convs/0/kernel"] == np.int8 and kinds["dense/0/kernel"] == np.int8
+    assert kinds["convs/0/kernel:scale"] == kinds["norms/0/scale"] == np.float32
+    xs = card.encode(digits["image"])
+    np.testing.assert_array_equal(load(tmp_path).model(xs), rounded(xs))
+    # Half a step of 127 per output is the largest change.
+    for before, after in zip(model.convs, rounded.convs, strict=True):
+        step = np.abs(before.kernel[...]).max((0, 1, 2)) / 127
+        assert np.all(np.abs(before.kernel[...] - after.kernel[...]) <= 0.51 * step)
+    again = round_weights(rounded).convs[0].kernel
+    np.testing.assert_array_equal(again, rounded.convs[0].kernel)
+
+
+def test_random_keys_are_kept(tmp_path):
+    network, neuron = GeneralOptions(width=0.05), SingleOptions("lif")
+    sizes = {"num_classes": 2, "in_channels": 3, "seed": 0}
+    model = build_model(network, neuron, **sizes)
+    model.eval()
+    flags = dataclasses.asdict(network) | {"neuron": "lif", "seed": 0, "time_steps": 1}
+    card = Card(flags, ("a", "b"), (32, 32, 3), (0.5,) * 3, (0.2,) * 3, {})
+    save(tmp_path, model, card)
+    again = load(tmp_path).model
+    xs = jnp.ones((1, 1, 32, 32, 3))
+    np.testing.assert_array_equal(again(xs), model(xs))
+    assert nnx.graphdef(again) == nnx.graphdef(model)
+
+
+@pytest.mark.parametrize("name", ["card.json", "weights.npz"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_damaged_files_are_one_line(folder, tmp_path, name, damage):
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 128
+    damaged = {"cut": content[: len(content) // 2], "flip": content, "empty": b""}
+    (copy / name).write_bytes(damaged[damage])
+    with pytest.raises(ValueError, match=f"load: expected the files .* in {copy}, got"):
+        load(copy)
+
+
+def test_weights_of_another_network(folder, tmp_path):
+    model, card = load(folder)
+    save(tmp_path, model, card)
+    content = json.loads((tmp_path / "card.json").read_text())
+    content["flags"]["model"] = "eventnet"
+    (tmp_path / "card.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="got: arrays of another network. Copy it"):
+        load(tmp_path)
+
+
+def test_names_and_folders_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match="load: expected the folder of a finished run"):
+        spikejax.load(tmp_path)
+    with pytest.raises(ValueError, match="pretrained: expected one of .*, got resnet."):
+        spikejax.pretrained("resnet")
+    with pytest.raises(AttributeError, match="'spikejax' has no attribute 'lode'"):
+        spikejax.lode  # noqa: B018
