@@ -7,7 +7,6 @@ time, spikes and energy, and writes it as summary.json and digits.png. With --ne
 trains that one. A minute on two CPU cores; results in docs/results.md.
 """
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from spikejax.experiment import (
     open_images,
     run,
 )
-from spikejax.experiment.cli import flatten, override, parse, run_cli
+from spikejax.experiment.cli import checked, flatten, override, parse, run_cli
 from spikejax.train import TrainConfig, processes, workdir
 from spikejax.train.progress import table
 
@@ -54,7 +53,7 @@ def compare(digits: Experiment) -> None:
             print(f"{len(rows) + 1}/{len(NETWORKS)}  {name}")
             folder = f"{flags['neuron']}-t{flags.get('time_steps', 1)}"
             flags = flags | {"workdir": digits.workdir / folder}
-            experiment = dataclasses.replace(override(digits, flags))
+            experiment = checked(override(digits, flags))
             encode = make_encode(experiment, task.data)
             result = run(experiment, task._replace(encode=encode))
             if result is None:  # stopped by SIGTERM

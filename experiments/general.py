@@ -24,7 +24,7 @@ from spikejax.experiment import (
     open_images,
     run,
 )
-from spikejax.experiment.cli import flatten, override, parse, run_cli
+from spikejax.experiment.cli import checked, flatten, override, parse, run_cli
 from spikejax.train import TrainConfig, processes, workdir
 from spikejax.train.progress import table
 
@@ -94,7 +94,7 @@ def compare(comparison: Comparison) -> list[dict[str, Any]]:
     for name in names:
         print(f"{len(rows) + 1}/{len(names)}  {name}")
         flags = {"workdir": shared.workdir / name} | NETWORKS[name]
-        experiment = dataclasses.replace(override(shared, flags))
+        experiment = checked(override(shared, flags))
         encode = make_encode(experiment, task.data)
         result = run(experiment, task._replace(encode=encode))
         if result is None:  # stopped by SIGTERM

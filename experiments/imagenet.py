@@ -40,7 +40,7 @@ from spikejax.experiment import (
     make_encode,
 )
 from spikejax.experiment.build import build_model
-from spikejax.experiment.cli import fail, flatten, override, parse, run_cli
+from spikejax.experiment.cli import checked, fail, flatten, override, parse, run_cli
 from spikejax.experiment.config import make_loss
 from spikejax.tpu.chips import find_slice, tpu_devices
 from spikejax.tpu.plan import Plan, batch_that_fits, plan_training, rows, verdict
@@ -88,7 +88,7 @@ class Planned:
 
 def made_plan(flags: Planned, **changes: Any) -> Plan:
     """Return the plan of the flags, with some of them changed."""
-    experiment = dataclasses.replace(override(flags.experiment, changes))
+    experiment = checked(override(flags.experiment, changes))
     if (size := cast(Images, experiment.inputs).image_size) is None:
         raise ValueError("image_size: expected a number to plan with, got None.")
     mean, std = PHOTOGRAPHS

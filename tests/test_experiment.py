@@ -248,6 +248,21 @@ def test_a_folder_is_read_as_its_experiment(tmp_path):
         experiment.read(tmp_path / "none")
 
 
+@pytest.mark.parametrize("text", ["", "5", "[]", '{"steps": "many"}'])
+def test_a_folder_with_other_settings_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="^read: expected the settings of a run"):
+        experiment.read(tmp_path)
+
+
+def test_the_settings_of_a_folder_are_checked(tmp_path):
+    (tmp_path / "config.json").write_text('{"model": "resnet20", "width": -1.0}')
+    with pytest.raises(
+        ValueError, match="got: width: expected more than 0, .* got -1.0"
+    ):
+        experiment.read(tmp_path)
+
+
 # From flags to parts
 
 

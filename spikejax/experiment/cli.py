@@ -117,8 +117,8 @@ def alternatives(kinds: tuple[type, ...]) -> tuple[str, dict[str, type]]:
 def override(config: T, flags: dict[str, Any], *options: Any) -> T:
     """Return a dataclass with other values of flags, and the groups that they select.
 
-    Its checks are not run, as a value may need flags that are read later.
-    ``dataclasses.replace`` of the result runs them.
+    Its checks are not run, as a value may need flags that are read later: `checked`
+    runs them.
 
     Raises:
         ValueError: no group has that value of its first flag.
@@ -137,6 +137,15 @@ def override(config: T, flags: dict[str, Any], *options: Any) -> T:
             value = override(value, flags, *options)
         vars(made)[field.name] = value
     return made
+
+
+def checked(config: T) -> T:
+    """Return a dataclass, after its checks and those of the dataclasses inside it."""
+    values = {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(config)
+    }
+    groups = {k: checked(v) for k, v in values.items() if is_group(v)}
+    return dataclasses.replace(config, **groups)
 
 
 def _groups(config: "DataclassInstance") -> Iterator[tuple[str, dict[str, type]]]:

@@ -32,7 +32,7 @@ from spikejax.experiment.build import (
     VGGOptions,
     build_model,
 )
-from spikejax.experiment.cli import cache_programs, flatten, override
+from spikejax.experiment.cli import cache_programs, checked, flatten, override
 from spikejax.experiment.trained import Card
 from spikejax.train import processes, sharding, workdir
 from spikejax.train.loop import Fitted, fit
@@ -331,8 +331,8 @@ def read(folder: Path | str, data_dir: Path | None = None) -> Experiment:
         )
     try:
         saved = json.loads(path.read_text()) | {"data_dir": data_dir}
-        # dataclasses.replace runs the checks, as config.json may have been edited.
-        return dataclasses.replace(override(Experiment(Path(folder)), saved))
+        # config.json may have been edited.
+        return checked(override(Experiment(Path(folder)), saved))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"read: expected the settings of a run in {path}, got: {error} Fix the "
