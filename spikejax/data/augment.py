@@ -154,6 +154,20 @@ def center_crop(size: int) -> Crop:
     return crop
 
 
+def square_crop(size: int) -> Crop:
+    """Cut out the middle square, as large as it can be.
+
+    Args:
+        size: as in `inception_crop`.
+    """
+
+    def crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        side = min(image.size)
+        return cut(image, _middle(image.width, image.height, side, side), size)
+
+    return crop
+
+
 def cut(image: Image.Image, box: Box, size: int) -> Image.Image:
     """Resample a box of the image to size x size (bilinear, antialiased).
 

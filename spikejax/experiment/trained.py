@@ -7,6 +7,7 @@ Neither needs the data set.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from spikejax.data.augment import Crop, center_crop, square_crop
 from spikejax.encode import direct
 from spikejax.experiment.build import (
     ActivationOptions,
@@ -72,6 +74,13 @@ class Card:
             return images.astype(jnp.float32)
         mean, std = (jnp.array(x, jnp.float32) for x in (self.mean, self.std))
         return direct((images / 255.0 - mean) / std, self.flags["time_steps"])
+
+    def crop(self, shape: Sequence[int | None]) -> Crop | None:
+        """Return the crop that gives images of a shape [H, W, C] the right size."""
+        if size := self.flags.get("image_size"):
+            return center_crop(size)
+        height = self.shape[0]
+        return square_crop(height) if height and height != shape[0] else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +164,28 @@ def pretrained(name: str) -> Trained:
     if name not in names:
         raise ValueError(f"pretrained: expected one of {', '.join(names)}, got {name}.")
     return load(SHIPPED / name)
+
+
+def find(network: str) -> Trained:
+    """Return the network of images that a command names.
+
+    Args:
+        network: folder of a finished run, or name of a network of the package.
+
+    Raises:
+        ValueError: it is neither, or was trained on events.
+    """
+    shipped = sorted(path.parent.name for path in SHIPPED.glob(f"*/{CARD}"))
+    if not network or not (Path(network).exists() or network in shipped):
+        known = f" or {', '.join(shipped)}" if shipped else ""
+        raise ValueError(
+            f"network: expected the folder of a finished run{known}, got "
+            f"{network or 'none'}."
+        )
+    found = load(SHIPPED / network if network in shipped else network)
+    if found.card.mean is None:
+        raise ValueError(f"network: expected one of images, got {network}, of events.")
+    return found
 
 
 def round_weights(model: nnx.Module) -> nnx.Module:

@@ -1,0 +1,98 @@
+"""Measure the accuracy of a trained network on the test images.
+
+    python -m experiments.evaluate runs/mt
+    python -m experiments.evaluate cifar10-mt4 --data-dir DIR
+
+The network is the folder of a finished run on images, or the name of one that comes
+with the package. --data takes another set of as many classes, --flip the mean over each
+image and its mirror image.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from tyro.conf import Positional
+
+from spikejax.data import images
+from spikejax.experiment.cli import parse, run_cli
+from spikejax.experiment.trained import Trained, find
+
+BATCH = 250
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A trained network, and the images that it is shown."""
+
+    network: Positional[str] = ""
+    """Folder of a finished run, or the name of a network of the package."""
+    data: str | None = None
+    """Image set, by default that of the run."""
+    data_dir: Path | None = None
+    """Folder of the set; TFDS's own folder by default."""
+    flip: bool = False
+    """Take the mean of the logits over each image and its mirror image."""
+
+
+DEFAULT = Evaluation()
+
+
+class Score(NamedTuple):
+    """Images that the network names right, of how many."""
+
+    right: int
+    count: int
+
+
+def evaluate(
+    trained: Trained, image_set: images.ImageSet, *, flip: bool = False
+) -> Score:
+    """Return how many test images a network names right; print the progress."""
+    model, card = trained
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def classify(state: nnx.State, raw: jax.Array) -> jax.Array:
+        def logits(raw: jax.Array) -> jax.Array:
+            return nnx.merge(graphdef, state)(card.encode(raw)).mean(1)
+
+        return (logits(raw) + (logits(raw[:, :, ::-1]) if flip else 0)).argmax(-1)
+
+    right = count = 0
+    crop, last = card.crop(image_set.shape), time.monotonic()
+    for batch in images.eval_batches(image_set.test, BATCH, crop=crop):
+        labels = jnp.asarray(batch["label"])
+        right += int((classify(state, jnp.asarray(batch["image"])) == labels).sum())
+        count += len(labels)
+        if time.monotonic() - last > 5:
+            last = time.monotonic()
+            print(f"{count} images, {right / count:.2%}", flush=True)
+    return Score(right, count)
+
+
+def main(flags: Evaluation) -> None:
+    """Evaluate the network that the command line names."""
+    trained = find(flags.network)
+    card = trained.card
+    own = str(card.flags["data"])
+    image_set = images.load(flags.data or own, flags.data_dir)
+    found = image_set.num_classes, image_set.shape[-1]
+    if found != (len(card.class_names), card.shape[-1]):
+        raise ValueError(
+            f"data: expected a set of {len(card.class_names)} classes and "
+            f"{card.shape[-1]} channels, as the network has, got {flags.data or own}, "
+            f"which has {found[0]} and {found[1]}."
+        )
+    right, count = evaluate(trained, image_set, flip=flags.flip)
+    if "accuracy" in card.result and not flags.flip and flags.data in (None, own):
+        print(f"its card says {card.result['accuracy']:.2%}")
+    print(f"accuracy {right / count:.2%} of {count:,} images")
+
+
+if __name__ == "__main__":
+    run_cli(main, parse(DEFAULT, __doc__))
