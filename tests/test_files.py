@@ -204,6 +204,15 @@ def test_a_folder_of_photographs_is_a_set(tmp_path, held_out):
     assert list(batch["label"]) == [0] * 5 + [1] * 5
 
 
+def test_the_path_of_a_folder_is_its_set(tmp_path, monkeypatch):
+    folder(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    found = load("photos/")
+    assert found.class_names == ("cat", "dog") and len(found.train) == 10
+    # Without a slash it is a name, which TFDS does not know; "toto" it has.
+    refused(r"got 'photos'\. For the images in that folder: photos/", "photos", None)
+
+
 def test_a_class_may_have_no_test_image(tmp_path):
     folder(tmp_path)
     for file in (tmp_path / "val/dog").iterdir():

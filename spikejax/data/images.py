@@ -4,6 +4,7 @@ Reading needs no TensorFlow; preparing a TFDS set does: see experiments/prepare.
 """
 
 import dataclasses
+from pathlib import Path
 import signal
 
 import grain
@@ -65,7 +66,8 @@ def load(name: str, data_dir: Folder = None) -> ImageSet:
     Args:
         name: "digits" (scikit-learn's, 8x8x1, shuffled once: 1,500 to train, 297 to
             test), "fake" (synthetic, 32x32x3), "tiny_imagenet" (its zip), "folder" (of
-            JPEGs: train/CLASS/*.JPEG, val/CLASS/*.JPEG), or a TFDS image-classification
+            JPEGs: train/CLASS/*.JPEG, val/CLASS/*.JPEG), the path of such a folder with
+            a slash, as in "photos/", or a TFDS image-classification
             set prepared as array_record: "cifar10", "imagenet2012",
             "mnist_corrupted/fog".
         data_dir: the folder of the zip, of train and val, or TFDS's; None is TFDS's
@@ -80,7 +82,12 @@ def load(name: str, data_dir: Folder = None) -> ImageSet:
     Raises:
         ValueError: the set is unknown, not there, or damaged.
     """
-    splits = OWN[name](data_dir) if name in OWN else prepared_set(name, data_dir)
+    if "/" in name and Path(name).is_dir():  # photos/, but not TFDS's a/b
+        splits = image_folder(name)
+    elif name in OWN:
+        splits = OWN[name](data_dir)
+    else:
+        splits = prepared_set(name, data_dir)
     train, test, class_names = splits
     usual = PHOTOGRAPHS if None in train.shape else STATISTICS.get(name)
     mean, std = usual or _statistics(train)

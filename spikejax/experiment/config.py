@@ -58,8 +58,9 @@ class Images(Inputs):
     """A set of images."""
 
     data: str = "digits"
-    """Image set: digits, fake (made up), tiny_imagenet, folder, or a prepared TFDS set
-    such as cifar10."""
+    """Image set: digits, fake (made up), tiny_imagenet, folder, the path of a folder as
+    photos/ (with train/CLASS/*.jpg and val/CLASS/*.jpg), or a prepared TFDS set such as
+    cifar10."""
     data_dir: Path | None = None
     """Folder of TFDS sets, zip or images; TFDS's own folder by default."""
     augment: Literal["none", "crop-flip", "autoaugment", "inception"] = "none"
