@@ -10,7 +10,15 @@ import inspect
 import textwrap
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from spikejax.experiment import Experiment, Images
 from spikejax.experiment.build import ActivationOptions, NetworkOptions
@@ -18,7 +26,7 @@ from spikejax.experiment.cli import alternatives, flag_name
 
 SCRIPTS = (
     *("digits", "cifar10", "cifar100", "imagenet", "tinyimagenet"),
-    *("general", "convert", "dvs_cifar10"),
+    *("general", "convert", "dvs_cifar10", "evaluate", "predict"),
 )
 OPTIONS = get_args(NetworkOptions) + get_args(ActivationOptions)
 HEAD = """# Flags
@@ -81,12 +89,15 @@ def values(hint: Any) -> str:
 def flags(config: Any, options: bool = True) -> dict[str, Flag]:
     """Return {name: flag} of a dataclass with defaults and of those inside it."""
     found: dict[str, Flag] = {}
-    hints, texts = get_type_hints(type(config)), docstrings(type(config))
+    hints = get_type_hints(type(config), include_extras=True)
+    texts = docstrings(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             if options or type(value) not in OPTIONS:
                 found |= flags(value, options)
+            continue
+        if get_origin(hints[field.name]) is Annotated:  # a word without a flag
             continue
         name = flag_name(field.name)
         found[name] = Flag(name, values(hints[field.name]), value, texts[field.name])
@@ -147,7 +158,7 @@ def page() -> str:
             if name in ("--model", "--neuron")
             or (name not in new and flag.default != (known | chosen)[name].default)
         ]
-        lines += ["Defaults of its own: " + ", ".join(other) + ".", ""]
+        lines += ["Defaults of its own: " + ", ".join(other) + ".", ""] if other else []
         if new:
             lines += [TABLE, *(flag.row() for flag in new.values()), ""]
     return "\n".join(lines).rstrip() + "\n"

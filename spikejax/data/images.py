@@ -4,8 +4,8 @@ Reading needs no TensorFlow; preparing a TFDS set does: see experiments/prepare.
 """
 
 import dataclasses
-from pathlib import Path
 import signal
+from pathlib import Path
 
 import grain
 import numpy as np

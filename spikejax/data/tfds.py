@@ -110,7 +110,7 @@ def check_name(name: str) -> None:
     if name.split("/")[0] not in known:
         close = difflib.get_close_matches(name, [*known, *OWN], n=3)
         hint = f"Did you mean {' or '.join(close)}?" if close else f"See {CATALOG}"
-        if Path(name).is_dir():
+        if name and Path(name).is_dir():
             hint = f"For the images in that folder: {name}/"
         raise ValueError(
             f"data: expected {', '.join(OWN)} or a TFDS set, got {name!r}. {hint}"
