@@ -459,7 +459,7 @@ class MultiThreshold(Neuron):
         who = type(self).__name__
         counts = isinstance(thresholds, int | np.integer)
         if isinstance(cell, type | Neuron | str) or not (
-            counts or isinstance(thresholds, Sequence | jax.Array | np.ndarray)
+            counts or isinstance(thresholds, tuple | list | jax.Array | np.ndarray)
         ):
             raise ValueError(
                 f"{who}: expected the number of thresholds or a sequence of them, and "

@@ -5,6 +5,7 @@ of prepared TFDS data sets, without which some tests are skipped.
 """
 
 import os
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,6 +36,10 @@ def _set_up_jax() -> None:
 
 
 _set_up_jax()
+# A shell ignores these for what it runs in the background, and nohup SIGHUP; tests send
+# them to themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,7 @@ PNG = image_file(Image.open(io.BytesIO(JPEG)), "PNG")
 def test_a_damaged_image_is_named_in_one_line(encoded, reason, crop):
     source = listed(JPEG, JPEG, encoded)
     with pytest.raises(
-        ValueError, match=rf"^some: .* image at file 2, got: .*{reason}.*\. Copy"
+        ValueError, match=rf"^some: .* image .* at file 2, got: .*{reason}.*\. Copy"
     ) as caught:
         source.take([0, 2], crop)
     assert "\n" not in str(caught.value)
