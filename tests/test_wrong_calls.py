@@ -118,6 +118,7 @@ CALLS = {
         lambda: ScaledIF(1.0, 0),
     ],
     "MultiThreshold: expected the number of thresholds or a sequence of them,": [
+        lambda: MultiThreshold("4"),
         lambda: MultiThreshold(2.5),
         lambda: MultiThreshold(4, LIF()),
         lambda: MultiThreshold(4, LIF),
@@ -125,7 +126,6 @@ CALLS = {
         lambda: MultiThreshold(None),
     ],
     "MultiThreshold: expected at least one threshold, positive thresholds": [
-        lambda: MultiThreshold("4"),
         lambda: MultiThreshold(()),
         lambda: MultiThreshold((-1.0, 1.0)),
         lambda: MultiThreshold(4, v_threshold=0.0),
