@@ -84,7 +84,7 @@ def draw(seen: np.ndarray, rows: Sequence[Named], path: Path) -> None:
     """Draw the images with their names, and write the picture."""
     from spikejax.plot import Picture
 
-    figure = Picture(figsize=(2.6 * len(rows), 3.2), layout="constrained")
+    figure = Picture(figsize=(2.6 * len(rows), 3.5), layout="constrained")
     panels: Any = figure.subplots(1, len(rows), squeeze=False)[0]
     for axes, image, row in zip(panels, seen, rows, strict=True):
         axes.imshow(image.squeeze(), cmap="gray" if image.shape[-1] == 1 else None)

@@ -64,7 +64,7 @@ def test_images_are_named_with_their_cost(folder, tmp_path, monkeypatch, capsys)
     assert np.corrcoef(seen[1].ravel(), seen[0].ravel())[0, 1] > 0.95
     assert [len(row.names) for row in rows] == [3, 3]
     with Image.open(tmp_path / "a.png") as picture:
-        assert picture.size == (624, 384)
+        assert picture.size == (624, 420)
 
 
 CHANNELS = "10 classes and 1 channels, as the network has, got fake, which has"
