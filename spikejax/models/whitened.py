@@ -105,4 +105,6 @@ def patch_basis(channels: int, side: int = 2) -> jax.Array:
     count = side * side * channels
     patches = jnp.eye(count).reshape(count, side, side, channels)
     patches = jax.scipy.fft.dctn(patches, axes=(1, 2, 3), norm="ortho")
+    # Some versions of JAX compute 1e-9 for a 0, which then counts as a weight.
+    patches = jnp.where(jnp.abs(patches) < 1e-6, 0, patches)
     return patches.reshape(side, side, channels, count)
