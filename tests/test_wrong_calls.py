@@ -63,8 +63,9 @@ rn = partial(resnet.ResNet, (1,), (4,), 3, in_channels=1)
 norm_first = nnx.Sequential(nnx.BatchNorm(3, rngs=R(0)), nnx.Linear(3, 2, rngs=R(0)))
 
 
-def model(name, neuron=LIF):
-    return MODELS[name](num_classes=3, neuron=neuron, rngs=R(0), in_channels=1)
+def model(name, neuron=LIF, **options):
+    options |= {"num_classes": 3, "neuron": neuron, "in_channels": 1}
+    return MODELS[name](rngs=R(0), **options)
 
 
 def fit_lists(data):
@@ -313,9 +314,7 @@ CALLS = {
         lambda: resnet.ResNet((1, 2), (4,), 3, neuron=LIF, rngs=R(0)),
     ],
     "General: expected neuron=LIF, partial(LIF, 3.0), lambda: nnx.relu, or": [
-        lambda: MODELS["general-cnn"](
-            num_classes=3, neuron=LIF(), rngs=R(0), in_channels=1
-        ),
+        lambda: model("general-cnn", neuron=LIF()),
     ],
     "VGG: expected a plan with a convolution, and at least one class": [
         lambda: VGG((4,), 0, neuron=LIF, rngs=R(0)),
@@ -329,14 +328,10 @@ CALLS = {
         lambda: rn(neuron=LIF, rngs=R(0))(jnp.ones((2, 8, 8, 1))),
     ],
     "VGG: expected images [B, T, H, W, 1] of sides of at least 32": [
-        lambda: MODELS["vgg11"](num_classes=3, neuron=LIF, rngs=R(0), in_channels=1)(
-            jnp.ones((2, 1, 8, 8, 1))
-        ),
+        lambda: model("vgg11")(jnp.ones((2, 1, 8, 8, 1))),
     ],
     "General: expected images [B, T, H, W, C] with sides that are multiples of": [
-        lambda: MODELS["general-cnn"](
-            num_classes=3, neuron=LIF, rngs=R(0), in_channels=1
-        )(jnp.ones((2, 1, 7, 7, 1))),
+        lambda: model("general-cnn", depths=(1,) * 4)(jnp.ones((2, 1, 7, 7, 1))),
     ],
     "windows: expected windows from half the map to all of it": [
         lambda: windowed.split(jnp.ones((2, 5, 5, 1)), windowed.tile),
