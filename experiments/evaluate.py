@@ -1,11 +1,10 @@
 """Measure the accuracy of a trained network on the test images.
 
     python -m experiments.evaluate runs/mt
-    python -m experiments.evaluate cifar10-mt4 --data-dir DIR
+    python -m experiments.evaluate runs/mt --data-dir DIR --flip
 
-The network is the folder of a finished run on images, or the name of one that comes
-with the package. --data takes another set of as many classes, --flip the mean over each
-image and its mirror image.
+The first word is the folder of a finished run on images. --data takes another set of as
+many classes, --flip the mean over each image and its mirror image.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ from tyro.conf import Positional
 
 from spikejax.data import images
 from spikejax.experiment.cli import parse, run_cli
-from spikejax.experiment.trained import Trained, find
+from spikejax.experiment.trained import Trained, load_images
 
 BATCH = 250
 
@@ -30,7 +29,7 @@ class Evaluation:
     """A trained network, and the images that it is shown."""
 
     network: Positional[str] = ""
-    """Folder of a finished run, or the name of a network of the package."""
+    """Folder of a finished run on images."""
     data: str | None = None
     """Image set, by default that of the run."""
     data_dir: Path | None = None
@@ -77,7 +76,7 @@ def evaluate(
 
 def main(flags: Evaluation) -> None:
     """Evaluate the network that the command line names."""
-    trained = find(flags.network)
+    trained = load_images(flags.network)
     card = trained.card
     own = str(card.flags["data"])
     image_set = images.load(flags.data or own, flags.data_dir)

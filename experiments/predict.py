@@ -1,10 +1,10 @@
 """Name what is on photographs, with the spikes and the energy that it takes.
 
     python -m experiments.predict runs/mt cat.jpg dog.png
-    python -m experiments.predict cifar10-mt4 cat.jpg --picture cat-named.png
+    python -m experiments.predict runs/mt cat.jpg --picture cat-named.png
 
-The network is the folder of a finished run on images, or the name of one that comes
-with the package. --picture draws the images with their names.
+The first word is the folder of a finished run on images. --picture draws the images
+with their names.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from spikejax import energy
 from spikejax.data.files import file_reader
 from spikejax.data.split import EncodedImages
 from spikejax.experiment.cli import parse, run_cli
-from spikejax.experiment.trained import Trained, find
+from spikejax.experiment.trained import Trained, load_images
 
 TOP = 3  # names of an image
 
@@ -31,7 +31,7 @@ class Prediction:
     """A trained network, and the files that it is shown."""
 
     network: Positional[str] = ""
-    """Folder of a finished run, or the name of a network of the package."""
+    """Folder of a finished run on images."""
     images: Positional[tuple[str, ...]] = ()
     """Files: JPEG, PNG, GIF or BMP."""
     picture: Path | None = None
@@ -96,7 +96,7 @@ def draw(seen: np.ndarray, rows: Sequence[Named], path: Path) -> None:
 
 def main(flags: Prediction) -> None:
     """Name the images of the command line."""
-    trained = find(flags.network)
+    trained = load_images(flags.network)
     seen, rows = predict(trained, flags.images)
     for row in rows:
         names = ", ".join(f"{name} {chance:.1%}" for name, chance in row.names)

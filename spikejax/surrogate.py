@@ -41,8 +41,8 @@ class Surrogate:
         if not callable(self.derivative) or not 0 < alpha < math.inf:
             raise ValueError(
                 "surrogate: expected a function for the derivative and a finite alpha "
-                f"> 0, got {self.derivative!r} and {alpha}. Alpha is the inverse width "
-                "of the derivative."
+                f"> 0, got {getattr(self.derivative, '__name__', self.derivative)} and "
+                f"{alpha}. Alpha is the inverse width of the derivative."
             )
 
     def __call__(self, x: jax.Array) -> jax.Array:

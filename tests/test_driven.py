@@ -171,6 +171,16 @@ def test_the_report_says_why_values_are_analog():
     assert report.layers[0].reason == "mul of spikes"
 
 
+def test_thresholds_per_channel_are_driven_where_spikes_weigh_alike():
+    rows = []
+    for last in ([1.0, 2.0], [1.0, 5.0]):  # twice the first, and not
+        neuron = MultiThreshold([np.array([0.5, 1.0]), np.array(last)])
+        model = nnx.Sequential(neuron, nnx.Linear(2, 2, rngs=R(0)))
+        rows += spike_driven(model, 4 * noise(2, 1, 2)).report.layers
+    assert [row.trains for row in rows] == [2, 0]
+    assert [row.reason for row in rows] == ["", "spikes of other weights per channel"]
+
+
 def test_general_snns_meet_binary_spikes():
     model = MODELS["general-cnn"](3, neuron=LIF, width=0.05, depths=(2,), rngs=R(0))
     xs = noise(1, 1, 4, 4, 3)

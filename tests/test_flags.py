@@ -110,6 +110,11 @@ CASES = [
 ]
 
 
+ROW = {"name": "", "ann_accuracy": 1.0, "accuracy": [1.0]}
+ROW["early_exit"] = {"accuracy": 1.0, "mean_steps": 1.0}
+RESULT = dict.fromkeys(("accuracy", "seconds", "spikes_per_image", "energy_nj"), 1.0)
+RESULT |= {"mac_nj": 1.0, "ann_energy_nj": 1.0}
+
 load = functools.cache(images.load)
 BEFORE = {}  # (script, what a flag needs) -> effect without the flag
 
@@ -138,8 +143,7 @@ def effect(monkeypatch, recordings, tmp_path, capsys):
         found.extend((recipe, model, np.asarray(loss(logits, np.arange(4))).tolist()))
         found.extend(a[0].tobytes() for a in (batch["image"], held_out["image"]))
         found.extend((jax.eval_shape(encode, batch["image"], None), mesh.shape, more))
-        metrics = dict.fromkeys(("accuracy", "seconds", "steps"), 1.0)
-        return SimpleNamespace(model=None, metrics=metrics, finished=True)
+        return SimpleNamespace(model=None, metrics=RESULT | {"steps": 1}, finished=True)
 
     def load_images(name, data_dir=None):
         found.append(data_dir)
@@ -159,23 +163,19 @@ def effect(monkeypatch, recordings, tmp_path, capsys):
         return events.load(name, framing, None, **cache)
 
     original = images.train_batches
-    row = {"name": "", "ann_accuracy": 1.0, "accuracy": [1.0]}
-    row["early_exit"] = {"accuracy": 1.0, "mean_steps": 1.0}
-    figures = ("accuracy", "seconds", "spikes_per_image", "energy_nj", "mac_nj")
-    result = dict.fromkeys((*figures, "ann_energy_nj"), 1.0)
     for owner, name, new in (
         (config, "fit", fit),
-        (config, "report", lambda *_: result),
+        (config, "report", lambda *_: RESULT),
         (config, "build_model", lambda *options, **more: (options, more)),
         (images, "load", load_images),
         (images, "train_batches", train_batches),
         (processes, "distributed", distributed),
         (dvs_cifar10, "load_events", load_events),
         (dvs_cifar10, "by_class", lambda *_: {}),
-        (dvs_cifar10, "report", lambda *_, **more: result),
+        (dvs_cifar10, "report", lambda *_, **more: RESULT),
         (dvs_cifar10, "run_stream", lambda *_: found.append("streamed")),
         (convert, "calibrate", lambda *_, **more: SimpleNamespace(model=None)),
-        (convert.Conversions, "row", lambda self, *args: found.append(args) or row),
+        (convert.Conversions, "row", lambda self, *args: found.append(args) or ROW),
         (convert, "figure", lambda _: SimpleNamespace(savefig=lambda *_, **more: None)),
         (digits, "show", lambda *_: None),
         (general, "table", lambda *_: None),

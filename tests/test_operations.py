@@ -17,7 +17,7 @@ XS = jnp.ones((1, 2, 4, 4, 3))
 
 def operations(model, xs=XS):
     """(name, inputs, site, parameters) of each operation; values are their numbers."""
-    traced, state, layers = trace(model, xs)
+    traced, state, layers = trace(model, xs, "test")
     found = []
 
     def handler(number, site, inputs, given):

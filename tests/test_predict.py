@@ -76,7 +76,7 @@ CHANNELS = "10 classes and 1 channels, as the network has, got fake, which has"
         (predict, [], "network: expected the folder of a finished run"),
         (predict, ["RUN"], "images: expected files of images, got none."),
         (predict, ["RUN", "no.png"], "expected files of images, got no file no.png."),
-        (predict, ["nowhere", "a.png"], "run, got nowhere."),
+        (predict, ["nowhere", "a.png"], "with card.json, got nowhere."),
         (predict, ["RUN", __file__], "expected a readable image (JPEG, "),
         (predict, ["RUN", "a.png", "--pictures", "b"], "got --pictures. Did you mean"),
         (evaluate, ["RUN", "--data", "fake"], CHANNELS),

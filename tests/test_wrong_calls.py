@@ -450,4 +450,4 @@ def test_a_wrong_call_is_one_line(start, call):
         call()
     message = str(raised.value)
     assert message.startswith(start) and ", got" in message
-    assert "\n" not in message and "object at 0x" not in message
+    assert "\n" not in message and " at 0x" not in message

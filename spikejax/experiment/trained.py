@@ -1,7 +1,6 @@
 """Trained networks as two files: card.json says what they are, weights.npz has them.
 
-A finished run has them in its folder, and the package has those of a few networks.
-Neither needs the data set.
+A finished run has them in its folder. They do not need the data set.
 """
 
 import dataclasses
@@ -28,8 +27,7 @@ from spikejax.experiment.build import (
 from spikejax.experiment.cli import override
 from spikejax.train.checksum import by_path, signatures
 
-SHIPPED = Path(__file__).parent / "weights"
-CARD, WEIGHTS, SCALE = "card.json", "weights.npz", ":scale"
+CARD, WEIGHTS = "card.json", "weights.npz"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +40,6 @@ class Card:
     mean, std: of the channels of the training images, where white is 1; None for
         frames of events, which are not normalised.
     result: content of result.json: accuracy, spikes and energy, versions.
-    notes: what else is known, such as the command and the commit.
     """
 
     flags: dict[str, Any]
@@ -51,7 +48,6 @@ class Card:
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     result: dict[str, Any]
-    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def encode(self, images: jax.Array) -> jax.Array:
         """Return the input of the network, [B, T, ...], for raw images.
@@ -99,21 +95,9 @@ class Trained(NamedTuple):
 
 
 def save(folder: Path, model: nnx.Module, card: Card) -> None:
-    """Write card.json and weights.npz.
-
-    Kernels that are whole multiples of a scale per output, as ``round_weights`` makes
-    them, take 8 bits.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    for path, leaf in _leaves(model).items():
-        arrays[path] = np.asarray(leaf)
-        if arrays[path].ndim > 1:
-            scale = _scale(arrays[path])
-            whole = np.round(arrays[path] / scale)
-            if np.array_equal((whole * scale).astype(np.float32), arrays[path]):
-                arrays |= {path: whole.astype(np.int8), path + SCALE: scale}
-    packed: Any = arrays
-    np.savez_compressed(folder / WEIGHTS, **packed)
+    """Write card.json and weights.npz."""
+    arrays: Any = {path: np.asarray(leaf) for path, leaf in _leaves(model).items()}
+    np.savez_compressed(folder / WEIGHTS, **arrays)
     content = dataclasses.asdict(card) | {"sha256": _digest(folder)}
     (folder / CARD).write_text(json.dumps(content, indent=2), "utf-8")
 
@@ -151,61 +135,18 @@ def load(folder: Path | str) -> Trained:
     return Trained(model, card)
 
 
-def pretrained(name: str) -> Trained:
-    """Return a network that comes with the package, such as "cifar10-mt4".
-
-    Args:
-        name: see ``docs/model.md``; its card has the recipe, and accuracy and energy.
+def load_images(network: str) -> Trained:
+    """Return the network of a finished run on images, for scripts that show it some.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: as ``load``; there is no folder, or the run was one on events.
     """
-    names = sorted(path.parent.name for path in SHIPPED.glob(f"*/{CARD}"))
-    if name not in names:
-        raise ValueError(f"pretrained: expected one of {', '.join(names)}, got {name}.")
-    return load(SHIPPED / name)
-
-
-def find(network: str) -> Trained:
-    """Return the network of images that a command names.
-
-    Args:
-        network: folder of a finished run, or name of a network of the package.
-
-    Raises:
-        ValueError: it is neither, or was trained on events.
-    """
-    shipped = sorted(path.parent.name for path in SHIPPED.glob(f"*/{CARD}"))
-    if not network or not (Path(network).exists() or network in shipped):
-        known = f" or {', '.join(shipped)}" if shipped else ""
-        raise ValueError(
-            f"network: expected the folder of a finished run{known}, got "
-            f"{network or 'none'}."
-        )
-    found = load(SHIPPED / network if network in shipped else network)
+    if not network:
+        raise ValueError("network: expected the folder of a finished run, got none.")
+    found = load(network)
     if found.card.mean is None:
         raise ValueError(f"network: expected one of images, got {network}, of events.")
     return found
-
-
-def round_weights(model: nnx.Module) -> nnx.Module:
-    """Return a copy whose kernels are whole multiples of a scale, for 8 bits each.
-
-    w' = s round(w / s),  s = max |w| / 127 of each output
-    """
-    model = nnx.clone(model)
-    state = nnx.state(model)
-    rounded = jax.tree.map(
-        lambda v: v if v.ndim < 2 else np.round(v / _scale(v)) * _scale(v), state
-    )
-    nnx.update(model, rounded)
-    return model
-
-
-def _scale(kernel: np.ndarray) -> np.ndarray:
-    axes = tuple(range(kernel.ndim - 1))
-    most = np.abs(np.asarray(kernel)).max(axes).astype(np.float32)
-    return np.where(most > 0, most, 1) / np.float32(127)
 
 
 def _build(card: Card) -> nnx.Module:
@@ -237,9 +178,6 @@ def _set(model: nnx.Module, folder: Path) -> None:
     expected = _leaves(model)
     with np.load(folder / WEIGHTS, allow_pickle=False) as file:
         arrays = {path: file[path] for path in file.files}
-    for path in [path for path in arrays if path.endswith(SCALE)]:
-        scale, kernel = arrays.pop(path), path.removesuffix(SCALE)
-        arrays[kernel] = (arrays[kernel] * scale).astype(np.float32)
     if signatures(arrays) != signatures(expected):
         raise ValueError("arrays of another network.")
     state = nnx.state(model)

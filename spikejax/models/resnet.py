@@ -198,7 +198,8 @@ class ResNet(nnx.Module):
         if residual not in LAST_SCALE or not width > 0 or min(stages) != max(stages):
             raise ValueError(
                 "ResNet: expected residual=resnet.plain, sew or ms, width > 0, and a "
-                f"width for each depth, got {residual!r:.40}, {width}, {depths} and "
+                "width for each depth, got "
+                f"{getattr(residual, '__name__', residual)}, {width}, {depths} and "
                 f"{widths}."
             )
         self.residual, self.in_channels = residual, in_channels

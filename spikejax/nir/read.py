@@ -59,10 +59,12 @@ def from_nir(
         ValueError: an argument is out of its range, the graph has nodes, edges, shapes
             or numbers that spikejax cannot run, or the file is damaged.
     """
-    if not (0 < dt < math.inf and isinstance(dialect, Dialect)):
+    right = isinstance(dialect, Dialect)
+    if not (0 < dt < math.inf and right):
         raise ValueError(
             "from_nir: expected dt > 0 in seconds, and a dialect such as "
-            f"spikejax.nir.SINABS, got dt={dt} and dialect={dialect!r}."
+            f"spikejax.nir.SINABS, got dt={dt} and "
+            f"dialect={type(dialect).__name__ if right else repr(dialect)}."
         )
     where = "from_nir: " if isinstance(graph, nir.NIRGraph) else f"from_nir: {graph}: "
     try:

@@ -75,9 +75,10 @@ def to_nir(
             "to_nir: expected dt > 0 in seconds, an input [B, T, H, W, C] or "
             "[B, T, C], soft_reset=spikejax.nir.loop or node, and "
             "integration=spikejax.nir.EULER or EXPONENTIAL, got "
-            f"{dt}, {xs.shape}, {soft_reset!r:.40} and {integration!r:.40}."
+            f"{dt}, {xs.shape}, a {type(soft_reset).__name__} and a "
+            f"{type(integration).__name__}."
         )
-    traced, state, neurons = trace(model, xs)
+    traced, state, neurons = trace(model, xs, "to_nir")
     writer = _Writer(neurons, dt, soft_reset, integration, sum_pool)
     shape = xs.shape[2:]
     node = nir.Input({"input": np.array(_channels_first(shape))})

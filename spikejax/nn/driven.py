@@ -214,12 +214,8 @@ class _Driver:
         # As in sum(parts), which begins with 0.
         if spikes and kind in ("add", "add_any") and not any(map(np.any, constants)):
             return _Signal(y, tuple(train for s in signals for train in s.trains))
-        number = len(constants) == 1 and np.ptp(constants[0]) == 0
-        if (
-            spikes
-            and number
-            and (kind == "mul" or kind == "div" and inputs[0] is first)
-        ):
+        scales = kind == "mul" or kind == "div" and inputs[0] is first
+        if spikes and scales and len(constants) == 1 and np.ptp(constants[0]) == 0:
             factor = float(np.ravel(constants[0])[0])
             factor = factor if kind == "mul" else 1 / factor
             return _Signal(y, tuple((w * factor, z) for w, z in first.trains))
@@ -238,10 +234,8 @@ class _Driver:
         driven = all(s.is_driven for s in signals)
         reason = next((s.reason for s in signals if not s.trains), "")
         if not driven and not reason:
-            reason = "spikes of other weights in each channel"
-        trains = [
-            s.trains if driven else ((1.0, s.value),) for s in signals
-        ]  # of each operand
+            reason = "spikes of other weights per channel"
+        trains = [s.trains if driven else ((1.0, s.value),) for s in signals]
         total: Any = None
         for each in itertools.product(*trains):
             weight = float(np.prod([w for w, _ in each]))
@@ -312,4 +306,5 @@ def _weighed(neuron: Neuron, trains: jax.Array) -> tuple[tuple[Any, jax.Array], 
 
 
 def _number(weight: neurons.Number) -> neurons.Number:
-    return float(np.reshape(weight, ())) if np.size(weight) == 1 else weight
+    # Thresholds per channel, equally spaced, have weights of 1 in every channel.
+    return float(np.ravel(weight)[0]) if np.ptp(weight) == 0 else weight

@@ -59,7 +59,7 @@ class _Operations(NamedTuple):
 
 
 def trace(
-    model: nnx.Module, xs: jax.Array, who: str = "to_nir", whole: tuple[str, ...] = ()
+    model: nnx.Module, xs: jax.Array, who: str, whole: tuple[str, ...] = ()
 ) -> tuple[Traced, Pytree, Layers]:
     """Return a model in evaluation mode as a jaxpr, its state, and its neurons.
 
