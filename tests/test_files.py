@@ -209,6 +209,7 @@ def test_the_path_of_a_folder_is_its_set(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = load("photos/")
     assert found.class_names == ("cat", "dog") and len(found.train) == 10
+    refused(r"images .* in nowhere/train/CLASS, got none", "nowhere/", None)
     # Without a slash it is a name, which TFDS does not know; "toto" it has.
     refused(r"got 'photos'\. For the images in that folder: photos/", "photos", None)
 

@@ -82,7 +82,8 @@ def load(name: str, data_dir: Folder = None) -> ImageSet:
     Raises:
         ValueError: the set is unknown, not there, or damaged.
     """
-    if "/" in name and Path(name).is_dir():  # photos/, but not TFDS's a/b
+    # TFDS has names such as a/b, none of which ends so.
+    if name.endswith("/") or ("/" in name and Path(name).is_dir()):
         splits = image_folder(name)
     elif name in OWN:
         splits = OWN[name](data_dir)
