@@ -39,7 +39,7 @@ from spikejax.experiment import (
     SingleOptions,
     VGGOptions,
     open_images,
-    read,
+    read_relu,
     train,
 )
 from spikejax.experiment.build import THRESHOLDS
@@ -218,12 +218,7 @@ def started(folder: Path, shared: Experiment) -> Experiment:
     Raises:
         ValueError: it is no ReLU network, or a flag names another one.
     """
-    run = read(folder, flatten(shared)["data_dir"])
-    if run.activation.neuron != "relu":
-        raise ValueError(
-            f"relu: expected a run with --neuron relu, got {folder}, which has "
-            f"{run.activation.neuron}."
-        )
+    run = read_relu(folder, flatten(shared)["data_dir"])
     recipe = flatten(run.train)
     given, default, saved = map(flatten, (shared, DEFAULT.experiment, run))
     for name, value in given.items():

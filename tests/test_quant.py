@@ -23,6 +23,7 @@ from spikejax.nn.quant import (
     half_up,
     quantise,
 )
+from spikejax.surrogate import rectangle
 from spikejax.train import TrainConfig
 from spikejax.train.step import (
     initial_state,
@@ -221,6 +222,27 @@ def test_membranes_start_at_half_the_threshold_when_kept():
         np.testing.assert_array_equal(jnp.concatenate(pieces, 1), whole)
 
 
+def test_in_one_step_it_learns_as_the_quantised_relu_does():
+    # Clear of the thresholds, where the derivative jumps.
+    x = jnp.array([[-0.4, 0.1, 0.29], [0.3, 0.71, 1.6]])
+    quant = QuantReLU(2, scale=0.25, rounding=half_up)
+    spiking = ScaledIF(0.75, 3)
+
+    def gradients(layer, xs, name):
+        def total(xs, value):
+            model = nnx.clone(layer)
+            getattr(model, name)[...] = value
+            return (model(xs) * jnp.arange(1.0, 7).reshape(xs.shape)).sum()
+
+        return jax.grad(total, (0, 1))(xs, getattr(layer, name)[...])
+
+    dx, dscale = gradients(quant, x, "scale")
+    du, dunit = gradients(spiking, x[:, None], "unit")
+    assert dx.tolist() == du[:, 0].tolist() == [[0, 2, 3], [4, 5, 0]]
+    # QuantReLU scales the gradient of its threshold by 1 / sqrt(B p).
+    np.testing.assert_allclose(dunit, dscale * math.sqrt(2 * 3), rtol=1e-5)
+
+
 def test_it_is_the_if_neuron_started_at_half():
     """The plain IF neuron, given half a threshold more in the first step."""
     xs = jax.random.normal(jax.random.key(0), (5, 9, 7))
@@ -229,9 +251,10 @@ def test_it_is_the_if_neuron_started_at_half():
         spikes = layer(xs)
         return (spikes * jnp.arange(9.0)[:, None]).sum(), spikes
 
+    plain = IF(surrogate=rectangle(), detach_reset=True)
     one, other = (
         jax.grad(partial(spikes, layer), has_aux=True)(given)
-        for layer, given in ((IF(), xs.at[:, 0].add(0.5)), (ScaledIF(1.0), xs))
+        for layer, given in ((plain, xs.at[:, 0].add(0.5)), (ScaledIF(1.0), xs))
     )
     np.testing.assert_array_equal(other[1], one[1])
     np.testing.assert_allclose(other[0], one[0], rtol=1e-5)

@@ -13,6 +13,7 @@ from spikejax.experiment.config import main as main
 from spikejax.experiment.config import make_encode as make_encode
 from spikejax.experiment.config import open_images as open_images
 from spikejax.experiment.config import read as read
+from spikejax.experiment.config import read_relu as read_relu
 from spikejax.experiment.config import report as report
 from spikejax.experiment.config import run as run
 from spikejax.experiment.config import train as train

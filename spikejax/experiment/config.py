@@ -341,6 +341,21 @@ def read(folder: Path | str, data_dir: Path | None = None) -> Experiment:
         ) from error
 
 
+def read_relu(folder: Path | str, data_dir: Path | None = None) -> Experiment:
+    """Return the ReLU run of a folder; ``train`` of it returns its network.
+
+    Raises:
+        ValueError: there is no run, or it is no ReLU network.
+    """
+    run = read(folder, data_dir)
+    if run.activation.neuron != "relu":
+        raise ValueError(
+            f"relu: expected a run with --neuron relu, got {folder}, which has "
+            f"{run.activation.neuron}."
+        )
+    return run
+
+
 def identity(experiment: Experiment) -> dict[str, Any]:
     """Return {flag: value} of the flags that distinguish a run from others."""
     flags = flatten(experiment).items()

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spikejax import neurons
+from spikejax import neurons, surrogate
 from spikejax.layers import Neuron
 from spikejax.neurons import NeuronOptions, NeuronParams, Number
 
@@ -193,7 +193,8 @@ class ScaledIF(Neuron):
     each of the up to N spikes is v_threshold / N.
 
     The membrane is held in units of one spike, v_threshold / N, so its thresholds are 1
-    to N.
+    to N. Rectangles between them are its surrogate: in one step its gradients are those
+    of a ``QuantReLU`` with N levels.
 
     Args:
         v_threshold: > 0.
@@ -208,7 +209,9 @@ class ScaledIF(Neuron):
         super().__init__(
             neurons.parallel,
             NeuronParams(0.0, neurons.equal_thresholds(num_thresholds)),
-            NeuronOptions(decay_input=False),
+            NeuronOptions(
+                decay_input=False, detach_reset=True, surrogate=surrogate.rectangle()
+            ),
             v_start=0.5,  # half a threshold: the rate rounds where it would floor
             unit=nnx.Param(jnp.asarray(v_threshold / num_thresholds, jnp.float32)),
         )
