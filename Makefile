@@ -1,8 +1,8 @@
-# Each target makes the environments that it needs: .venv, .venv-oldest or .venv-peers.
-# Another interpreter: make test PYTHON=python3.13
+# Each target makes the environments that it needs, .venv or .venv-*. Another interpreter:
+# make test PYTHON=python3.12
 PYTHON ?= python3
 
-.PHONY: demo check test test-oldest lint bench docs
+.PHONY: demo check test test-newest test-oldest lint bench docs
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -21,6 +21,9 @@ check: .venv/.dev
 
 test: .venv/.dev
 	.venv/bin/python -m pytest -q -n 2 --dist worksteal
+
+test-newest: .venv-newest/.dev
+	.venv-newest/bin/python -m pytest -q -n 2 --dist worksteal
 
 test-oldest: .venv-oldest/.test
 	.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal
@@ -43,6 +46,10 @@ lint: .venv/.dev
 .venv/.dev: pyproject.toml constraints.txt
 	$(call install,.venv,-e '.[dev]' -c constraints.txt)
 
+.venv-newest/.dev: PYTHON = python3.13
+.venv-newest/.dev: pyproject.toml constraints.txt
+	$(call install,.venv-newest,-e '.[dev]' -c constraints.txt)
+
 .venv/.docs: pyproject.toml constraints.txt
 	$(call install,.venv,-e '.[docs]' -c constraints.txt)
 
@@ -60,7 +67,7 @@ lint: .venv/.dev
 # $(call install,environment,arguments of pip)
 define install
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
-		"spikejax needs Python 3.11 or newer: make PYTHON=python3.13")'
+		"spikejax needs Python 3.11 or newer: make PYTHON=python3.12")'
 	@echo "Installing into $(1) (a minute or two)"
 	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	@$(1)/bin/python -m pip install -qq --disable-pip-version-check --upgrade pip

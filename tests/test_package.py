@@ -1,0 +1,71 @@
+"""What is released: supported versions, pins, files, address."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+PYTHONS = ("3.11", "3.12", "3.13")
+
+
+def pins(file: str, python: str) -> dict[str, str]:
+    """Return the pinned versions by name that a file of constraints has for a Python."""
+    found = {}
+    for line in (ROOT / file).read_text("utf-8").splitlines():
+        if line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        if pin.marker is None or pin.marker.evaluate({"python_version": python}):
+            name = canonicalize_name(pin.name)
+            assert name not in found, f"{file}: {name} has two pins on {python}"
+            found[name] = str(pin.specifier).removeprefix("==")
+    return found
+
+
+def requirements(extra: str) -> list[Requirement]:
+    """Return what the package needs with an extra, those inside it too."""
+    found = [Requirement(line) for line in PROJECT["dependencies"]]
+    for line in PROJECT["optional-dependencies"][extra]:
+        requirement = Requirement(line)
+        if requirement.name == PROJECT["name"]:
+            found += [r for inner in requirement.extras for r in requirements(inner)]
+        else:
+            found.append(requirement)
+    return found
+
+
+@pytest.mark.parametrize(
+    "file, extra, python",
+    [("constraints.txt", extra, p) for extra in ("dev", "docs") for p in PYTHONS]
+    + [("constraints-oldest.txt", "experiments", "3.11")],
+)
+def test_what_is_installed_is_pinned(file, extra, python):
+    pinned = pins(file, python)
+    for requirement in requirements(extra):
+        version = pinned.get(canonicalize_name(requirement.name))
+        assert version and version in requirement.specifier, f"{file}: {requirement}"
+
+
+def test_the_oldest_pins_are_the_oldest_versions_allowed():
+    oldest = pins("constraints-oldest.txt", "3.11")
+    for line in PROJECT["dependencies"]:
+        requirement = Requirement(line)
+        assert f">={oldest[requirement.name]}" in str(requirement.specifier)
+
+
+def test_the_table_of_supported_versions_is_what_is_tested():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text("utf-8")
+    row = r"\| (3\.\d+) \| ([\d.]+).*? \| ([\d.]+) \| `make ([\w-]+).*` \|"
+    rows = re.findall(row, readme)
+    assert {python for python, *_ in rows} == set(PYTHONS)
+    for python, jax, flax, target in rows:
+        oldest = "-oldest" if target == "test-oldest" else ""
+        tested = pins(f"constraints{oldest}.txt", python)
+        assert (jax, flax) == (tested["jax"], tested["flax"]), python
+        assert f'{{python: "{python}", target: {target}}}' in workflow
