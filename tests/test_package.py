@@ -14,7 +14,7 @@ PYTHONS = ("3.11", "3.12", "3.13")
 
 
 def pins(file: str, python: str) -> dict[str, str]:
-    """Return the pinned versions by name that a file of constraints has for a Python."""
+    """Return the versions by name that a file of constraints pins for a Python."""
     found = {}
     for line in (ROOT / file).read_text("utf-8").splitlines():
         if line.startswith("#"):
