@@ -26,7 +26,7 @@ from spikejax.experiment.cli import alternatives, flag_name
 
 SCRIPTS = (
     *("digits", "cifar10", "cifar100", "imagenet", "tinyimagenet"),
-    *("general", "convert", "hybrid", "dvs_cifar10", "evaluate", "predict"),
+    *("general", "convert", "hybrid", "dvs_cifar10", "evaluate", "predict", "release"),
 )
 OPTIONS = get_args(NetworkOptions) + get_args(ActivationOptions)
 HEAD = """# Flags

@@ -8,20 +8,13 @@ many classes, --flip the mean over each image and its mirror image.
 """
 
 import dataclasses
-import time
 from pathlib import Path
-from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
 from tyro.conf import Positional
 
 from spikejax.data import images
 from spikejax.experiment.cli import parse, run_cli
-from spikejax.experiment.trained import Trained, load_images
-
-BATCH = 250
+from spikejax.experiment.trained import evaluate, load_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,39 +32,6 @@ class Evaluation:
 
 
 DEFAULT = Evaluation()
-
-
-class Score(NamedTuple):
-    """Images that the network names right, of how many."""
-
-    right: int
-    count: int
-
-
-def evaluate(
-    trained: Trained, image_set: images.ImageSet, *, flip: bool = False
-) -> Score:
-    """Return how many test images a network names right; print the progress."""
-    model, card = trained
-    graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def classify(state: nnx.State, raw: jax.Array) -> jax.Array:
-        def logits(raw: jax.Array) -> jax.Array:
-            return nnx.merge(graphdef, state)(card.encode(raw)).mean(1)
-
-        return (logits(raw) + (logits(raw[:, :, ::-1]) if flip else 0)).argmax(-1)
-
-    right = count = 0
-    crop, last = card.crop(image_set.shape), time.monotonic()
-    for batch in images.eval_batches(image_set.test, BATCH, crop=crop):
-        labels = jnp.asarray(batch["label"])
-        right += int((classify(state, jnp.asarray(batch["image"])) == labels).sum())
-        count += len(labels)
-        if time.monotonic() - last > 5:
-            last = time.monotonic()
-            print(f"{count} images, {right / count:.2%}", flush=True)
-    return Score(right, count)
 
 
 def main(flags: Evaluation) -> None:

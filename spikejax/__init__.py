@@ -18,8 +18,8 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> object:
     # Trained networks need the models and their flags, which take a second to import.
-    if name == "load":
-        return import_module("spikejax.experiment.trained").load
+    if name in ("load", "pretrained"):
+        return getattr(import_module("spikejax.experiment.trained"), name)
     raise AttributeError(f"module 'spikejax' has no attribute {name!r}")
 
 

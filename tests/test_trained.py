@@ -19,7 +19,7 @@ from spikejax.experiment import (
     train,
     trained,
 )
-from spikejax.experiment.trained import load, save
+from spikejax.experiment.trained import load, round_weights, save
 from spikejax.train import TrainConfig
 
 
@@ -71,6 +71,24 @@ def test_images_are_raw_ones(folder, images):
         load(folder).card.encode(images)
 
 
+def test_eight_bits_keep_rounded_weights_to_the_bit(folder, digits, tmp_path):
+    model, card = load(folder)
+    rounded = round_weights(model)
+    save(tmp_path, rounded, card)
+    with np.load(tmp_path / "weights.npz") as file:
+        kinds = {path: file[path].dtype for path in file.files}
+    assert kinds["convs/0/kernel"] == np.int8 and kinds["dense/0/kernel"] == np.int8
+    assert kinds["convs/0/kernel:scale"] == kinds["norms/0/scale"] == np.float32
+    xs = card.encode(digits["image"])
+    np.testing.assert_array_equal(load(tmp_path).model(xs), rounded(xs))
+    # Half a step of 127 per output is the largest change.
+    for before, after in zip(model.convs, rounded.convs, strict=True):
+        step = np.abs(before.kernel[...]).max((0, 1, 2)) / 127
+        assert np.all(np.abs(before.kernel[...] - after.kernel[...]) <= 0.51 * step)
+    again = round_weights(rounded).convs[0].kernel
+    np.testing.assert_array_equal(again, rounded.convs[0].kernel)
+
+
 def test_random_keys_are_kept(folder, tmp_path, monkeypatch):
     """Such as those of a General SNN, which draws spikes in evaluation too."""
 
@@ -118,5 +136,7 @@ def test_weights_of_another_network(folder, tmp_path):
 def test_names_and_folders_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="load: expected the folder of a finished run"):
         spikejax.load(tmp_path)
+    with pytest.raises(ValueError, match="pretrained: expected one of .*, got resnet."):
+        spikejax.pretrained("resnet")
     with pytest.raises(AttributeError, match="'spikejax' has no attribute 'lode'"):
         spikejax.lode  # noqa: B018

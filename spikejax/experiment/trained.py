@@ -1,11 +1,13 @@
 """Trained networks as two files: card.json says what they are, weights.npz has them.
 
-A finished run has them in its folder. They do not need the data set.
+A finished run has them in its folder, and the package has those of a few networks.
+Neither needs the data set.
 """
 
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from spikejax.data.augment import Crop, center_crop, square_crop
+from spikejax.data.images import ImageSet, eval_batches
 from spikejax.encode import direct
 from spikejax.experiment.build import (
     ActivationOptions,
@@ -27,7 +30,9 @@ from spikejax.experiment.build import (
 from spikejax.experiment.cli import override
 from spikejax.train.checksum import by_path, signatures
 
-CARD, WEIGHTS = "card.json", "weights.npz"
+SHIPPED = Path(__file__).parents[1] / "weights"
+CARD, WEIGHTS, SCALE = "card.json", "weights.npz", ":scale"
+BATCH = 250  # of an evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Card:
     mean, std: of the channels of the training images, where white is 1; None for
         frames of events, which are not normalised.
     result: content of result.json: accuracy, spikes and energy, versions.
+    notes: what else is known of a network of the package, such as its command.
     """
 
     flags: dict[str, Any]
@@ -48,6 +54,7 @@ class Card:
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     result: dict[str, Any]
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def encode(self, images: jax.Array) -> jax.Array:
         """Return the input of the network, [B, T, ...], for raw images.
@@ -95,9 +102,21 @@ class Trained(NamedTuple):
 
 
 def save(folder: Path, model: nnx.Module, card: Card) -> None:
-    """Write card.json and weights.npz."""
-    arrays: Any = {path: np.asarray(leaf) for path, leaf in _leaves(model).items()}
-    np.savez_compressed(folder / WEIGHTS, **arrays)
+    """Write card.json and weights.npz.
+
+    Kernels that are whole multiples of a scale per output, as ``round_weights`` makes
+    them, take 8 bits.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for path, leaf in _leaves(model).items():
+        arrays[path] = array = np.asarray(leaf)
+        if array.ndim > 1:
+            scale = _scale(array)
+            whole = np.round(array / scale).astype(np.int8)
+            if np.array_equal((whole * scale).astype(array.dtype), array):
+                arrays |= {path: whole, path + SCALE: scale}
+    packed: Any = arrays
+    np.savez_compressed(folder / WEIGHTS, **packed)
     content = dataclasses.asdict(card) | {"sha256": _digest(folder)}
     (folder / CARD).write_text(json.dumps(content, indent=2), "utf-8")
 
@@ -135,18 +154,87 @@ def load(folder: Path | str) -> Trained:
     return Trained(model, card)
 
 
+def pretrained(name: str) -> Trained:
+    """Return a network that comes with the package, such as "cifar10-mt4".
+
+    Args:
+        name: see ``docs/one_step.md``; its card has the recipe, accuracy and energy.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    names = sorted(path.parent.name for path in SHIPPED.glob(f"*/{CARD}"))
+    if name not in names:
+        raise ValueError(f"pretrained: expected one of {', '.join(names)}, got {name}.")
+    return load(SHIPPED / name)
+
+
+def round_weights(model: nnx.Module) -> nnx.Module:
+    """Return a copy whose kernels are whole multiples of a scale, for 8 bits each.
+
+    w' = s round(w / s),  s = max |w| / 127 of each output
+    """
+    model = nnx.clone(model)
+    state = nnx.state(model)
+    rounded = jax.tree.map(
+        lambda v: v if v.ndim < 2 else np.round(v / _scale(v)) * _scale(v), state
+    )
+    nnx.update(model, rounded)
+    return model
+
+
+def _scale(kernel: np.ndarray) -> np.ndarray:
+    axes = tuple(range(kernel.ndim - 1))
+    most = np.abs(np.asarray(kernel)).max(axes).astype(np.float32)
+    return np.where(most > 0, most, 1) / np.float32(127)
+
+
 def load_images(network: str) -> Trained:
     """Return the network of a finished run on images, for scripts that show it some.
+
+    Args:
+        network: folder of the run, or the name of a network of the package.
 
     Raises:
         ValueError: as ``load``; there is no folder, or the run was one on events.
     """
     if not network:
         raise ValueError("network: expected the folder of a finished run, got none.")
-    found = load(network)
+    found = load(SHIPPED / network if (SHIPPED / network).is_dir() else network)
     if found.card.mean is None:
         raise ValueError(f"network: expected one of images, got {network}, of events.")
     return found
+
+
+class Score(NamedTuple):
+    """Images that the network names right, of how many."""
+
+    right: int
+    count: int
+
+
+def evaluate(trained: Trained, image_set: ImageSet, *, flip: bool = False) -> Score:
+    """Return how many test images a network names right; print the progress."""
+    model, card = trained
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def classify(state: nnx.State, raw: jax.Array) -> jax.Array:
+        def logits(raw: jax.Array) -> jax.Array:
+            return nnx.merge(graphdef, state)(card.encode(raw)).mean(1)
+
+        return (logits(raw) + (logits(raw[:, :, ::-1]) if flip else 0)).argmax(-1)
+
+    right = count = 0
+    crop, last = card.crop(image_set.shape), time.monotonic()
+    for batch in eval_batches(image_set.test, BATCH, crop=crop):
+        labels = jnp.asarray(batch["label"])
+        right += int((classify(state, jnp.asarray(batch["image"])) == labels).sum())
+        count += len(labels)
+        if time.monotonic() - last > 5:
+            last = time.monotonic()
+            print(f"{count} images, {right / count:.2%}", flush=True)
+    return Score(right, count)
 
 
 def _build(card: Card) -> nnx.Module:
@@ -178,6 +266,9 @@ def _set(model: nnx.Module, folder: Path) -> None:
     expected = _leaves(model)
     with np.load(folder / WEIGHTS, allow_pickle=False) as file:
         arrays = {path: file[path] for path in file.files}
+    for path in [path for path in arrays if path.endswith(SCALE)]:
+        scale, kernel = arrays.pop(path), path.removesuffix(SCALE)
+        arrays[kernel] = (arrays[kernel] * scale).astype(np.float32)
     if signatures(arrays) != signatures(expected):
         raise ValueError("arrays of another network.")
     state = nnx.state(model)
