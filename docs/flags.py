@@ -22,7 +22,7 @@ from typing import (
 
 from spikejax.experiment import Experiment, Images
 from spikejax.experiment.build import ActivationOptions, NetworkOptions
-from spikejax.experiment.cli import alternatives, flag_name
+from spikejax.experiment.cli import FROM, alternatives, flag_name
 
 SCRIPTS = (
     *("digits", "cifar10", "cifar100", "imagenet", "tinyimagenet"),
@@ -97,10 +97,13 @@ def flags(config: Any, options: bool = True) -> dict[str, Flag]:
             if options or type(value) not in OPTIONS:
                 found |= flags(value, options)
             continue
-        if get_origin(hints[field.name]) is Annotated:  # a word without a flag
-            continue
+        hint = hints[field.name]
+        if get_origin(hint) is Annotated:
+            hint, mark = get_args(hint)
+            if mark is not FROM:  # a word without a flag
+                continue
         name = flag_name(field.name)
-        found[name] = Flag(name, values(hints[field.name]), value, texts[field.name])
+        found[name] = Flag(name, values(hint), value, texts[field.name])
     return found
 
 

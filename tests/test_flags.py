@@ -47,6 +47,7 @@ TURNED = {
     "--time-steps": "3 --neuron lif",
     "--loss": "tet|rate --neuron lif --time-steps 2",
     "--label-smoothing": "0.3",
+    "--from": "elsewhere",
     "--workers": "2",
     "--fsdp": "2",
     "--profile": "",

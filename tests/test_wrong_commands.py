@@ -86,6 +86,8 @@ digits --augment flip
     flags: expected one of none, crop-flip, autoaugment, inception after --augment, got
 digits --augment inception
     image_size: expected a number with --augment inception, got none. Take 224, or 64
+digits --from nowhere --neuron lif
+    from: expected the folder of a finished run, or of one with an intact checkpoint,
 digits --image-size 0
     image_size: expected 1 to 10000, got 0.
 digits --image-size 1000000

@@ -28,12 +28,14 @@ from typing import (
 )
 
 import jax
+import tyro
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
 is_group: Callable[[Any], bool] = dataclasses.is_dataclass
+FROM: Any = tyro.conf.arg(name="from")  # no field can have Python's own word
 
 
 def parse(default: T, description: str | None, *options: Any) -> T:
@@ -51,8 +53,6 @@ def parse(default: T, description: str | None, *options: Any) -> T:
         options: groups to start from, other than their class's defaults, where the
             command line selects another group than that of ``default``.
     """
-    import tyro
-
     words = sys.argv[1:]
     if empty := [word for word in words if not word.strip() or word.endswith("=")]:
         fail(f"flags: expected a value after each flag, got {empty[0]!r}.")
@@ -94,8 +94,8 @@ def parse(default: T, description: str | None, *options: Any) -> T:
 
 
 def flag_name(field: str) -> str:
-    """Return the flag of a field: --batch-size of batch_size."""
-    return "--" + field.replace("_", "-")
+    """Return the flag of a field: --batch-size of batch_size, --from of from_."""
+    return "--" + field.rstrip("_").replace("_", "-")
 
 
 def flatten(config: "DataclassInstance") -> dict[str, Any]:

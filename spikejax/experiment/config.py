@@ -8,7 +8,7 @@ import dataclasses
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import flax
 import jax
@@ -32,7 +32,8 @@ from spikejax.experiment.build import (
     VGGOptions,
     build_model,
 )
-from spikejax.experiment.cli import cache_programs, checked, flatten, override
+from spikejax.experiment.cli import FROM, cache_programs, checked, flatten, override
+from spikejax.experiment.start import start_from
 from spikejax.experiment.trained import Card
 from spikejax.train import processes, sharding, workdir
 from spikejax.train.loop import Fitted, fit
@@ -96,6 +97,10 @@ class Experiment:
     """Cross-entropy of the mean over time, or the mean of that of every step (TET)."""
     label_smoothing: float = 0.0
     """Probability that is spread over all classes, 0 <= p < 1."""
+    from_: Annotated[str | None, FROM] = None
+    """Folder of a finished or stopped run, from whose weights the training starts: to
+    train longer, with another recipe or other neurons. Layers have to fit; a head of
+    other classes is new."""
     workers: int = 0
     """Processes that prepare batches, beside the main one."""
     fsdp: int = 1
@@ -256,7 +261,7 @@ def train(
 
 def _build(experiment: Experiment, data: ImageSet | EventSet) -> nnx.Module:
     side = getattr(experiment.inputs, "image_size", None)
-    return build_model(
+    model = build_model(
         experiment.network,
         experiment.activation,
         num_classes=data.num_classes,
@@ -264,6 +269,12 @@ def _build(experiment: Experiment, data: ImageSet | EventSet) -> nnx.Module:
         seed=experiment.train.seed,
         size=(side, side) if side else cast(Any, data.shape[:2]),
     )
+    if experiment.from_ is not None:
+        fresh = start_from(model, experiment.from_, data.num_classes)
+        if processes.is_primary():
+            new = f", a new head ({', '.join(fresh)})" if fresh else ""
+            print(f"Starts from the weights of {experiment.from_}{new}.")
+    return model
 
 
 def run(experiment: Experiment, task: Task) -> dict[str, Any] | None:

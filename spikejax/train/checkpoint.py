@@ -81,8 +81,7 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """The steps that have a checkpoint on the disk, oldest first."""
-        names = [path.name for path in self.directory.iterdir()]
-        return sorted(int(name) for name in names if name.isdecimal())
+        return _steps(self.directory)
 
     def save(
         self,
@@ -207,3 +206,29 @@ class Checkpoints:
                 stacklevel=3,
             )
         return intact, ""
+
+
+def read_newest(directory: Path) -> dict[str, jax.Array]:
+    """Return the state of the newest intact checkpoint by path, or {} without one.
+
+    Reads the folder of another run, which may be in progress, and changes nothing.
+
+    Args:
+        directory: folder of the checkpoints of a run.
+    """
+    folders = [directory.absolute() / str(step) for step in _steps(directory)]
+    folder = next((f for f in reversed(folders) if not find_corruption(f)), None)
+    if folder is None:
+        return {}
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    saved: Any = ocp.checkpointables_metadata(str(folder)).metadata
+    targets = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+        for path, leaf in saved["state"].items()
+    }
+    return ocp.load_checkpointables(str(folder), {"state": targets})["state"]
+
+
+def _steps(directory: Path) -> list[int]:
+    paths = directory.iterdir() if directory.is_dir() else ()
+    return sorted(int(path.name) for path in paths if path.name.isdecimal())
