@@ -2,7 +2,7 @@
 # make test PYTHON=python3.12
 PYTHON ?= python3
 
-.PHONY: demo check test test-newest test-oldest lint bench docs
+.PHONY: demo check test test-newest test-oldest lint bench docs dist
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -35,6 +35,16 @@ bench: .venv/.experiments .venv-peers/.peers
 docs: .venv/.docs
 	.venv/bin/mkdocs build --strict
 
+# The wheel as a user has it: in an empty environment, away from the source.
+dist: .venv-build/.build
+	rm -rf dist .venv-dist
+	.venv-build/bin/python -m build
+	$(call install,.venv-dist,dist/*.whl -c constraints.txt)
+	cd .venv-dist && bin/python -c 'import spikejax; print(spikejax.__file__)'
+	$(call install,.venv-dist,"$$(echo dist/*.whl)[experiments]" -c constraints.txt)
+	cd .venv-dist && bin/python -m experiments.digits --neuron lif --steps 20 \
+		--workdir digits
+
 lint: .venv/.dev
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -52,6 +62,9 @@ lint: .venv/.dev
 
 .venv/.docs: pyproject.toml constraints.txt
 	$(call install,.venv,-e '.[docs]' -c constraints.txt)
+
+.venv-build/.build:
+	$(call install,.venv-build,build)
 
 .venv-oldest/.test: pyproject.toml constraints-oldest.txt
 	$(call install,.venv-oldest,-e '.[experiments]' pytest pytest-xdist \
