@@ -13,7 +13,7 @@ from spikejax.nn.norm import td_batch_norm
 from spikejax.nn.quant import QuantReLU
 from spikejax.unroll import unroll
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> object:

@@ -8,6 +8,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import spikejax
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 PYTHONS = ("3.11", "3.12", "3.13")
@@ -69,3 +71,11 @@ def test_the_table_of_supported_versions_is_what_is_tested():
         tested = pins(f"constraints{oldest}.txt", python)
         assert (jax, flax) == (tested["jax"], tested["flax"]), python
         assert f'{{python: "{python}", target: {target}}}' in workflow
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
+    changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    version = spikejax.__version__
+    assert re.findall(r"^version: (\S+)$", citation, re.MULTILINE) == [version]
+    assert re.search(r"^## ([\d.]+)", changes, re.MULTILINE)[1] == version
