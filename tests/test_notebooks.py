@@ -11,6 +11,7 @@ import pytest
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
+TIDY = runpy.run_path(str(NOTEBOOKS / "tidy.py"))
 
 # Here the notebooks train for less: every cell runs, for 60 % of the CPU time. All of
 # it with SPIKEJAX_NOTEBOOKS=whole.
@@ -67,21 +68,73 @@ def test_notebook_runs(path, tmp_path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_notebook_is_tidy_and_has_its_badge(path):
+def test_notebook_is_tidy(path):
     text = path.read_text("utf-8")
-    tidy = runpy.run_path(str(NOTEBOOKS / "tidy.py"))
-    assert text == tidy["tidy"](text), "run python notebooks/tidy.py"
-    first = "".join(json.loads(text)["cells"][0]["source"])
-    place = f"github/{tidy['address']()}/blob/main/notebooks/{path.name}"
-    assert f"(https://colab.research.google.com/{place})" in first
+    assert text == TIDY["tidy"](text, path.name, TIDY["address"]()), (
+        "run python notebooks/tidy.py"
+    )
 
 
-def test_tidy_takes_outputs_and_the_old_address_away():
-    tidy = runpy.run_path(str(NOTEBOOKS / "tidy.py"))
-    source = ["x  # https://github.com/somebody-else/spikejax"]
-    cell = {"cell_type": "code", "execution_count": 3, "outputs": [1], "id": "a"}
-    cell |= {"metadata": {"scrolled": True}, "source": source}
-    notebook = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
-    (kept,) = json.loads(tidy["tidy"](json.dumps(notebook)))["cells"]
-    assert kept["outputs"] == [] and kept["execution_count"] is None
-    assert kept["source"] == [f"x  # https://github.com/{tidy['address']()}"]
+def tidied(notebook: dict, address: str | None) -> dict:
+    return json.loads(TIDY["tidy"](json.dumps(notebook), "01_x.ipynb", address))
+
+
+def untidy() -> dict:
+    return {
+        "cells": [
+            {"cell_type": "markdown", "source": ["# Title\n", "\n", "Text."]},
+            {"cell_type": "code", "source": ["# spikejax[experiments,events]"]},
+            {"cell_type": "code", "execution_count": 3, "outputs": [1], "source": ["x"]}
+            | {"metadata": {"scrolled": True}},
+        ]
+    }
+
+
+def test_tidy_takes_outputs_away():
+    cell = tidied(untidy(), None)["cells"][2]
+    assert cell["outputs"] == [] and cell["execution_count"] is None
+    assert cell["metadata"] == {} and cell["source"] == ["x"]
+
+
+def test_badge_and_address_are_there_only_with_an_address():
+    files_only = tidied(untidy(), None)
+    assert "github.com" not in json.dumps(files_only)
+    assert "Colab]" not in json.dumps(files_only)
+    known = tidied(files_only, "someone/spikejax")
+    title, install = ("".join(cell["source"]) for cell in known["cells"][:2])
+    place = "github/someone/spikejax/blob/main/notebooks/01_x.ipynb"
+    assert f"(https://colab.research.google.com/{place})\n\nText." in title
+    package = "spikejax[experiments,events] @ git+https://github.com/someone/spikejax"
+    assert f'"{package}"' in install
+    assert tidied(known, "someone/spikejax") == known
+    assert tidied(known, None) == files_only
+
+
+def installed(folder: Path, address: str | None, monkeypatch) -> str:
+    """Run the first cell of code in a folder; return what it gives to pip."""
+    given = []
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("importlib.metadata.distributions", lambda name: iter(()))
+    monkeypatch.setattr("subprocess.run", lambda command, check: given.append(command))
+    exec("".join(tidied(untidy(), address)["cells"][1]["source"]), {})
+    ((python, *_, package),) = given
+    assert python == sys.executable
+    return package
+
+
+def test_first_cell_installs_a_wheel_a_clone_or_from_github(tmp_path, monkeypatch):
+    (tmp_path / "spikejax").mkdir()  # a folder of that name, not yet a clone
+    with pytest.raises(FileNotFoundError, match=r"upload spikejax-\*\.whl"):
+        installed(tmp_path, None, monkeypatch)
+    package = installed(tmp_path, "someone/spikejax", monkeypatch)
+    assert package.endswith(
+        "[experiments,events] @ git+https://github.com/someone/spikejax"
+    )
+    extras = "[experiments,events]"
+    assert installed(NOTEBOOKS, None, monkeypatch) == f"{NOTEBOOKS.parent}{extras}"
+    (tmp_path / "spikejax/spikejax").mkdir()
+    (tmp_path / "spikejax/spikejax/layers.py").touch()
+    assert installed(tmp_path, None, monkeypatch) == f"{tmp_path / 'spikejax'}{extras}"
+    wheel = tmp_path / "spikejax-0.2.0-py3-none-any.whl"
+    wheel.touch()
+    assert installed(tmp_path, None, monkeypatch) == f"{wheel}{extras}"

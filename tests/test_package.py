@@ -79,3 +79,28 @@ def test_the_version_is_the_same_everywhere():
     version = spikejax.__version__
     assert re.findall(r"^version: (\S+)$", citation, re.MULTILINE) == [version]
     assert re.search(r"^## ([\d.]+)", changes, re.MULTILINE)[1] == version
+
+
+def test_files_that_are_no_code_are_in_the_wheel():
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]
+    package = ROOT / "spikejax"
+    included = {
+        path
+        for pattern in options["setuptools"]["package-data"]["spikejax"]
+        for path in package.glob(pattern)
+    }
+    others = {path for path in package.rglob("*") if path.is_file()}
+    others = {path for path in others if path.suffix not in (".py", ".pyc")}
+    assert included == others
+
+
+def test_the_owner_of_the_repository_is_in_one_place():
+    kinds = {".py", ".md", ".ipynb", ".toml", ".txt", ".yml", ".cff", ".in"}
+    found = []
+    for place in (".", "docs", "experiments", "notebooks", "spikejax", "tests"):
+        for path in (ROOT / place).glob("*" if place == "." else "**/*"):
+            if path.suffix in kinds or path.name == "Makefile":
+                count = path.read_text("utf-8").count("OWN" + "ER")
+                found += [path.name] * count
+    is_known = "Repository" in PROJECT["urls"]
+    assert found == ([] if is_known else ["pyproject.toml"])
