@@ -4,6 +4,8 @@ All blocks of a page that begin with ```python run in one namespace, in order. C
 cannot run here is fenced as ```py.
 """
 
+import ast
+import json
 import re
 import runpy
 from functools import cache
@@ -50,6 +52,57 @@ def test_modules_of_the_reference_exist(page):
     paths = [ROOT / module.replace(".", "/") for module in modules]
     missing = [p.name for p in paths if not p.with_suffix(".py").exists()]
     assert modules and not missing, f"{name(page)}: no {missing}"
+
+
+def source(module: str) -> ast.Module | None:
+    path = ROOT / module.replace(".", "/")
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return ast.parse(path.read_text("utf-8")) if path.exists() else None
+
+
+def imports(code: str):
+    """Yields (module, name) of what is imported from spikejax."""
+    for node in ast.walk(ast.parse(re.sub("^[!%].*", "", code, flags=re.MULTILINE))):
+        module = getattr(node, "module", None) or ""
+        if isinstance(node, ast.ImportFrom) and module.split(".")[0] == "spikejax":
+            yield from ((module, alias.name) for alias in node.names)
+
+
+def home(module: str, name: str) -> tuple[str, str]:
+    """The module that defines a name which a package may only hand on."""
+    if source(f"{module}.{name}"):
+        return f"{module}.{name}", ""
+    handed_on = {inner: outer for outer, inner in imports(ast.unparse(source(module)))}
+    return home(handed_on[name], name) if name in handed_on else (module, name)
+
+
+def documented(module: str) -> set[str]:
+    """The names of a module that its page of the reference shows."""
+    body = source(module).body
+    found = {""} | {getattr(node, "name", "") for node in body}
+    for node, after in zip(body, body[1:], strict=False):
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            found |= {getattr(target, "id", "") for target in targets}
+    return found
+
+
+def test_what_packages_and_pages_import_is_in_the_reference():
+    pages = [page.read_text("utf-8") for page in PAGES]
+    shown = set(re.findall(r"^::: (\S+)$", "\n".join(pages), re.MULTILINE))
+    codes = [p.read_text("utf-8") for p in (ROOT / "spikejax").rglob("__init__.py")]
+    codes += re.findall(r"^```py(?:thon)?\n(.*?)^```$", "\n".join(pages), re.S | re.M)
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        codes += ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    missing = set()
+    for module, name in {found for code in codes for found in imports(code)}:
+        module, name = home(module, name)
+        if "._" in module or (not name and (ROOT / module.replace(".", "/")).is_dir()):
+            continue
+        if module not in shown or name not in documented(module):
+            missing.add(f"{module}.{name}".rstrip("."))
+    assert not missing, f"no page of docs/api shows {sorted(missing)}"
 
 
 @cache

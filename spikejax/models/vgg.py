@@ -13,7 +13,8 @@ from spikejax.nn.norm import td_batch_norm
 
 Layer = Callable[[jax.Array], jax.Array]
 
-POOL = 0  # marks pooling in a plan
+POOL = 0
+"""Pooling in a plan."""
 
 
 class VGG(nnx.Module):

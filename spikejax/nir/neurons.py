@@ -42,12 +42,12 @@ class Integration(NamedTuple):
     tau: Callable[[float, Numbers], Numbers]  # (dt, leak) -> tau
 
 
-# leak = dt / tau: SpikingJelly, snnTorch and Norse.
 EULER = Integration(lambda dt, tau: dt / tau, lambda dt, leak: dt / leak)
-# leak = 1 - exp(-dt / tau), exact for a constant current in each step: Sinabs.
+"""leak = dt / tau: SpikingJelly, snnTorch and Norse."""
 EXPONENTIAL = Integration(
     lambda dt, tau: -np.expm1(-dt / tau), lambda dt, leak: -dt / np.log1p(-leak)
 )
+"""leak = 1 - exp(-dt / tau), exact for a constant current in each step: Sinabs."""
 
 
 class NodeParams(NamedTuple):

@@ -23,15 +23,15 @@ from spikejax.nir.graph import Edge, Graph, reachable
 from spikejax.nir.layers import read_layer
 from spikejax.nir.neurons import EXPONENTIAL, Dialect, read_neurons
 
-# As in NIR's text, and as to_nir and SpikingJelly write it.
 STANDARD = Dialect()
-# Leaky with reset_mechanism="subtract", which acts one step later; its dt is 1e-4.
+"""As in NIR's text, and as to_nir and SpikingJelly write it."""
 SNNTORCH = Dialect(soft_reset=neurons.late_reset)
-# LIFBox, LIBox and IAF. to_nir(..., dt=1.0) of Norse 1.1 writes true time constants;
-# its default writes them 1000 times too small, and needs dt=1e-6 here.
+"""Leaky with reset_mechanism="subtract", which acts one step later; its dt is 1e-4."""
 NORSE = Dialect(per_step=True)
-# IAF, LIF and ExpLeak with one spike per step. Its unit of time is the step: dt=1.
+"""LIFBox, LIBox and IAF. to_nir(..., dt=1.0) of Norse 1.1 writes true time constants;
+its default writes them 1000 times too small, and needs dt=1e-6 here."""
 SINABS = Dialect(EXPONENTIAL, neurons.lif, per_step=True)
+"""IAF, LIF and ExpLeak with one spike per step. Its unit of time is the step: dt=1."""
 
 # What HDF5, NIR and JAX raise for damaged files, and for graphs that do not fit.
 DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError)
