@@ -2,8 +2,8 @@
 
     python -m experiments.dvs_cifar10 --workdir runs/dvs --data-dir DIR
 
-DIR holds what tonic.datasets.CIFAR10DVS(save_to=DIR) makes. --data nmnist and
-dvs128-gesture are Tonic's sets too; --data FOLDER takes your own recordings
+DIR holds what tonic.datasets.CIFAR10DVS(save_to=DIR) makes. --data nmnist, ncaltech101
+and dvs128-gesture are Tonic's sets too; --data FOLDER takes your own recordings
 (docs/events.md). The same command with --stream FILE, once it has trained, feeds the
 recording to the network frame by frame and says how long each step took.
 
@@ -49,7 +49,7 @@ class Events(Inputs):
     """A set of recordings; its frames are the time steps."""
 
     data: str = "cifar10-dvs"
-    """Event set: cifar10-dvs, nmnist, dvs128-gesture, or a folder of recordings."""
+    """Event set: cifar10-dvs, nmnist, dvs128-gesture, ncaltech101, or a folder."""
     data_dir: Path | None = None
     """Folder of the named sets: Tonic's save_to."""
     augment: Literal["none", "roll", "flip-roll"] = "flip-roll"
@@ -64,6 +64,8 @@ class Events(Inputs):
     """Height and width of the frames; None takes those of the camera."""
     window_ms: float = 100.0
     """Length of a sample, where long recordings are cut into samples."""
+    sort: bool = False
+    """Put events in the order of time, in files that have them in another."""
     stream: Path | None = None
     """Recording to run the trained network on, step by step."""
 
@@ -102,7 +104,7 @@ DEFAULT = Experiment(
 def load(inputs: Events, time_steps: int) -> EventSet:
     """Return the event set of the flags; its frames are kept in the cache folder."""
     window = round(inputs.window_ms * 1000)
-    framing = Framing(time_steps, inputs.frames, inputs.side, window)
+    framing = Framing(time_steps, inputs.frames, inputs.side, window, inputs.sort)
     return load_events(inputs.data, framing, inputs.data_dir, cache_dir=cache_folder())
 
 
@@ -150,14 +152,16 @@ def _duration(inputs: Events, time_steps: int) -> int:
     return round(inputs.window_ms * 1000) // time_steps
 
 
-def read_stream(recording: Path, duration: int, event_set: EventSet) -> np.ndarray:
-    """Return the events of a recording.
+def read_stream(
+    recording: Path, duration: int, event_set: EventSet, *, sort: bool = False
+) -> np.ndarray:
+    """Return the events of a recording, which sort puts in the order of time.
 
     Raises:
         ValueError: the camera is not that of the training, or the recording is shorter
             than a frame.
     """
-    seen, size = recordings.read(recording)
+    seen, size = recordings.read(recording, sort=sort)
     if size not in (None, event_set.sensor):
         raise ValueError(
             f"stream: expected a recording of a camera {event_set.sensor}, as in "
@@ -221,7 +225,7 @@ def main(experiment: Experiment) -> None:
         event_set = load(inputs, steps)
         duration = _duration(inputs, steps)
         if inputs.stream:  # read first: training takes long
-            seen = read_stream(inputs.stream, duration, event_set)
+            seen = read_stream(inputs.stream, duration, event_set, sort=inputs.sort)
         task = Task(event_set, encode, make_augment(inputs, event_set.shape))
         fitted = train(experiment, task)
         if not fitted.finished:

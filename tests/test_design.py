@@ -41,6 +41,8 @@ OPTIONAL = {
     "rich": {"train.progress"},
     "tensorboardX": {"train.progress"},
     "tyro": {"experiment.cli"},
+    "h5py": {"nir.read"},
+    "hdf5plugin": set(),
     "lz4": set(),
     "zstandard": set(),
     "tonic": set(),

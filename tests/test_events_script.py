@@ -87,6 +87,19 @@ def test_a_stream_that_is_too_short_is_refused(folder, tmp_path):
         script.main(override(chosen, {"stream": short}))
 
 
+def test_a_flag_sorts_events(folder, tmp_path):
+    shuffled = tmp_path / "right.npz"
+    with np.load(folder / "right.npz") as arrays:
+        columns = {name: arrays[name][::-1] for name in "xytp"}
+        np.savez(shuffled, width=16, height=16, **columns)
+    event_set = script.load(flags(folder, tmp_path).inputs, 2)
+    with pytest.raises(ValueError, match=r"right\.npz: expected .* \(--sort\)"):
+        script.read_stream(shuffled, 4000, event_set)
+    seen = script.read_stream(shuffled, 4000, event_set, sort=True)
+    assert (np.diff(seen["t"]) >= 0).all()
+    assert override(script.DEFAULT, {"sort": True}).inputs.sort
+
+
 def test_a_stream_needs_frames_of_a_duration(folder, tmp_path):
     with pytest.raises(ValueError, match="of --frames duration, .* got number"):
         flags(folder, tmp_path, frames="number", stream=folder / "left.npz")

@@ -5,7 +5,7 @@ import pytest
 
 from spikejax.data.augment import compose
 from spikejax.data.events import frames
-from spikejax.data.events.recordings import EVENTS
+from spikejax.data.events.columns import EVENTS
 
 KINDS = [frames.by_number, frames.by_duration, frames.voxel_grid, frames.time_surface]
 # x, y, t, p

@@ -23,10 +23,11 @@ import pytest
 from PIL import Image
 from recording_files import WRITERS, aedat4, made_up
 from test_files import folder, tiny_files, write_zip
+from test_sets import gesture_archive
 
 from spikejax.data import images
 from spikejax.data.augment import center_crop
-from spikejax.data.events import Framing, load, recordings
+from spikejax.data.events import Framing, columns, load, recordings
 from spikejax.experiment import config
 from spikejax.nir.read import from_nir
 from spikejax.train import workdir
@@ -126,7 +127,7 @@ def sound(path):
     """Reads a recording, and frames it as a set does."""
     events, size = recordings.read(path)
     height, width = size or recordings.extent(events)
-    assert len(events) and events.dtype == recordings.EVENTS
+    assert len(events) and events.dtype == columns.EVENTS
     assert (np.diff(events["t"]) >= 0).all() and np.ptp(events["t"]) < 2**41
     assert min(events["x"].min(), events["y"].min()) >= 0
     assert events["x"].max() < width <= 2048 and events["y"].max() < height <= 2048
@@ -156,6 +157,16 @@ def test_many_recordings_in_one_file(tmp_path):
 
     path = tmp_path / "set/train.npz"
     survives(path, packed(), read, mutated_zip, [path, path.parent])
+
+
+def test_labels_of_gestures(tmp_path):
+    gesture_archive(tmp_path / "set")
+
+    def read(path):
+        load(str(path.parent), Framing(1, side=8), cache_dir=tmp_path / "cached")
+
+    path = tmp_path / "set/user01_led_labels.csv"
+    survives(path, path.read_bytes(), read, names=[path, path.parent])
 
 
 @pytest.mark.parametrize("name", ["info.json", "train.frames"])

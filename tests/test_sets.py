@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from recording_files import aedat2, aedat3, made_up, nmnist
 
 from spikejax.data.events import EventSet, Framing, frames, load, recordings
 from spikejax.data.images import eval_batches, train_batches
@@ -152,6 +153,99 @@ def test_dvs128_gesture_has_its_authors_split(tmp_path):
     assert np.argwhere(data.test.images[0]).tolist() == [[0, 4, 3, 1], [0, 6, 5, 0]]
 
 
+def gesture_archive(root, labels=None):
+    """The layout of DvsGesture.tar.gz, with one user to train and one to test."""
+    root.mkdir()
+    events = made_up(1100, (128, 128), step=30)
+    edges = np.append(events["t"][::100], events["t"][-1] + 1).tolist()
+    rows = [f"{k + 1},{edges[k]},{edges[k + 1]}" for k in range(11)]
+    for user, part in (("user01_led", "train"), ("user24_led", "test")):
+        (root / f"{user}.aedat").write_bytes(aedat3(events))
+        text = "\n".join(["class,startTime_usec,endTime_usec", *(labels or rows)])
+        (root / f"{user}_labels.csv").write_text(f"{text}\n")
+        (root / f"trials_to_{part}.txt").write_text(f"{user}.aedat\n")
+    (root / "gesture_mapping.csv").write_text("action,label\nhand_clapping,1\n")
+    return events
+
+
+@pytest.mark.parametrize("name", ["dvs128-gesture", "folder"])
+def test_dvs128_gesture_from_its_archive(tmp_path, name):
+    events = gesture_archive(tmp_path / "DvsGesture")
+    name = str(tmp_path / "DvsGesture") if name == "folder" else name
+    data = load(name, Framing(2), tmp_path, cache_dir=tmp_path / "cache")
+    assert data.train.labels.tolist() == data.test.labels.tolist() == list(range(11))
+    assert data.class_names[0] == "hand clapping" and data.sensor == (128, 128)
+    assert data.split == "trials_to_test.txt, as given"
+    for k, counts in enumerate(data.test.images):
+        part = events[100 * k : 100 * k + 100]
+        assert np.array_equal(counts, frames.by_number(part, (128, 128), 2))
+
+
+def test_other_labels_of_a_gesture_archive_are_framed_again_or_refused(tmp_path):
+    folder, cache = tmp_path / "DvsGesture", tmp_path / "cache"
+    gesture_archive(folder)
+    assert len(load(str(folder), Framing(2), cache_dir=cache).train) == 11
+    table = folder / "user01_led_labels.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    # The last gesture has no events.
+    table.write_text("".join([*lines[:-1], "11,5000000,6000000\n"]))
+    assert len(load(str(folder), Framing(2), cache_dir=cache).train) == 10
+    for line, text in (
+        (
+            "12,0,9\n",
+            r"led_labels\.csv: expected a class of 1 to 11, .* got \[12, 0, 9\]",
+        ),
+        ("3,0\n", r"led_labels\.csv: expected lines of class, startTime_usec and"),
+        ("3,0,9.5\n", r"led_labels\.csv: expected lines of class, startTime_usec and"),
+    ):
+        table.write_text("".join([*lines[:-1], line]))
+        with pytest.raises(ValueError, match=text):
+            load(str(folder), Framing(2), cache_dir=cache)
+
+
+def test_cifar10_dvs_from_its_archive(tmp_path):
+    for label in ("airplane", "truck"):  # unpacked airplane.zip and truck.zip
+        (tmp_path / "CIFAR10DVS" / label).mkdir(parents=True)
+        for n in range(11):
+            path = tmp_path / f"CIFAR10DVS/{label}/cifar10_{label}_{n}.aedat"
+            path.write_bytes(aedat2(made_up(50 + n, (128, 128))))
+    data = load("cifar10-dvs", Framing(1), tmp_path, cache_dir=tmp_path / "cache")
+    assert data.class_names == ("airplane", "truck") and data.sensor == (128, 128)
+    # By their numbers 9 and 10 are the last.
+    assert data.test.images.sum((1, 2, 3, 4), int).tolist() == [59, 60, 59, 60]
+    expected = frames.by_number(made_up(59, (128, 128)), (128, 128), 1)
+    assert np.array_equal(data.test.images[0], expected)
+
+
+def test_ncaltech101_is_as_large_as_its_events(tmp_path):
+    root, size = tmp_path / "NCALTECH101/Caltech101", (170, 230)
+    for label in ("anchor", "yin_yang"):
+        (root / label).mkdir(parents=True)
+        for n in range(10):
+            data = nmnist(made_up(60, size, step=50))
+            (root / f"{label}/image_{n:04}.bin").write_bytes(data)
+    data = load("ncaltech101", Framing(1), tmp_path, cache_dir=tmp_path / "cache")
+    events = made_up(60, size, step=50)
+    assert data.sensor == recordings.extent(events) and len(data.test) == 2
+    expected = frames.by_number(events, data.sensor, 1)
+    assert np.array_equal(data.test.images[1], expected)
+
+
+def test_events_out_of_order_are_sorted_when_asked(tmp_path, made):
+    sorted_events = class_folders(tmp_path / "set")["ant", 10]
+    path = tmp_path / "set/ant/ant_10.npz"
+    with np.load(path) as arrays:
+        arrays = dict(arrays)
+    order = np.random.default_rng(0).permutation(len(sorted_events))
+    np.savez(path, **arrays | {name: arrays[name][order] for name in "xytp"})
+    with pytest.raises(
+        ValueError, match=r"ant_10\.npz: expected events in .* \(--sort"
+    ):
+        made()
+    expected = frames.by_number(sorted_events, (6, 8), 2)
+    assert np.array_equal(made(sort=True).test.images[0], expected)
+
+
 def test_hidden_files_do_not_count_and_names_may_differ_in_case(tmp_path, made):
     for name in ("Mug", "mug", "box"):
         write(tmp_path / f"set/{name}.npz", step=1000)
@@ -256,11 +350,11 @@ def test_what_is_interrupted_is_not_kept(tmp_path, made, monkeypatch):
     class_folders(tmp_path / "set")
     read, calls = recordings.read, []
 
-    def interrupted(path):
+    def interrupted(path, **more):
         calls.append(path)
         if len(calls) > 5:
             raise KeyboardInterrupt
-        return read(path)
+        return read(path, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(recordings, "read", interrupted)
@@ -323,7 +417,7 @@ def test_folders_without_recordings_and_a_single_class(tmp_path, made):
     class_folders(tmp_path / "set")
     (tmp_path / "set/wasp").mkdir()
     assert made().class_names == ("ant", "bee")  # nothing lies in it
-    (tmp_path / "set/wasp/wasp_1.csv").touch()
+    (tmp_path / "set/wasp/wasp_1.mp4").touch()
     with pytest.raises(ValueError, match="classes ant, bee, wasp, and none of wasp"):
         made()
     for n in (2, 3):

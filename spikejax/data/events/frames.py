@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from spikejax.data.augment import Augment, random_crop, random_flip
-from spikejax.data.events.recordings import Size
+from spikejax.data.events.columns import Size
 
 # (events, size, time_steps) -> [T, H, W, C]
 ToFrames = Callable[[np.ndarray, Size, int], np.ndarray]
@@ -20,7 +20,7 @@ def by_number(events: np.ndarray, size: Size, time_steps: int) -> np.ndarray:
     """Count events in T frames of equal numbers: event n of N is in frame n T // N.
 
     Args:
-        events: array of recordings.EVENTS, which can be empty.
+        events: array of columns.EVENTS, which can be empty.
         size: (height, width) of the camera.
         time_steps: T >= 1.
 
@@ -121,7 +121,7 @@ def windows(events: np.ndarray, duration: int) -> list[np.ndarray]:
     The first window begins with the first event; a shorter rest at the end is dropped.
 
     Args:
-        events: array of recordings.EVENTS.
+        events: array of columns.EVENTS.
         duration: microseconds per window, >= 1.
 
     Raises:
@@ -144,7 +144,7 @@ def resized(events: np.ndarray, size: Size, to: Size) -> np.ndarray:
     """Return the events that a coarser camera would see: x W' // W, and y likewise.
 
     Args:
-        events: array of recordings.EVENTS.
+        events: array of columns.EVENTS.
         size: (height, width) of the camera.
         to: (height, width) of the coarser one.
 

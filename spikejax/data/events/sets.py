@@ -17,8 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spikejax.data.events import frames, recordings
-from spikejax.data.events.recordings import Size
+from spikejax.data.events import frames, recordings, tables
+from spikejax.data.events.columns import (
+    CorruptRecording,
+    Size,
+    from_columns,
+    named_columns,
+)
 from spikejax.data.split import ArrayImages, Folder
 
 KINDS: dict[str, frames.ToFrames] = {
@@ -35,7 +40,11 @@ NAMED = {
     "cifar10-dvs": ("CIFAR10DVS", "CIFAR10DVS(save_to={!r})"),
     "nmnist": ("NMNIST", "NMNIST(save_to={!r}, train=True), and with train=False"),
     "dvs128-gesture": ("DVSGesture", "DVSGesture(save_to={!r}), and with train=False"),
+    "ncaltech101": ("NCALTECH101/Caltech101", "NCALTECH101(save_to={!r})"),
 }
+# Lists of recordings in the archive of DVS128 Gesture, each of which holds many.
+TRIALS = ("trials_to_train.txt", "trials_to_test.txt")
+LABELS = "_labels.csv"
 GESTURES = (
     *("hand clapping", "right hand wave", "left hand wave", "right arm clockwise"),
     *("right arm counter-clockwise", "left arm clockwise"),
@@ -53,6 +62,7 @@ class Framing:
     kind: str = "number"  # a key of KINDS
     side: int | None = None  # height and width of the frames; None is the camera's
     window: int = 100_000  # microseconds per sample, if recordings are cut into samples
+    sort: bool = False  # put the events of a recording in the order of time
 
     def __post_init__(self):
         if self.kind not in KINDS or not 1 <= self.time_steps <= self.window:
@@ -92,10 +102,11 @@ def load(
     """Return the event set of that name or in that folder, framed once and cached.
 
     Args:
-        name: "cifar10-dvs", "nmnist" or "dvs128-gesture", in the folders that Tonic
-            makes; or a path, which holds one of: train.npz and test.npz with many
-            recordings each (x, y, p, t or dt, offsets, labels); Train and Test with a
-            folder per class; a folder per class; one recording per class.
+        name: "cifar10-dvs", "nmnist", "dvs128-gesture" or "ncaltech101", in the folders
+            that Tonic makes; or a path, which holds one of: train.npz and test.npz with
+            many recordings each (x, y, p, t or dt, offsets, labels); Train and Test
+            with a folder per class; a folder per class; one recording per class; the
+            archive of DVS128 Gesture.
         framing: conversion of events to frames.
         data_dir: folder of the named sets; Tonic's save_to.
         cache_dir: folder where frames are cached; it can be deleted.
@@ -139,7 +150,7 @@ def _find(name: str, data_dir: Folder) -> Listing:
     listing = _gesture(path) if name == "dvs128-gesture" else _folder(path)
     names, known = listing.class_names, {label for _, label in listing.train}
     known &= {label for _, label in listing.test}
-    missing = [each for label, each in enumerate(names) if label not in known]
+    missing = [each for label, each in enumerate(names) if not known & {label, -1}]
     if missing or not known or len(names) == 1:
         raise ValueError(
             f"{name}: expected {', '.join(NAMED)} or a folder, with recordings "
@@ -152,6 +163,11 @@ def _find(name: str, data_dir: Folder) -> Listing:
 
 
 def _gesture(path: Path) -> Listing:
+    """Return the listing of DVS128 Gesture, of Tonic or from its archive."""
+    # The archive's own folder is DvsGesture, which can be the same as DVSGesture.
+    for folder in (path, path.with_name("DvsGesture")):
+        if (folder / TRIALS[0]).is_file():
+            return _folder(folder)
     train, test = (
         [(p, int(p.stem)) for p in sorted(path.glob(f"{part}/*/*.npy"))]
         for part in ("ibmGestureTrain", "ibmGestureTest")
@@ -168,6 +184,10 @@ def _folder(path: Path) -> Listing:
             f"{path}: expected one spelling of train and of test, got "
             f"{', '.join(splits)}. Join them."
         )
+    if set(TRIALS) <= set(inside):
+        lists = [inside[name].read_text("utf-8", "replace").split() for name in TRIALS]
+        train, test = ([(path / name, -1) for name in names] for names in lists)
+        return Listing(train, test, GESTURES, f"{TRIALS[1]}, as given")
     if {"train.npz", "test.npz"} <= set(inside):
         train, test = ([(inside[f"{part}.npz"], -1)] for part in ("train", "test"))
         return Listing(train, test, (), "test.npz, as given")
@@ -226,9 +246,10 @@ def _samples(listing: Listing, part: str, framing: Framing) -> Iterator[_Sample]
     """Yield the samples of a split, one recording in memory at a time."""
     for path, label in getattr(listing, part):
         if label < 0:
-            yield from _packed(path)
+            packed = _packed if path.suffix.lower() == ".npz" else _labelled
+            yield from packed(path, framing.sort)
             continue
-        events, size = recordings.read(path)
+        events, size = recordings.read(path, sort=framing.sort)
         if not listing.cut:
             yield _Sample(events, label, size)
             continue
@@ -242,11 +263,32 @@ def _samples(listing: Listing, part: str, framing: Framing) -> Iterator[_Sample]
             yield _Sample(cuts[k], label, size, (since, since + framing.window))
 
 
-def _packed(path: Path) -> Iterator[_Sample]:
+def _labelled(path: Path, sort: bool) -> Iterator[_Sample]:
+    """Yield the gestures in a recording, which begin and end as a table beside says."""
+    events, size = recordings.read(path, sort=sort)
+    table = _labels(path)
+    with recordings.naming(table, "lines of class, startTime_usec and endTime_usec"):
+        rows = np.loadtxt(table, np.int64, delimiter=",", skiprows=1, ndmin=2)
+        for label, *span in rows.tolist():
+            if not 1 <= label <= len(GESTURES) or len(span) != 2:
+                raise CorruptRecording(
+                    f"expected a class of 1 to {len(GESTURES)}, a start and an end, "
+                    f"got {[label, *span][:9]}"
+                )
+            start, stop = np.searchsorted(events["t"], span)
+            if start < stop:
+                yield _Sample(events[start:stop], label - 1, size)
+
+
+def _labels(path: Path) -> Path:
+    return path.with_name(path.stem + LABELS)
+
+
+def _packed(path: Path, sort: bool) -> Iterator[_Sample]:
     """Yield the recordings of a file that holds many."""
     expected = "arrays x, y, p, t or dt, labels, and offsets, one more than labels"
     with recordings.naming(path, expected):
-        arrays = recordings.arrays_in(path.read_bytes())
+        arrays = tables.arrays_in(path.read_bytes())
         # A TypeError if they are not integers.
         labels = list(map(operator.index, arrays["labels"]))
         offsets = list(map(operator.index, arrays["offsets"]))
@@ -257,19 +299,20 @@ def _packed(path: Path) -> Iterator[_Sample]:
             or ends[0]
             or ends[1] != ends[2]
         ):
-            raise recordings.CorruptRecording(
+            raise CorruptRecording(
                 f"expected labels 0 to 65535, and offsets from 0 to {ends[2]}, got "
                 f"labels {min(labels)} to {max(labels)}, and {ends[0]} to {ends[1]}"
             )
         parts = map(slice, offsets[:-1], offsets[1:])
         for part, label in zip(parts, labels, strict=True):
-            events, _ = recordings.from_columns(*recordings.columns(arrays, part))
+            events, _ = from_columns(*named_columns(arrays, part), sort=sort)
             yield _Sample(events, label)
 
 
 def _fingerprint(listing: Listing, framing: Framing) -> str:
     """Return the name of the cached folder, which depends on files and settings."""
-    files = sorted({path for path, _ in listing.train + listing.test})
+    named = {path for path, _ in listing.train + listing.test}
+    files = sorted(named | {path for path in map(_labels, named) if path.is_file()})
     # Sizes and times, not contents: hashing those would read every file at each start.
     stats = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     key = [VERSION, listing.split, dataclasses.asdict(framing), stats]
