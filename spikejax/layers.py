@@ -116,7 +116,7 @@ class Step(NamedTuple):
 class Neuron(nnx.Module):
     """Layer of spiking neurons: a cell, its parameters, and its options.
 
-    IF, LIF, PLIF, MultiThreshold and LI construct it; nothing overrides it. A neuron of
+    Other layers construct it; nothing overrides it. A neuron of
     your own is a function (params, state, x, options) -> (state, trains).
 
     Args:
@@ -156,20 +156,20 @@ class Neuron(nnx.Module):
         self.memory = Memory()
         default = neurons.rest_each if cell is neurons.independent else neurons.rest
         self.rest = default if start is None else start
-        self.v_start = _hold(options.v_reset or 0.0 if v_start is None else v_start)
-        self.unit = _hold(unit)
+        self.v_start = hold(options.v_reset or 0.0 if v_start is None else v_start)
+        self.unit = hold(unit)
         self.kind = type(params)
         for field, value in zip(params._fields, params, strict=True):
-            setattr(self, field, _hold(value))
+            setattr(self, field, hold(value))
         # Thresholds that stay in order are learned as the steps between them.
         self.rises = cell is neurons.parallel and getattr(params, "amounts", 0) is None
         # sigmoid(leak_logit) = 1 / tau
         logit = -np.log(1 / np.asarray(params.leak) - 1) if learn_tau else None
-        self.leak_logit = None if logit is None else _param(logit)
+        self.leak_logit = None if logit is None else param(logit)
         steps = np.asarray(_stack(params.thresholds)) if learn_thresholds else None
         if steps is not None and self.rises:
             steps = np.diff(steps, axis=0, prepend=0)
-        self.log_steps = None if steps is None else _param(np.log(steps))
+        self.log_steps = None if steps is None else param(np.log(steps))
 
     @property
     def params(self) -> Any:
@@ -257,21 +257,19 @@ def check_sequence(who: str, xs: jax.Array) -> None:
     )
 
 
-def _hold(value: Parameter) -> Any:
+def hold(value: Parameter) -> Any:
     """Return a value as a module stores it: numbers static, arrays in a variable."""
-    if isinstance(value, nnx.Variable) or np.ndim(value) == 0 and _is_plain(value):
+    if value is None or isinstance(value, nnx.Variable | str):
         return value
-    if isinstance(value, Sequence) and all(map(_is_plain, value)):
-        return tuple(float(v) for v in value)
+    if isinstance(value, Real):
+        return float(value)  # in a loop parameters have gradients, not whole numbers
+    if isinstance(value, Sequence) and all(isinstance(v, Real) for v in value):
+        return tuple(map(float, value))
     return Fixed(jnp.asarray(_stack(value), jnp.float32))
 
 
-def _param(value: ArrayLike) -> nnx.Param:
+def param(value: ArrayLike) -> nnx.Param:
     return nnx.Param(jnp.asarray(value, jnp.float32))
-
-
-def _is_plain(value: Parameter) -> bool:
-    return value is None or isinstance(value, int | float | np.number | str)
 
 
 def _stack(value: Parameter) -> Any:
@@ -318,13 +316,19 @@ def _check(who: str, cell: Cell, params: NeuronParams, options: NeuronOptions) -
         )
 
 
-def _leak(who: str, tau: Number, options: NeuronOptions, learn_tau: bool) -> Any:
-    """Return 1 / tau, or raise where tau is out of its range."""
+def check_tau(
+    who: str, tau: Number, *, scales_input: bool = False, learned: bool = False
+) -> Any:
+    """Return 1 / tau.
+
+    Raises:
+        ValueError: tau is out of its range.
+    """
     with np.errstate(all="ignore"):
         # Text such as "2" is no number, though NumPy reads it as one.
         leak = 1 / np.asarray(math.nan if isinstance(tau, str) else tau, np.float64)
-    finite = learn_tau or options.decay_input  # at tau = inf no input would arrive
-    right = (leak > 0 if finite else leak >= 0) & (leak < 1 if learn_tau else leak <= 1)
+    finite = learned or scales_input  # at tau = inf no input would arrive
+    right = (leak > 0 if finite else leak >= 0) & (leak < 1 if learned else leak <= 1)
     if not np.all(right):
         raise ValueError(
             f"{who}: expected tau >= 1, and > 1 and finite where it is learned, got "
@@ -372,7 +376,8 @@ class LIF(Neuron):
         learn_thresholds: bool = False,
     ):
         options = NeuronOptions(v_reset, decay_input, detach_reset, surrogate)
-        leak = _leak(type(self).__name__, tau, options, learn_tau)
+        who = type(self).__name__
+        leak = check_tau(who, tau, scales_input=decay_input, learned=learn_tau)
         super().__init__(
             neurons.lif,
             NeuronParams(leak, (v_threshold,)),
@@ -413,7 +418,7 @@ class LI(Neuron):
 
     def __init__(self, tau: Number = 2.0, *, decay_input: bool = True):
         options = NeuronOptions(decay_input=decay_input)
-        leak = _leak(type(self).__name__, tau, options, False)
+        leak = check_tau(type(self).__name__, tau, scales_input=decay_input)
         super().__init__(neurons.integrate, NeuronParams(leak), options)
 
 
@@ -467,9 +472,8 @@ class MultiThreshold(Neuron):
                 f"{thresholds!r} and {getattr(cell, '__name__', type(cell).__name__)}."
             )
         if counts:
-            equal = neurons.equal_thresholds
-            if cell is neurons.cascade:
-                equal = neurons.repeated_thresholds
+            repeats = cell is neurons.cascade
+            equal = neurons.repeated_thresholds if repeats else neurons.equal_thresholds
             thresholds = equal(int(thresholds), v_threshold)
         elif np.ndim(v_threshold) or v_threshold != 1.0:
             raise ValueError(
@@ -477,9 +481,10 @@ class MultiThreshold(Neuron):
                 f"{thresholds}."
             )
         options = NeuronOptions(v_reset, decay_input, detach_reset, surrogate)
+        leak = check_tau(who, tau, scales_input=decay_input, learned=learn_tau)
         super().__init__(
             cell,
-            NeuronParams(_leak(who, tau, options, learn_tau), tuple(thresholds)),
+            NeuronParams(leak, tuple(thresholds)),
             options,
             v_start=v_start,
             learn_tau=learn_tau,
