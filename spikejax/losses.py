@@ -1,7 +1,7 @@
-"""Losses of logits over time: (logits [B, T, K], labels [B]) -> loss [B].
+"""Losses of logits over time: (logits [B, T, K], labels) -> loss [B].
 
-Labels are class numbers in 0..K-1; the loss of any other label is nan. The caller takes
-the mean over the batch.
+Labels are class numbers [B] in 0..K-1, the loss of any other is nan; or probabilities
+[B, K], as mixup makes them. The caller takes the mean over the batch.
 """
 
 import jax
@@ -15,23 +15,26 @@ def _checked(
     """Return the logits in float32 and the targets [B, K]."""
     labels = jnp.asarray(labels)
     whole = jnp.issubdtype(labels.dtype, jnp.integer)
-    if logits.ndim != 3 or labels.shape != logits.shape[:1] or not whole:
-        hint = "Labels are class numbers, whole ones, one per example."
+    shape = logits.shape[:1] if whole else (*logits.shape[:1], *logits.shape[2:])
+    if logits.ndim != 3 or labels.shape != shape:
+        hint = "Labels are class numbers [B], whole ones, or probabilities [B, K]."
         if logits.ndim == 2:
             hint = "Logits without time: add the axis, logits[:, None]."
         raise ValueError(
-            f"{who}: expected logits [B, T, K] and labels [B], got {logits.shape} and "
-            f"{labels.shape}, {labels.dtype}. {hint}"
+            f"{who}: expected logits [B, T, K] and labels [B] or [B, K], got "
+            f"{logits.shape} and {labels.shape}, {labels.dtype}. {hint}"
         )
     if not 0 <= label_smoothing < 1:
         raise ValueError(
             f"{who}: expected 0 <= label_smoothing < 1, got {label_smoothing}."
         )
     classes = logits.shape[-1]
-    # Values cannot raise inside jit, and one_hot gives an unknown label a row of zeros,
-    # which would pass for a low loss. nan stops the run.
-    known = (labels >= 0) & (labels < classes)
-    targets = jnp.where(known[:, None], jax.nn.one_hot(labels, classes), jnp.nan)
+    targets = labels.astype(jnp.float32)
+    if whole:
+        # Values cannot raise inside jit, and one_hot gives an unknown label a row of
+        # zeros, which would pass for a low loss. nan stops the run.
+        known = (labels >= 0) & (labels < classes)
+        targets = jnp.where(known[:, None], jax.nn.one_hot(labels, classes), jnp.nan)
     targets = targets * (1 - label_smoothing) + label_smoothing / classes
     # In bfloat16 the sum over classes would lose its small terms.
     return logits.astype(jnp.float32), targets
@@ -44,11 +47,11 @@ def rate_cross_entropy(
 
     Args:
         logits: [B, T, K].
-        labels: [B], class numbers.
+        labels: [B], class numbers, or [B, K], probabilities.
         label_smoothing: probability spread over all classes, in [0, 1).
 
     Raises:
-        ValueError: logits have no time axis, or labels are not one per example.
+        ValueError: logits have no time axis, or labels are neither of the two.
     """
     logits, targets = _checked("rate_cross_entropy", logits, labels, label_smoothing)
     return optax.softmax_cross_entropy(logits.mean(1), targets)
@@ -68,7 +71,7 @@ def tet(
 
     Args:
         logits: [B, T, K].
-        labels: [B], class numbers.
+        labels: [B], class numbers, or [B, K], probabilities.
         label_smoothing: probability spread over all classes, in [0, 1).
         weight: weight of the regularisation, in [0, 1].
         target: value that logits are drawn to, the threshold.
@@ -89,7 +92,7 @@ def rate_mse(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Args:
         logits: [B, T, K], spikes or membranes of the last layer.
-        labels: [B], class numbers.
+        labels: [B], class numbers, or [B, K], probabilities.
 
     Raises:
         ValueError: as for ``rate_cross_entropy``.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax import lax
+from jax import export, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spikejax import encode
@@ -98,6 +98,14 @@ def test_equal_where_the_kernel_is_larger_than_the_images(
     same(convolve, x, kernel, strides, "SAME", **OPTIONS)
     text = jax.jit(partial(convolve, strides=strides, padding="SAME", **OPTIONS))
     assert "stablehlo.convolution" not in text.lower(x, kernel).as_text()
+
+
+def test_any_number_of_images_is_exported_where_the_kernel_is_larger():
+    x, conv = some(0, 3, 2, 2, 4), cpu.Conv(4, 5, (3, 3), rngs=nnx.Rngs(0))
+    shape = export.symbolic_shape("b, 2, 2, 4")
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    exported = export.export(jax.jit(lambda x: conv(x)))(images)
+    np.testing.assert_allclose(exported.call(x), conv(x), rtol=1e-5, atol=1e-5)
 
 
 def test_pixels_that_no_patch_sees_have_gradient_zero():

@@ -103,8 +103,8 @@ def test_losses_fall_where_the_right_logit_rises_to_one(loss):
 @pytest.mark.parametrize("loss", ALL)
 def test_logits_without_time_are_an_error(loss):
     message = (
-        rf"{loss.__name__}: expected logits \[B, T, K\] and labels \[B\], got \(4, 5\) "
-        r"and \(4,\), int32\. .*logits\[:, None\]"
+        rf"{loss.__name__}: expected logits \[B, T, K\] and labels \[B\] or \[B, K\], "
+        r"got \(4, 5\) and \(4,\), int32\. .*logits\[:, None\]"
     )
     with pytest.raises(ValueError, match=message):
         loss(LOGITS[:, 0], LABELS)
@@ -117,10 +117,32 @@ def test_labels_of_another_batch_are_an_error(loss):
 
 
 @pytest.mark.parametrize("loss", ALL)
-def test_labels_that_are_no_class_numbers_are_an_error(loss):
-    message = r"got \(4, \d, 5\) and \(4, 5\), float32\. Labels are class numbers"
+@pytest.mark.parametrize(
+    "labels", [LABELS * 1.0, jnp.ones((4, 6)), jnp.ones((4, 5), int), jnp.ones((3, 5))]
+)
+def test_labels_that_are_neither_numbers_nor_probabilities(loss, labels):
+    message = r"got \(4, 3, 5\) and \(.*\), .*\. Labels are class numbers \[B\]"
     with pytest.raises(ValueError, match=message):
-        loss(LOGITS, jax.nn.one_hot(LABELS, 5))
+        loss(LOGITS, labels)
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_probabilities_of_one_class_are_its_number(loss):
+    hard = loss(LOGITS, LABELS)
+    np.testing.assert_allclose(loss(LOGITS, jax.nn.one_hot(LABELS, 5)), hard, rtol=1e-6)
+
+
+def test_the_cross_entropy_of_mixed_labels_is_the_mix_of_both():
+    """It is linear in the labels; the squared error is not."""
+    first, second = (jax.nn.one_hot(x, 5) for x in (LABELS, (LABELS + 1) % 5))
+    for loss in (losses.rate_cross_entropy, losses.tet):
+        options = {"label_smoothing": 0.1}
+        parts = [loss(LOGITS, x, **options) for x in (first, second)]
+        mixed = loss(LOGITS, 0.3 * first + 0.7 * second, **options)
+        np.testing.assert_allclose(mixed, 0.3 * parts[0] + 0.7 * parts[1], rtol=1e-5)
+    logits = jnp.array([[[0.5, 0.0], [0.5, 0.0]]])  # rates 1/2 and 0
+    value = losses.rate_mse(logits, jnp.array([[0.25, 0.75]]))
+    np.testing.assert_allclose(value, [(0.25**2 + 0.75**2) / 2], rtol=1e-6)
 
 
 @pytest.mark.parametrize("loss", ALL)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,7 +109,7 @@ def save(folder: Path, model: nnx.Module, card: Card) -> None:
     them, take 8 bits.
     """
     arrays: dict[str, np.ndarray] = {}
-    for path, leaf in _leaves(model).items():
+    for path, leaf in _leaves(nnx.state(model)).items():
         arrays[path] = array = np.asarray(leaf)
         if array.ndim > 1:
             scale = _scale(array)
@@ -238,32 +239,35 @@ def evaluate(trained: Trained, image_set: ImageSet, *, flip: bool = False) -> Sc
 
 
 def _build(card: Card) -> nnx.Module:
-    """Return the network of a card with its initial weights, in evaluation mode."""
+    """Return the network of a card in evaluation mode, with shapes for its arrays."""
     chosen = override(_Network(), card.flags)
-    model = build_model(
+    build = partial(
+        build_model,
         chosen.network,
         chosen.activation,
         num_classes=len(card.class_names),
         in_channels=int(card.shape[-1] or 0),
         seed=card.flags["seed"],
     )
+    # Initial weights, not needed here, take longer to compile than all else.
+    model = nnx.eval_shape(build)
     model.eval()
     return model
 
 
-def _leaves(model: nnx.Module) -> dict[str, jax.Array]:
+def _leaves(state: nnx.State) -> dict[str, jax.Array]:
     """Return the arrays of a network by path, random keys as their data."""
-    leaves = by_path(nnx.to_pure_dict(nnx.state(model)))
     is_key = jax.dtypes.prng_key
     return {
         path: jax.random.key_data(v) if jnp.issubdtype(v.dtype, is_key) else v
-        for path, v in leaves.items()
+        for path, v in by_path(nnx.to_pure_dict(state)).items()
     }
 
 
 def _set(model: nnx.Module, folder: Path) -> None:
     """Put the arrays of weights.npz into a network."""
-    expected = _leaves(model)
+    state = nnx.state(model)
+    expected = jax.eval_shape(_leaves, state)
     with np.load(folder / WEIGHTS, allow_pickle=False) as file:
         arrays = {path: file[path] for path in file.files}
     for path in [path for path in arrays if path.endswith(SCALE)]:
@@ -271,14 +275,12 @@ def _set(model: nnx.Module, folder: Path) -> None:
         arrays[kernel] = (arrays[kernel] * scale).astype(np.float32)
     if signatures(arrays) != signatures(expected):
         raise ValueError("arrays of another network.")
-    state = nnx.state(model)
-    leaves, structure = jax.tree.flatten(state)
     new = []
-    for old, path in zip(leaves, expected, strict=True):
+    for path, old in by_path(nnx.to_pure_dict(state)).items():  # in the tree's order
         array = jnp.asarray(arrays[path])
         is_key = jnp.issubdtype(old.dtype, jax.dtypes.prng_key)
         new.append(jax.random.wrap_key_data(array) if is_key else array)
-    nnx.update(model, jax.tree.unflatten(structure, new))
+    nnx.update(model, jax.tree.unflatten(jax.tree.structure(state), new))
 
 
 def _digest(folder: Path) -> str:

@@ -94,6 +94,7 @@ def fit(
     encode: Encode,
     steps_per_epoch: int,
     workdir: str | Path,
+    optimizer: optax.GradientTransformation | None = None,
     mesh: Mesh | None = None,
     profile: bool = False,
 ) -> Fitted:
@@ -107,14 +108,15 @@ def fit(
         config: the recipe.
         model: takes xs [B, T, ...], returns logits [B, T, K]. ``fit`` owns it: keep no
             other reference, or its parameters take memory twice.
-        loss: (logits, labels [B]) -> [B].
+        loss: (logits, labels) -> [B].
         train_data: endless Grain iterator of host batches {"image": [B, ...],
-            "label": [B]}, this process's part of config.batch_size; its position is
-            part of the checkpoint.
+            "label": [B] or [B, K]}, this process's part of config.batch_size; its
+            position is part of the checkpoint.
         eval_data: the evaluation set in such batches, see ``evaluate``.
         encode: (images, rng) -> xs, runs on the device.
         steps_per_epoch: training steps per epoch.
         workdir: where metrics.jsonl, tensorboard/ and checkpoints/ go.
+        optimizer: of Optax, in place of the recipe's, its rate, decay and clipping.
         mesh: by default of all devices, each with a copy of the parameters.
         profile: write a trace of some steps to ``workdir``/profile.
 
@@ -129,7 +131,7 @@ def fit(
     if steps > MOST_STEPS:
         raise ValueError(f"epochs: expected at most {MOST_STEPS} steps, got {steps}.")
     processes.agree(dataclasses.asdict(config) | {"steps": steps} | mesh.shape)
-    optimizer = make_optimizer(config, steps)
+    optimizer = optimizer or make_optimizer(config, steps)
     state = sharding.place_state(initial_state(model, optimizer, config), mesh)
     graphdef, eval_graphdef = graphs(model)
     del model  # it holds all parameters on one device

@@ -15,7 +15,7 @@ from flax import nnx
 from spikejax.train.recipe import TrainConfig
 
 State = dict[str, Any]  # of arrays and of dicts of them
-Batch = dict[str, jax.Array]  # image [B, ...], label [B]
+Batch = dict[str, jax.Array]  # image [B, ...], label [B] or [B, K]
 Encode = Callable[[jax.Array, jax.Array], jax.Array]  # (images, rng) -> xs [B, T, ...]
 Loss = Callable[[jax.Array, jax.Array], jax.Array]  # (logits, labels) -> [B]
 Gather = Callable[[Any], Any]  # of parameters
@@ -174,4 +174,6 @@ def make_eval_step(predict: Predict, loss: Loss) -> EvalStep:
 
 
 def _correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    if labels.ndim == 2:  # of probabilities, as mixup makes them
+        labels = labels.argmax(-1)
     return (logits.mean(1).argmax(-1) == labels).astype(jnp.float32)
