@@ -170,10 +170,11 @@ def command() -> None:
     name = " ".join(words[planned:]) or "mt-resnet34"
     if name not in RECIPES:
         fail(f"recipe: expected plan or one of {', '.join(RECIPES)}, got {name!r}.")
+    usage = "[plan] [RECIPE]"
     if planned:
-        run_cli(plan, parse(override(Planned(), RECIPES[name]), __doc__))
+        run_cli(plan, parse(override(Planned(), RECIPES[name]), __doc__, usage=usage))
     else:
-        run_cli(main, parse(override(DEFAULT, RECIPES[name]), __doc__))
+        run_cli(main, parse(override(DEFAULT, RECIPES[name]), __doc__, usage=usage))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import pytest
 
-from experiments import cifar10, digits
+from experiments import cifar10, digits, imagenet
 from spikejax.data import images
 from spikejax.experiment import MultiThresholdOptions, SingleOptions, VGGOptions, cli
 from spikejax.experiment.cli import flag_name, flatten, parse, run_cli
@@ -185,6 +185,27 @@ def test_help_explains_every_flag(script, monkeypatch, capsys):
         assert re.sub(r"\s+", "", lines[name]) in text, name
         assert flag_name(name) in text
     assert re.sub(r"\s+", "", script.__doc__.split("\n")[0]) in text
+
+
+@pytest.mark.parametrize(
+    ("words", "usage"),
+    [([], "[plan] [RECIPE] [-h]"), (["plan", "lif-resnet34"], "[plan] [RECIPE] [-h]")],
+)
+def test_usage_is_what_is_typed(words, usage, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/x/experiments/imagenet.py", *words, "--help"])
+    with pytest.raises(SystemExit):
+        imagenet.command()
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"usage: python -m experiments.imagenet {usage}")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "edits"),
+    [("", "ab", 2), ("widht", "width", 1), ("data", "width", 4), ("abc", "abc", 0)]
+    + [("kitten", "sitting", 3), ("timesteps", "time-steps", 1)],
+)
+def test_edits_are_counted(a, b, edits):
+    assert cli._edits(a, b) == cli._edits(b, a) == edits
 
 
 def test_a_flag_of_another_group_starts_from_the_options_of_the_script(monkeypatch):

@@ -96,6 +96,14 @@ digits --model vgg
     flags: expected --model resnet18, resnet19, resnet20, resnet18-imagenet, resnet34,
 digits --model resnet20 --pool avg
     flags: expected a flag of --model resnet20 (--residual, --width, --remat, --dtype),
+digits --model convnet --widht 2
+    flags: expected those of this script, got --widht. Did you mean --width?
+digits --neuron lif --num-threshold 3
+    flags: expected those of this script, got --num-threshold. Did you mean --num-t
+digits --leraning-rate 3
+    flags: expected those of this script, got --leraning-rate. Did you mean --learning-
+digits --lr 3
+    flags: expected those of this script, got --lr. --help lists them.
 digits --model convnet --width 2
     flags: expected a flag of --model convnet (--pool, --dtype), got --width.
 digits --model resnet20 --width -1
@@ -279,7 +287,7 @@ convert --relu nowhere
 convert --sweep yes
     flags: expected --NAME before each value, got yes. --help lists them.
 convert --quant-steps 3
-    flags: expected those of this script, got --quant-steps. Did you mean
+    flags: expected those of this script, got --quant-steps. --help lists
 convert --model resnet20 --pool max
     flags: expected a flag of --model resnet20 (--residual, --width, --remat, --dtype),
 dvs_cifar10 --data empty
@@ -309,7 +317,7 @@ dvs_cifar10 --stream x.npz
 dvs_cifar10 --stream x.npz --frames duration
     cifar10-dvs: expected cifar10-dvs, nmnist, dvs128-gesture or a folder, with
 dvs_cifar10 --image-size 4
-    flags: expected those of this script, got --image-size. Did you mean --time-steps?
+    flags: expected those of this script, got --image-size. --help lists
 dvs_cifar10 --neuron relu
     time_steps: expected 1 for --neuron relu: it has no state, got 10.
 dvs_cifar10 --stream '' --frames duration

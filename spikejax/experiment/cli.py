@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import difflib
 import errno
 import io
 import logging
@@ -38,7 +37,7 @@ is_group: Callable[[Any], bool] = dataclasses.is_dataclass
 FROM: Any = tyro.conf.arg(name="from")  # no field can have Python's own word
 
 
-def parse(default: T, description: str | None, *options: Any) -> T:
+def parse(default: T, description: str | None, *options: Any, usage: str = "") -> T:
     """Return ``default``, a dataclass of typed fields, with the flags of the command.
 
     Fields of dataclasses inside it are flags too. A field whose type is a union of
@@ -52,6 +51,7 @@ def parse(default: T, description: str | None, *options: Any) -> T:
         description: text of --help.
         options: groups to start from, other than their class's defaults, where the
             command line selects another group than that of ``default``.
+        usage: words before the flags that the script reads itself, for --help.
     """
     words = sys.argv[1:]
     if empty := [word for word in words if not word.strip() or word.endswith("=")]:
@@ -74,6 +74,7 @@ def parse(default: T, description: str | None, *options: Any) -> T:
             flags, unknown = tyro.cli(
                 type(default),
                 default=default,
+                prog=f"python -m experiments.{Path(sys.argv[0]).stem} {usage}".strip(),
                 description=description,
                 return_unknown_args=True,  # tyro's own message takes five lines
                 # The second takes the group of the default, and no subcommand.
@@ -199,11 +200,29 @@ def _explain(config: "DataclassInstance", unknown: str) -> str:
             return f"expected a flag of {which} ({takes}), got {flag}."
     if not flag.startswith("-"):
         return f"expected --NAME before each value, got {unknown}. --help lists them."
-    known = list(map(flag_name, flags))
+    # Flags of other groups too: their own line then says which value selects them.
+    kinds = [kind for _, kind_of in _groups(config) for kind in kind_of.values()]
+    known = dict.fromkeys(
+        map(flag_name, [*flags, *(n for k in kinds for n in flatten(k()))])
+    )
     near = [k for k in known if k.startswith(flag)]
-    near = near or difflib.get_close_matches(flag, known, 1)
-    hint = f"Did you mean {near[0]}?" if near else "--help lists them."
+    near = near or sorted(known, key=lambda known: _edits(flag, known))
+    close = near[0].startswith(flag) or _edits(flag, near[0]) <= (len(flag) - 2) / 3
+    hint = f"Did you mean {near[0]}?" if close else "--help lists them."
     return f"expected those of this script, got {unknown}. {hint}"
+
+
+def _edits(a: str, b: str) -> int:
+    """Return the edit distance of two words; two letters in another order are one."""
+    last: list[int] = []
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a):
+        last, before, row = row, last, [i + 1]
+        for j, y in enumerate(b):
+            row.append(min(last[j + 1] + 1, row[j] + 1, last[j] + (x != y)))
+            if i and j and (x, a[i - 1]) == (b[j - 1], y):
+                row[-1] = min(row[-1], before[j - 1] + 1)
+    return row[-1]
 
 
 def fail(message: str) -> NoReturn:

@@ -107,10 +107,10 @@ class Experiment:
     """Devices over which the parameters are sharded; 1 replicates them."""
     profile: bool = False
     """Write a trace of five steps to WORKDIR/profile, for TensorBoard's XProf."""
-    processes: Processes = Processes()
-    """The processes of a run on several machines."""
     train: TrainConfig = TrainConfig()
     """The recipe."""
+    processes: Processes = Processes()
+    """The processes of a run on several machines."""
 
     def __post_init__(self):
         object.__setattr__(self, "workdir", Path(self.workdir))  # of a str in Python
