@@ -52,12 +52,12 @@ def test_compose_goes_from_left_to_right():
     assert both(np.ones((1, 1, 1, 1), np.uint8), rng()).item() == 4
 
 
-def test_a_crop_is_a_window_of_the_padded_image():
+@pytest.mark.parametrize(("mirror", "mode"), [(False, "constant"), (True, "reflect")])
+def test_a_crop_is_a_window_of_the_padded_image(mirror, mode):
     images = some_images(8, (5, 7, 2))
-    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
-    for image, border in zip(
-        augment.random_crop(2)(images, rng()), padded, strict=True
-    ):
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode)
+    crop = augment.random_crop(2, mirror=mirror)
+    for image, border in zip(crop(images, rng()), padded, strict=True):
         windows = [border[y : y + 5, x : x + 7] for y in range(5) for x in range(5)]
         assert sum(np.array_equal(image, window) for window in windows) == 1
 

@@ -35,19 +35,21 @@ def compose(*augments: Augment) -> Augment:
     return augment
 
 
-def random_crop(pad: int = 4) -> Augment:
+def random_crop(pad: int = 4, *, mirror: bool = False) -> Augment:
     """Pad each side with black, then cut out a random window of the original size.
 
     Args:
         pad: width of the border in pixels, >= 0.
+        mirror: pad with the mirror image of the border instead.
 
-    Reference: He et al. 2015, arXiv:1512.03385, section 4.2.
+    Reference: He et al. 2015, arXiv:1512.03385, section 4.2; with mirrors Jordan 2024,
+    arXiv:2404.00498.
     """
 
     def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         count, *_, height, width, _ = images.shape
         border = [(0, 0)] * (images.ndim - 3) + [(pad, pad), (pad, pad), (0, 0)]
-        padded = np.pad(images, border)
+        padded = np.pad(images, border, "reflect" if mirror else "constant")
         corners = rng.integers(0, 2 * pad + 1, (count, 2))
         out = np.empty_like(images)
         # A loop of plain copies is several times faster than one indexed gather.

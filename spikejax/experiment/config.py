@@ -64,9 +64,12 @@ class Images(Inputs):
     cifar10."""
     data_dir: Path | None = None
     """Folder of TFDS sets, zip or images; TFDS's own folder by default."""
-    augment: Literal["none", "crop-flip", "autoaugment", "inception"] = "none"
-    """Augmentation in training; autoaugment adds crop, flip and Cutout; inception takes
-    a random part of a photograph, or its mirror image."""
+    augment: Literal[
+        "none", "crop-flip", "reflect-flip", "autoaugment", "inception"
+    ] = "none"
+    """Augmentation in training; reflect-flip pads for its crop with mirror images where
+    crop-flip is black; autoaugment adds crop, flip and Cutout; inception takes a random
+    part of a photograph, or its mirror image."""
     image_size: int | None = None
     """Height and width to which images are cropped; by default they are not."""
 
@@ -177,13 +180,17 @@ def make_loss(experiment: Experiment) -> Loss:
 
 def make_augment(inputs: Images) -> Augment | None:
     """Return the augmentation of training images, after the crop."""
-    crop_flip = augmentations.random_crop(4), augmentations.random_flip()
+    flip = augmentations.random_flip()
+    crop_flip = augmentations.random_crop(4), flip
     auto = augmentations.autoaugment_cifar(), augmentations.cutout(16)
     return {
         "none": None,
         "crop-flip": augmentations.compose(*crop_flip),
+        "reflect-flip": augmentations.compose(
+            augmentations.random_crop(4, mirror=True), flip
+        ),
         "autoaugment": augmentations.compose(*crop_flip, *auto),
-        "inception": augmentations.random_flip(),
+        "inception": flip,
     }[inputs.augment]
 
 

@@ -1,0 +1,185 @@
+"""Learned delays between a layer and the next: one per feature, or one per synapse.
+
+A delay of d time steps is a kernel over time around the place d. In training it spreads
+over several steps, so that d has a gradient; in evaluation it is rounded, and moves a
+spike as it is.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from spikejax.layers import Fixed, Memory, check_sequence
+
+
+def place(
+    delays: jax.Array, max_delay: int, width: jax.Array | float | None = None
+) -> jax.Array:
+    """Return kernels over time around the places d, whose taps sum to 1.
+
+    width None:  k[n] = max(0, 1 - |n - d|)
+    else:        k[n] = exp(-((n - d) / width)^2 / 2) / sum over n,   n = 0..max_delay
+
+    Args:
+        delays: d in time steps, 0 to max_delay, any shape.
+        max_delay: of the kernel.
+        width: standard deviation in time steps, > 0.
+
+    Returns:
+        [max_delay + 1, *delays.shape].
+
+    Reference: Hammouamri, Khalfaoui-Hassani, Masquelier 2023, arXiv:2306.17670 (the
+    Gaussian, with its width).
+    """
+    steps = jnp.arange(max_delay + 1.0).reshape(-1, *[1] * delays.ndim)
+    distance = steps - delays
+    if width is None:
+        return jnp.maximum(0, 1 - jnp.abs(distance))
+    return jax.nn.softmax(-((distance / width) ** 2) / 2, axis=0)
+
+
+class _Delays(nnx.Module):
+    """Places of delays, and the past input that they reach."""
+
+    def __init__(
+        self,
+        who: str,
+        shape: tuple[int, ...],
+        max_delay: int,
+        width: float | None,
+        rngs: nnx.Rngs,
+    ):
+        if max_delay < 1 or min(shape) < 1 or not (width is None or width > 0):
+            raise ValueError(
+                f"{who}: expected max_delay and features of at least 1 and a positive "
+                f"width, got {max_delay}, {shape} and {width}."
+            )
+        self.max_delay = max_delay
+        start = jax.random.uniform(rngs.params(), shape, maxval=float(max_delay))
+        self.delays = nnx.Param(start)
+        # A variable: a training may narrow it, layer.width[...] = sigma.
+        self.width = None if width is None else Fixed(jnp.float32(width))
+        self.deterministic = False  # set by model.eval() and model.train()
+        self.memory = Memory()
+
+    def kernel(self) -> jax.Array:
+        """Return the taps [max_delay + 1, ...] of the delays."""
+        free = self.delays[...]
+        # The gradient acts outside of the range too, so that no delay is stuck there.
+        bounded = free + jax.lax.stop_gradient(jnp.clip(free, 0, self.max_delay) - free)
+        if self.deterministic:
+            return place(jnp.round(bounded), self.max_delay)
+        width = None if self.width is None else self.width[...]
+        return place(bounded, self.max_delay, width)
+
+    def remember(self, who: str, xs: jax.Array) -> jax.Array:
+        """Return xs after the max_delay steps before them, and keep the last ones."""
+        check_sequence(who, xs)
+        size = self.max_delay
+        start = jnp.zeros((xs.shape[0], size, *xs.shape[2:]), jnp.float32)
+        seen = jnp.concatenate([self.memory.load(start).astype(xs.dtype), xs], 1)
+        self.memory.save(seen[:, -size:].astype(jnp.float32))
+        return seen
+
+
+class Delay(_Delays):
+    """Layer that delays each feature by a number of time steps that it learns.
+
+    y[t] = sum over n of k[n] x[t - n],   k = place(d)
+
+    In evaluation d is rounded, so spikes stay spikes. It works between any layer and
+    neuron, and in slices of a sequence, as neurons do (``stepper``).
+
+    Args:
+        max_delay: largest delay in time steps.
+        features: their number, the last axis of the input; delays are uniform in 0 to
+            max_delay initially.
+        width: None for two taps, else the standard deviation of a Gaussian, which a
+            training narrows: ``layer.width[...] = sigma``.
+        rngs: source of the delays.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Reference: Hammouamri et al. 2023, arXiv:2306.17670; one delay per feature is a
+    choice of ours.
+    """
+
+    def __init__(
+        self,
+        max_delay: int,
+        features: int,
+        *,
+        width: float | None = None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__("Delay", (features,), max_delay, width, rngs)
+
+    def __call__(self, xs: jax.Array) -> jax.Array:
+        """Return the delayed input, in the shape and type of xs [B, T, ..., features].
+
+        Raises:
+            ValueError: xs has no time axis, or other features.
+        """
+        features = self.delays.shape[0]
+        if xs.shape[-1] != features:
+            raise ValueError(
+                f"Delay: expected {features} features on the last axis, got shape "
+                f"{xs.shape}."
+            )
+        seen, steps, size = self.remember("Delay", xs), xs.shape[1], self.max_delay
+        total: Any = 0
+        for n, tap in enumerate(self.kernel()):
+            total += tap * seen[:, size - n : size - n + steps]
+        return total.astype(xs.dtype)
+
+
+class DelayedLinear(_Delays):
+    """Dense layer whose synapses have delays that they learn, one each.
+
+    y[t, o] = sum over i, n of w[i, o] k[n, i, o] x[t - n, i]
+
+    A convolution over time. In evaluation delays are rounded.
+
+    Args:
+        in_features, features: sizes of the input and the output.
+        max_delay, width, rngs: as in ``Delay``.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Reference: Hammouamri et al. 2023, arXiv:2306.17670.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        max_delay: int,
+        *,
+        width: float | None = None,
+        rngs: nnx.Rngs,
+    ):
+        shape = in_features, features
+        super().__init__("DelayedLinear", shape, max_delay, width, rngs)
+        self.weights = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
+
+    def __call__(self, xs: jax.Array) -> jax.Array:
+        """Return currents [B, T, features] for xs [B, T, in_features].
+
+        Raises:
+            ValueError: xs is of another shape.
+        """
+        inputs = self.delays.shape[0]
+        if xs.ndim != 3 or xs.shape[-1] != inputs:
+            raise ValueError(
+                f"DelayedLinear: expected input [B, T, {inputs}], got shape {xs.shape}."
+            )
+        seen = self.remember("DelayedLinear", xs)
+        # A convolution counts taps forwards in time.
+        kernel = (self.kernel() * self.weights[...])[::-1].astype(xs.dtype)
+        return jax.lax.conv_general_dilated(
+            seen, kernel, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+        )
