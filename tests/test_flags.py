@@ -33,7 +33,7 @@ TURNED = {
     "--data": "digits",
     "--data-dir": "elsewhere",
     "--image-size": "16",
-    "--augment": "none|crop-flip|reflect-flip",
+    "--augment": "none|crop-flip",
     "--model": "convnet|vgg11",
     "--residual": "sew --model resnet20",
     "--width": "0.5 --model resnet20",

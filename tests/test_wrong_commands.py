@@ -83,7 +83,8 @@ digits --data folder --neuron lif --data-dir nowhere
 digits --data tiny_imagenet --neuron lif --data-dir empty
     tiny_imagenet: expected tiny-imagenet-200.zip or one zip of its layout, got
 digits --augment flip
-    flags: expected one of none, crop-flip, reflect-flip, autoaugment, inception after --augment, got
+    flags: expected one of none, crop-flip, reflect-flip, autoaugment, inception
+    after --augment, got
 digits --augment inception
     image_size: expected a number with --augment inception, got none. Take 224, or 64
 digits --from nowhere --neuron lif
