@@ -197,6 +197,16 @@ def test_files_and_functions_are_short(name):
         )
 
 
+def test_modules_that_a_network_is_made_of_are_in_the_reference():
+    pages = "\n".join(p.read_text("utf-8") for p in (ROOT / "docs/api").glob("*.md"))
+    parts = {storey(name) for name in SPIKEJAX} - {"data", "experiment", "nir", "train"}
+    own = {"_compat", "relus", "check", "operations", "chips", "hlo"}  # parts of others
+    for name in SPIKEJAX:
+        is_module = FILES[name].name != "__init__.py"
+        if is_module and storey(name) in parts and name.split(".")[-1] not in own:
+            assert f"::: {name}\n" in pages, f"{name}: add it to a page of docs/api"
+
+
 def test_files_of_tests_are_short():
     files = sorted((ROOT / "tests").rglob("*.py"))
     lines = {file.name: len(file.read_text("utf-8").splitlines()) for file in files}
