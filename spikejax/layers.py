@@ -269,6 +269,7 @@ def hold(value: Parameter) -> Any:
 
 
 def param(value: ArrayLike) -> nnx.Param:
+    """Return a learned parameter, in float32."""
     return nnx.Param(jnp.asarray(value, jnp.float32))
 
 
