@@ -13,6 +13,7 @@ from flax import nnx
 from jax import export
 
 import spikejax
+from spikejax.data import images
 from spikejax.experiment import (
     Experiment,
     open_images,
@@ -20,7 +21,7 @@ from spikejax.experiment import (
     train,
     trained,
 )
-from spikejax.experiment.trained import load, round_weights, save
+from spikejax.experiment.trained import SHIPPED, Card, load, round_weights, save
 from spikejax.train import TrainConfig
 
 
@@ -156,7 +157,43 @@ def test_weights_of_another_network(folder, tmp_path):
 def test_names_and_folders_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="load: expected the folder of a finished run"):
         spikejax.load(tmp_path)
-    with pytest.raises(ValueError, match="pretrained: expected one of .*, got resnet."):
+    with pytest.raises(ValueError, match="expected one of cifar10-mt4, got resnet."):
         spikejax.pretrained("resnet")
     with pytest.raises(AttributeError, match="'spikejax' has no attribute 'lode'"):
         spikejax.lode  # noqa: B018
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return spikejax.pretrained("cifar10-mt4")
+
+
+def test_the_shipped_network_gives_the_logits_that_it_was_shipped_with(shipped):
+    model, card = shipped
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    expected = [
+        *(-0.5021, 0.4121, 0.6173, 0.0078, 0.6897),
+        *(-1.5376, -0.1179, -1.1001, -0.2744, 1.8218),
+    ]
+    np.testing.assert_allclose(model(card.encode(pixels))[0, 0], expected, atol=1e-3)
+    assert card.notes["accuracy"] == {"float32": 0.9166, "8 bits": 0.9158}
+    assert card.result["accuracy"] == 0.9158 and card.notes["commit"] == "0d75750"
+    files = (SHIPPED / "cifar10-mt4").iterdir()
+    assert sum(path.stat().st_size for path in files) < 2 * 2**20
+
+
+def test_the_shipped_network_names_real_images(shipped, data_dir):
+    model, card = shipped
+    batch = images.load("cifar10", data_dir).test.take(range(250))
+    named = model(card.encode(batch["image"])).mean(1).argmax(-1)
+    # 236, give or take an image whose logits are all but equal.
+    assert abs(int((named == batch["label"]).sum()) - 236) <= 1
+
+
+def test_behind_the_input_every_weight_of_the_shipped_network_meets_spikes(shipped):
+    model, card = shipped
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    logits, report = spikejax.spike_driven(model, card.encode(pixels))
+    assert [layer.trains for layer in report.layers] == [0] + 7 * [4]
+    assert report.layers[0].reason == "the input"
+    np.testing.assert_allclose(logits, model(card.encode(pixels)), atol=1e-5)
