@@ -44,6 +44,8 @@ def test_a_finished_run_is_loaded_without_its_data(folder, digits):
     model, card = load(folder)
     result = json.loads((folder / "result.json").read_text())
     assert card.result == result and card.flags["seed"] == 3
+    with pytest.raises(ValueError, match=r"VGG: expected images \[B, T, H, W, 1\]"):
+        model(digits["image"])  # [B, H, W, C], without time
     assert card.class_names == [str(k) for k in range(10)] and card.shape == [8, 8, 1]
     # The run's own network and input, made again from its flags.
     experiment = Experiment(folder, train=TrainConfig(steps=2, batch_size=8, seed=3))

@@ -37,6 +37,7 @@ from spikejax.experiment import (
 )
 from spikejax.layers import LI, Neuron
 from spikejax.models import MODELS, resnet
+from spikejax.models.recurrent import RecurrentSNN
 from spikejax.models.vgg import POOL, VGG
 from spikejax.neurons import NeuronParams
 from spikejax.nir import from_nir, to_nir
@@ -332,6 +333,14 @@ CALLS = {
     ],
     "General: expected images [B, T, H, W, C] with sides that are multiples of": [
         lambda: model("general-cnn", depths=(1,) * 4)(jnp.ones((2, 1, 7, 7, 1))),
+    ],
+    "General: expected images [B, T, H, W, 1] of sides of at least 1": [
+        lambda: model("general-cnn", depths=(1,) * 4)(jnp.ones((2, 32, 32, 1))),
+        lambda: model("general-cnn", depths=(1,) * 4)(jnp.ones((2, 1, 32, 32, 3))),
+    ],
+    "RecurrentSNN: expected a sequence [B, T, 8]": [
+        lambda: RecurrentSNN(8, (4,), 3, neuron=LIF, rngs=R(0))(jnp.ones((2, 8))),
+        lambda: RecurrentSNN(8, (4,), 3, neuron=LIF, rngs=R(0))(jnp.ones((2, 8, 8, 8))),
     ],
     "windows: expected windows from half the map to all of it": [
         lambda: windowed.split(jnp.ones((2, 5, 5, 1)), windowed.tile),

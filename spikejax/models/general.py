@@ -14,7 +14,7 @@ from flax import nnx
 
 from spikejax._compat import List
 from spikejax.layers import Neuron
-from spikejax.models.check import check_factory
+from spikejax.models.check import check_factory, check_images
 from spikejax.neurons import State
 from spikejax.nn.windowed import (
     Binarise,
@@ -119,7 +119,7 @@ class General(nnx.Module):
             )
         check_factory("General", neuron)
         spiking = isinstance(neuron(), Neuron)
-        channels = round(48 * width)
+        self.in_channels, channels = in_channels, round(48 * width)
         self.stem = conv(in_channels, channels, (2, 2), (2, 2), rngs=rngs)
 
         def block(second: bool) -> Block:
@@ -150,8 +150,9 @@ class General(nnx.Module):
         self.head = nnx.Linear(channels, num_classes, kernel_init=zeros, rngs=rngs)
 
     def __call__(self, xs: jax.Array) -> jax.Array:
+        check_images("General", xs, self.in_channels)
         factor = 2 * 2 ** len(self.stages)  # stem, merging, and windows of the last map
-        if xs.ndim != 5 or xs.shape[2] % factor or xs.shape[3] % factor:
+        if xs.shape[2] % factor or xs.shape[3] % factor:
             raise ValueError(
                 "General: expected images [B, T, H, W, C] with sides that are "
                 f"multiples of {factor}, got shape {xs.shape}. Resize the images."

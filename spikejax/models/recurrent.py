@@ -41,6 +41,9 @@ class RecurrentSNN(nnx.Module):
 
     Returns:
         logits [B, T, num_classes] for a sequence [B, T, inputs].
+
+    Raises:
+        ValueError: the input is no such sequence.
     """
 
     def __init__(
@@ -53,12 +56,17 @@ class RecurrentSNN(nnx.Module):
         kind: Kind = feedback,
         rngs: nnx.Rngs,
     ):
-        sizes = [inputs, *widths]
+        self.inputs, sizes = inputs, [inputs, *widths]
         pairs = zip(sizes[:-1], widths, strict=True)
         self.layers = List(kind(a, b, neuron, rngs) for a, b in pairs)
         self.head = nnx.Linear(sizes[-1], num_classes, rngs=rngs)
 
     def __call__(self, xs: jax.Array) -> jax.Array:
+        if xs.ndim != 3 or xs.shape[2] != self.inputs:
+            raise ValueError(
+                f"RecurrentSNN: expected a sequence [B, T, {self.inputs}], got shape "
+                f"{xs.shape}. Without time, add the axis: xs[:, None]."
+            )
         for layer in self.layers:
             xs = layer(xs)
         return self.head(xs)
