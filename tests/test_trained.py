@@ -21,7 +21,7 @@ from spikejax.experiment import (
     train,
     trained,
 )
-from spikejax.experiment.trained import SHIPPED, Card, load, round_weights, save
+from spikejax.experiment.trained import SHIPPED, load, round_weights, save
 from spikejax.train import TrainConfig
 
 
