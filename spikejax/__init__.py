@@ -4,9 +4,11 @@ from importlib import import_module
 
 from spikejax import encode, losses, neurons, surrogate
 from spikejax.conversion import calibrate, convert, fold_norms
-from spikejax.layers import IF, LIF, PLIF, MultiThreshold, neuron_layers
+from spikejax.layers import IF, LI, LIF, PLIF, MultiThreshold, neuron_layers
 from spikejax.neurons import NeuronParams, cascade, independent, lif, parallel
+from spikejax.nn.cells import ALIF, ILIF, CubaLIF, RefractoryLIF
 from spikejax.nn.cpu import convolve, max_pool
+from spikejax.nn.delay import Delay, DelayedLinear
 from spikejax.nn.driven import spike_driven
 from spikejax.nn.memory import drop_membranes, keep_membranes, stepper
 from spikejax.nn.norm import td_batch_norm
@@ -24,12 +26,19 @@ def __getattr__(name: str) -> object:
 
 
 __all__ = [
+    "ALIF",
     "IF",
+    "ILIF",
+    "LI",
     "LIF",
     "PLIF",
+    "CubaLIF",
+    "Delay",
+    "DelayedLinear",
     "MultiThreshold",
     "NeuronParams",
     "QuantReLU",
+    "RefractoryLIF",
     "calibrate",
     "cascade",
     "convert",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spikejax import LIF, stepper
+from spikejax import ILIF, LIF, energy, spike_driven, stepper
 from spikejax.layers import Fixed
 from spikejax.nn.delay import Delay, DelayedLinear, place
 
@@ -63,6 +63,29 @@ def test_in_evaluation_spikes_stay_spikes(width):
     # Rounded, and kept within 0 to 4.
     for k, steps in enumerate((0, 4, 0)):
         np.testing.assert_array_equal(ys[..., k], shifted(xs[..., k], steps))
+
+
+def test_weights_behind_a_delay_meet_spikes_in_evaluation():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.neuron, self.last = ILIF(2), LIF()
+            self.delay = Delay(3, 3, rngs=rngs)
+            self.dense = DelayedLinear(3, 5, 2, rngs=rngs)
+            self.head = nnx.Linear(5, 2, use_bias=False, rngs=rngs)
+
+        def __call__(self, xs):
+            return self.head(self.last(3 * self.dense(self.delay(self.neuron(xs)))))
+
+    model = Net(nnx.Rngs(0))
+    model.eval()
+    xs = 2 * spikes((2, 8, 3))
+    logits, report = spike_driven(model, xs)
+    assert [layer.trains for layer in report.layers] == [2, 1]
+    assert report.layers[0].acs > 0 == report.layers[0].macs
+    np.testing.assert_allclose(logits, model(xs), atol=1e-6)
+    spent = energy.measure(model, xs)
+    acs = sum(layer.acs for layer in report.layers)
+    np.testing.assert_allclose(spent.energy_nj, acs * 0.9e-3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("width", [None, 1.0])

@@ -130,6 +130,11 @@ class Delay(_Delays):
                 f"{xs.shape}."
             )
         seen, steps, size = self.remember("Delay", xs), xs.shape[1], self.max_delay
+        if self.deterministic:  # spikes are moved, and not multiplied
+            late = jnp.clip(jnp.round(self.delays[...]), 0, size).astype(int)
+            places = size - late + jnp.arange(steps)[:, None]
+            places = places.reshape(1, steps, *[1] * (xs.ndim - 3), features)
+            return jnp.take_along_axis(seen, places, 1, mode="clip")
         total: Any = 0
         for n, tap in enumerate(self.kernel()):
             total += tap * seen[:, size - n : size - n + steps]
