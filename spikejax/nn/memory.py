@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from spikejax._compat import List, iter_modules
-from spikejax.layers import Membrane, Memory, neuron_layers
+from spikejax.layers import Membrane, Memory
 
 Model = TypeVar("Model", bound=nnx.Module)
 Stepper = Callable[[Any, jax.Array], tuple[Any, jax.Array]]
@@ -56,7 +56,7 @@ def keep_membranes(model: nnx.Module, xs: jax.Array) -> nnx.Module:
     """
     _check_module("keep_membranes", model)
     drop_membranes(model)
-    if not neuron_layers(model):
+    if not _memories(model):
         raise ValueError(
             "keep_membranes: expected a model with spiking neurons, got "
             f"{type(model).__name__} without any. Only they have membranes."
