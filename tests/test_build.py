@@ -101,6 +101,22 @@ def test_the_gain_of_the_norms_does_not_depend_on_the_neurons():
         assert {float(v.mean()) for k, v in values.items() if "scale" in k} == {1.0}
 
 
+def test_an_imagenet_network_can_pool_by_the_mean():
+    def pool(name):
+        options = ResNetOptions("resnet18-imagenet", width=0.02, pool=name)
+        parts = {"neuron": LIF, "num_classes": 3, "pool": nnx.max_pool}
+        return nnx.eval_shape(lambda: options.build(**parts, rngs=nnx.Rngs(0))).pool
+
+    # test_nir_write writes such a network to NIR.
+    assert pool("avg") is nnx.avg_pool and pool("max") is nnx.max_pool
+
+
+def test_networks_that_do_not_pool_refuse_a_pooling():
+    message = "pool: expected a network for ImageNet, .* got 'avg' for resnet20"
+    with pytest.raises(ValueError, match=message):
+        ResNetOptions("resnet20", pool="avg")
+
+
 @pytest.mark.parametrize("name", ["lif", "mt-parallel"])
 def test_a_general_snn_has_the_neurons_of_its_authors(name):
     layer = made(name, GeneralOptions())

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from spikejax.layers import IF, LI, LIF, Neuron, neuron_layers
-from spikejax.nir.read import NORSE, SINABS, SNNTORCH, STANDARD, from_nir
+from spikejax.nir.neurons import EXPONENTIAL, Dialect
+from spikejax.nir.read import NORSE, ROCKPOOL, SINABS, SNNTORCH, STANDARD, from_nir
 
 GOLDEN = Path(__file__).parent / "golden"
 DT = 1e-3
@@ -46,9 +47,72 @@ def test_a_dialect_matters():
     assert (ours != from_nir(path, dt=1e-4, dialect=SNNTORCH)(xs)).any()
 
 
-def graph_of(nodes, edges):
-    ends = {"in": nir.Input({"input": np.array([2])})}
-    ends["out"] = nir.Output({"output": np.array([2])})
+def euler(i):
+    """LIF of Norse, snnTorch, Lava and SpiNNaker2 in the paper of NIR."""
+    v, zs = 0.0, []
+    for x in i:
+        v += 0.04 * (x - v)
+        zs.append(v > 0.1)
+        v *= not zs[-1]
+    return zs
+
+
+def exact(i):
+    """LIF of Nengo, for a current that is constant in each step."""
+    v, zs = 0.0, []
+    for x in i:
+        v = x + (v - x) * np.exp(-0.04)
+        zs.append(v > 0.1)
+        v *= not zs[-1]
+    return zs
+
+
+def rockpool(i):
+    """LIFNeuronTorch with max_spikes_per_dt=1, after weights of 0.04."""
+    v, zs = 0.0, []
+    for x in i:
+        v = v * np.exp(-0.04) + 0.04 * x
+        zs.append(v > 0.1)
+        v -= 0.1 * zs[-1]
+    return zs
+
+
+# The network of the paper: one LIF with tau = 2.5 ms, and steps of 0.1 ms; r as its
+# writers have it, Norse and Rockpool.
+@pytest.mark.parametrize(
+    ("r", "weight", "dialect", "simulate"),
+    [
+        (1.0, 1.0, STANDARD, euler),
+        (1.0, 1.0, Dialect(EXPONENTIAL), exact),
+        (25 * np.exp(-0.04), 0.04, ROCKPOOL, rockpool),
+    ],
+)
+def test_the_lif_of_the_paper_fires_as_in_its_simulators(r, weight, dialect, simulate):
+    rng = np.random.default_rng(3)
+    xs = 4.0 * (rng.random(1000) < 0.08)
+    lif = nir.LIF(*np.array([[2.5e-3], [r], [0.0], [0.1], [0.0]]))
+    nodes = {"a": nir.Linear(np.full((1, 1), weight)), "b": lif}
+    model = from_nir(graph_of(nodes, PAIR, size=1), dt=1e-4, dialect=dialect)
+    zs = np.asarray(model(jnp.asarray(xs[None, :, None], jnp.float32)))[0, :, 0]
+    assert zs.sum() > 5 and np.array_equal(zs, simulate(xs))
+
+
+def test_a_readout_of_rockpool_decays_after_its_current():
+    tau = np.array([2e-3, 5e-3])
+    decay = np.exp(-1e-4 / tau)
+    nodes = {"a": nir.LI(tau, tau * decay / 1e-4, np.zeros(2))}
+    xs = np.random.default_rng(0).random((1, 20, 2))
+    v, expected = 0.0, []
+    for x in xs[0]:  # ExpSynTorch
+        v = (v + x) * decay
+        expected.append(v)
+    ys = from_nir(graph_of(nodes, LINE), dt=1e-4, dialect=ROCKPOOL)(jnp.asarray(xs))
+    np.testing.assert_allclose(ys[0], expected, rtol=1e-5)
+
+
+def graph_of(nodes, edges, size=2):
+    ends = {"in": nir.Input({"input": np.array([size])})}
+    ends["out"] = nir.Output({"output": np.array([size])})
     return nir.NIRGraph(ends | nodes, edges, type_check=False)
 
 

@@ -146,6 +146,12 @@ MODELS = {
     "plain": lambda: resnet(HARD, plain),
     "sew-imagenet": lambda: resnet(HARD, sew, imagenet_stem=True, hidden=4),
     "ms-soft": lambda: resnet(SOFT, ms),
+    "ms-imagenet": lambda: resnet(
+        partial(MultiThreshold, (0.3, 0.5)),
+        ms,
+        imagenet_stem=True,
+        pool=nnx.avg_pool,
+    ),
     "recurrent": Net,
     "converted": lambda: converted(1),
     "converted-node": lambda: converted(1),
@@ -296,7 +302,7 @@ def test_a_value_with_two_uses_stays_for_the_other():
         (lambda self, xs: xs * jnp.arange(5.0)[:, None, None, None], "step to step"),
         (
             lambda self, xs: nnx.max_pool(xs + self.conv(xs), (2, 2), (2, 2)),
-            r"a maximum over windows of what is not spikes.*\. Pool by the mean",
+            r"a maximum over windows of what is not spikes.*\. Pool by .*--pool avg",
         ),
         (
             lambda self, xs: xs[:, :, ::2],

@@ -195,7 +195,7 @@ def test_other_labels_of_a_gesture_archive_are_framed_again_or_refused(tmp_path)
             "12,0,9\n",
             r"led_labels\.csv: expected a class of 1 to 11, .* got \[12, 0, 9\]",
         ),
-        ("3,0\n", r"led_labels\.csv: expected lines of class, startTime_usec and"),
+        ("3,0\n", r"led_labels\.csv: expected a class .* and an end, got \[3, 0\]"),
         ("3,0,9.5\n", r"led_labels\.csv: expected lines of class, startTime_usec and"),
     ):
         table.write_text("".join([*lines[:-1], line]))

@@ -48,12 +48,21 @@ class ResNetOptions:
     """blocks recomputes each block for the gradient: less memory, a third more work."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters, statistics and membranes are float32."""
+    pool: Literal["max", "avg"] = "max"
+    """Pooling after the first convolution for ImageNet; avg can be written to NIR."""
 
     def __post_init__(self):
         check_settings(self, WIDTH)
+        if self.pool != "max" and self.model in ("resnet18", "resnet19", "resnet20"):
+            raise ValueError(
+                "pool: expected a network for ImageNet, those for CIFAR do not pool, "
+                f"got {self.pool!r} for {self.model}. Leave it out."
+            )
 
     def build(self, **parts: Any) -> nnx.Module:
         """Return the network; see ``build_model``."""
+        if self.pool == "avg":
+            parts["pool"] = nnx.avg_pool
         residuals = {"plain": resnet.plain, "sew": resnet.sew, "ms": resnet.ms}
         return MODELS[self.model](
             residual=residuals[self.residual],

@@ -313,11 +313,13 @@ class Dialect(NamedTuple):
     soft_reset: lif or late_reset for neurons that subtract their threshold; None where
         they set their membrane, as NIR says.
     per_step: r of IF and I counts per time step, not per second.
+    gain: of the current of LIF and LI in a step, of (dt, node); None is leak r.
     """
 
     integration: Integration = EULER
     soft_reset: Cell | None = None
     per_step: bool = False
+    gain: Callable[[float, Node], Numbers] | None = None
 
 
 def read_neurons(name: str, node: Node, dt: float, dialect: Dialect) -> Neuron | None:
@@ -368,7 +370,7 @@ def _read(node: Node, dt: float, dialect: Dialect) -> NodeParams:
     leak, gain = np.zeros(()), get("r") * (1.0 if dialect.per_step else dt)
     if isinstance(node, nir.LI | nir.LIF):
         leak = dialect.integration.leak(dt, get("tau"))
-        gain = leak * get("r")
+        gain = leak * get("r") if dialect.gain is None else dialect.gain(dt, node)
     if isinstance(node, nir.I | nir.LI):
         return NodeParams(leak, gain, get("v_leak"))
     threshold = amount = get("v_threshold")

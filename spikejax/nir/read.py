@@ -20,7 +20,7 @@ import numpy as np
 
 from spikejax import neurons
 from spikejax.nir.graph import Edge, Graph, reachable
-from spikejax.nir.layers import read_layer
+from spikejax.nir.layers import Node, read_layer
 from spikejax.nir.neurons import EXPONENTIAL, Dialect, read_neurons
 
 STANDARD = Dialect()
@@ -32,6 +32,21 @@ NORSE = Dialect(per_step=True)
 its default writes them 1000 times too small, and needs dt=1e-6 here."""
 SINABS = Dialect(EXPONENTIAL, neurons.lif, per_step=True)
 """IAF, LIF and ExpLeak with one spike per step. Its unit of time is the step: dt=1."""
+
+
+def _after_decay(dt: float, node: Node) -> np.ndarray:
+    """Return the gain of Rockpool, whose r is tau exp(-dt / tau) / dt.
+
+    It fits its LI, where a current decays in its own step, but not its LIF, where the
+    current comes after the decay.
+    """
+    tau = np.asarray(node.tau, np.float64)
+    late = np.exp(dt / tau) if isinstance(node, nir.LIF) else 1.0
+    return np.asarray(node.r) * dt / tau * late
+
+
+# LIFNeuronTorch with max_spikes_per_dt=1, and ExpSynTorch.
+ROCKPOOL = Dialect(EXPONENTIAL, neurons.lif, gain=_after_decay)
 
 # What HDF5, NIR and JAX raise for damaged files, and for graphs that do not fit.
 DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError)
@@ -53,7 +68,8 @@ def from_nir(
     Args:
         graph: with one input and one output, or the file that holds it.
         dt: seconds per time step, > 0; that of the library that wrote the graph.
-        dialect: STANDARD, SNNTORCH, NORSE, SINABS, or your own for another writer.
+        dialect: STANDARD, SNNTORCH, NORSE, SINABS, ROCKPOOL, or your own for another
+            writer.
 
     Raises:
         ValueError: an argument is out of its range, the graph has nodes, edges, shapes

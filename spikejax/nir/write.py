@@ -336,8 +336,8 @@ class _Writer:
                 refuse(
                     "a maximum over windows of what is not spikes",
                     eqn,
-                    hint="Pool by the mean (pool=nnx.avg_pool) and train again, or "
-                    "pool the spikes of neurons with one threshold.",
+                    hint="Pool by the mean (--pool avg, pool=nnx.avg_pool) and train "
+                    "again, or pool the spikes of neurons with one threshold.",
                 )
             # A sum of 0s and 1s is above 1/2 where one of them is 1.
             half = nir.Threshold(np.full(_channels_first(shape), 0.5))

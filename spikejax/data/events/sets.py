@@ -268,8 +268,9 @@ def _labelled(path: Path, sort: bool) -> Iterator[_Sample]:
     events, size = recordings.read(path, sort=sort)
     table = _labels(path)
     with recordings.naming(table, "lines of class, startTime_usec and endTime_usec"):
-        rows = np.loadtxt(table, np.int64, delimiter=",", skiprows=1, ndmin=2)
-        for label, *span in rows.tolist():
+        _, *lines = table.read_text("ascii").splitlines()
+        for line in filter(str.strip, lines):
+            label, *span = map(int, line.split(","))
             if not 1 <= label <= len(GESTURES) or len(span) != 2:
                 raise CorruptRecording(
                     f"expected a class of 1 to {len(GESTURES)}, a start and an end, "

@@ -93,7 +93,7 @@ def read_text(data: bytes) -> Columns:
     text, size, order, skip = data.decode("ascii"), None, list("txyp"), 0
     for number, line in enumerate(io.StringIO(text)):
         fields = re.split(r"[\s,;]+", line.strip())
-        if fields == [""] or line.startswith("#"):
+        if fields == [""] or fields[0].startswith("#"):
             continue
         if found := re.match(r"%geometry:(\d+)[,x](\d+)", line):
             size, order = (int(found[2]), int(found[1])), list("xypt")
