@@ -45,8 +45,8 @@ def _after_decay(dt: float, node: Node) -> np.ndarray:
     return np.asarray(node.r) * dt / tau * late
 
 
-# LIFNeuronTorch with max_spikes_per_dt=1, and ExpSynTorch.
 ROCKPOOL = Dialect(EXPONENTIAL, neurons.lif, gain=_after_decay)
+"""LIFNeuronTorch with max_spikes_per_dt=1, and ExpSynTorch; dt is its own."""
 
 # What HDF5, NIR and JAX raise for damaged files, and for graphs that do not fit.
 DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError)
