@@ -1,6 +1,7 @@
 """Multi-threshold spiking neural networks in JAX and Flax."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from spikejax import encode, losses, neurons, surrogate
 from spikejax.conversion import calibrate, convert, fold_norms
@@ -14,6 +15,10 @@ from spikejax.nn.memory import drop_membranes, keep_membranes, stepper
 from spikejax.nn.norm import td_batch_norm
 from spikejax.nn.quant import QuantReLU
 from spikejax.unroll import unroll
+
+if TYPE_CHECKING:  # for editors
+    from spikejax.experiment.trained import load as load
+    from spikejax.experiment.trained import pretrained as pretrained
 
 __version__ = "0.2.0"
 

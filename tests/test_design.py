@@ -102,8 +102,11 @@ def imports(nodes) -> set[str]:
 
 def storeys_imported(tree: ast.AST) -> set[str]:
     """The storeys of spikejax that the module names, in functions too."""
-    found = set()
-    for name in imports(ast.walk(tree)):
+    found, nodes = set(), set(ast.walk(tree))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            nodes -= set(ast.walk(node))  # nothing is imported there
+    for name in imports(nodes):
         if name.split(".")[0] == "spikejax":
             top = storey(name)
             found.add(top if top in STOREYS else "")

@@ -84,7 +84,6 @@ digits --data tiny_imagenet --neuron lif --data-dir empty
     tiny_imagenet: expected tiny-imagenet-200.zip or one zip of its layout, got
 digits --augment flip
     flags: expected one of none, crop-flip, reflect-flip, autoaugment, inception
-    after --augment, got
 digits --augment inception
     image_size: expected a number with --augment inception, got none. Take 224, or 64
 digits --from nowhere --neuron lif
@@ -96,7 +95,7 @@ digits --image-size 1000000
 digits --model vgg
     flags: expected --model resnet18, resnet19, resnet20, resnet18-imagenet, resnet34,
 digits --model resnet20 --pool avg
-    flags: expected a flag of --model resnet20 (--residual, --width, --remat, --dtype),
+    pool: expected a network for ImageNet, those for CIFAR do not pool, got 'avg' for
 digits --model convnet --widht 2
     flags: expected those of this script, got --widht. Did you mean --width?
 digits --neuron lif --num-threshold 3
@@ -190,7 +189,7 @@ digits --epochs 1e12 --neuron lif
 cifar10 --widht 2
     flags: expected those of this script, got --widht. Did you mean --width?
 cifar10 --pool avg
-    flags: expected a flag of --model resnet20 (--residual, --width, --remat, --dtype),
+    pool: expected a network for ImageNet, those for CIFAR do not pool, got 'avg' for
 cifar10 --model convnet --width 2
     flags: expected a flag of --model convnet (--pool, --dtype), got --width.
 cifar10
@@ -204,7 +203,7 @@ cifar10 --data mnist_corrupted
 cifar10 --batch-size 1e3
     flags: expected an integer after --batch-size, got '1e3'. --help explains it.
 cifar10 --stream x.npz
-    flags: expected those of this script, got --stream. Did you mean --steps?
+    flags: expected those of this script, got --stream. --help lists
 cifar10 resnet19
     flags: expected --NAME before each value, got resnet19. --help lists them.
 cifar100 --data-dir empty
@@ -289,14 +288,14 @@ convert --sweep yes
     flags: expected --NAME before each value, got yes. --help lists them.
 convert --quant-steps 3
     flags: expected those of this script, got --quant-steps. --help lists
-convert --model resnet20 --pool max
-    flags: expected a flag of --model resnet20 (--residual, --width, --remat, --dtype),
+convert --model resnet20 --pool avg
+    pool: expected a network for ImageNet, those for CIFAR do not pool, got 'avg' for
 dvs_cifar10 --data empty
-    empty: expected cifar10-dvs, nmnist, dvs128-gesture or a folder, with recordings
+    empty: expected cifar10-dvs, nmnist, dvs128-gesture, ncaltech101 or a
 dvs_cifar10 --data-dir nowhere
-    cifar10-dvs: expected cifar10-dvs, nmnist, dvs128-gesture or a folder, with
+    cifar10-dvs: expected cifar10-dvs, nmnist, dvs128-gesture, ncaltech101 or a
 dvs_cifar10 --data nmnist --data-dir empty
-    nmnist: expected cifar10-dvs, nmnist, dvs128-gesture or a folder, with recordings
+    nmnist: expected cifar10-dvs, nmnist, dvs128-gesture, ncaltech101 or a
 dvs_cifar10 --side 0
     side: expected 1 to 10000, got 0.
 dvs_cifar10 --side big
@@ -316,7 +315,7 @@ dvs_cifar10 --augment crop-flip
 dvs_cifar10 --stream x.npz
     stream: expected a network of --frames duration, as a stream has no end after which
 dvs_cifar10 --stream x.npz --frames duration
-    cifar10-dvs: expected cifar10-dvs, nmnist, dvs128-gesture or a folder, with
+    cifar10-dvs: expected cifar10-dvs, nmnist, dvs128-gesture, ncaltech101 or a
 dvs_cifar10 --image-size 4
     flags: expected those of this script, got --image-size. --help lists
 dvs_cifar10 --neuron relu
