@@ -18,7 +18,7 @@ from spikejax.experiment.build import (
     build_model,
 )
 from spikejax.experiment.start import start_from
-from spikejax.experiment.trained import load, save
+from spikejax.experiment.trained import find, load, save
 from spikejax.train import TrainConfig
 
 LIF, SEVERAL = SingleOptions("lif"), MultiThresholdOptions("mt-cascade", 7)
@@ -134,6 +134,16 @@ def test_a_learned_tau_is_not_dropped(source, tmp_path):
     save(tmp_path, built(PLIF), card)
     with pytest.raises(ValueError, match="leak_logit was .* and is absent. Take the"):
         start_from(built(), str(tmp_path), 10)
+
+
+def test_a_network_of_the_package_by_its_name():
+    options = VGGOptions("whitened"), SingleOptions("relu")
+    model = build_model(*options, num_classes=100, in_channels=3, seed=0)
+    assert start_from(model, "cifar10-mt4", 100) == ["head/kernel"]
+    theirs = load(find("cifar10-mt4")).model
+    np.testing.assert_array_equal(model.convs[5].kernel, theirs.convs[5].kernel)
+    np.testing.assert_array_equal(model.norms[5].mean, theirs.norms[5].mean)
+    assert find(".").resolve() == find("").resolve()  # here, and nothing of the package
 
 
 def test_a_folder_without_a_run(tmp_path):

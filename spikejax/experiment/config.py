@@ -101,9 +101,9 @@ class Experiment:
     label_smoothing: float = 0.0
     """Probability that is spread over all classes, 0 <= p < 1."""
     from_: Annotated[str | None, FROM] = None
-    """Folder of a finished or stopped run, from whose weights the training starts: to
-    train longer, with another recipe or other neurons. Layers have to fit; a head of
-    other classes is new."""
+    """Folder of a finished or stopped run, or cifar10-mt4 of the package, from whose
+    weights the training starts: to train longer, with another recipe or other neurons.
+    Layers have to fit; a head of other classes is new."""
     workers: int = 0
     """Processes that prepare batches, beside the main one."""
     fsdp: int = 1

@@ -1,13 +1,12 @@
 """Weights of another run, from which a training starts."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spikejax.experiment.trained import CARD, load
+from spikejax.experiment.trained import CARD, find, load
 from spikejax.train.checkpoint import read_newest
 from spikejax.train.checksum import by_path, first_difference, signatures
 
@@ -23,8 +22,9 @@ def start_from(model: nnx.Module, source: str, num_classes: int) -> list[str]:
 
     Args:
         model: network that gets them.
-        source: folder of a finished run, or of one with a checkpoint. Weights are those
-            of its last step, averaged if it keeps an average (``ema``).
+        source: folder of a finished run, or of one with a checkpoint, or a name of
+            ``pretrained``. Weights are those of the last step, averaged if the run
+            keeps an average (``ema``).
         num_classes: logits of ``model``.
 
     Returns:
@@ -64,7 +64,7 @@ def _leaves(state: nnx.State) -> dict[str, Any]:
 
 def _weights(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the parameters of a run, and all else that its network holds, by path."""
-    folder = Path(source)
+    folder = find(source)
     if (folder / CARD).exists():
         params, rest = nnx.state(load(folder).model, nnx.Param, ...)
         return _leaves(params), _leaves(rest)

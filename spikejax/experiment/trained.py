@@ -155,6 +155,12 @@ def load(folder: Path | str) -> Trained:
     return Trained(model, card)
 
 
+def find(network: str) -> Path:
+    """Return the folder of a network of the package, by its name, or of a run."""
+    shipped = SHIPPED / network
+    return shipped if (shipped / CARD).exists() else Path(network)
+
+
 def pretrained(name: str) -> Trained:
     """Return a network that comes with the package, such as "cifar10-mt4".
 
@@ -201,7 +207,7 @@ def load_images(network: str) -> Trained:
     """
     if not network:
         raise ValueError("network: expected the folder of a finished run, got none.")
-    found = load(SHIPPED / network if (SHIPPED / network).is_dir() else network)
+    found = load(find(network))
     if found.card.mean is None:
         raise ValueError(f"network: expected one of images, got {network}, of events.")
     return found
