@@ -161,8 +161,7 @@ def effect(monkeypatch, recordings, tmp_path, capsys):
         yield
 
     def load_events(name, framing, data_dir, **cache):
-        # Sorting does nothing to these recordings, which are in order.
-        found.extend((data_dir, framing.sort))
+        found.extend((data_dir, framing.sort))  # these recordings are in order
         return events.load(name, framing, None, **cache)
 
     original = images.train_batches

@@ -182,8 +182,7 @@ class CubaLIF(LIF):
 
     i' = i - i / tau_synapse + x;   else as ``LIF`` with the input i'
 
-    Before any other neuron ``LI(tau_synapse, decay_input=False)`` does the same, but
-    for an input that the leak scales too.
+    ``LI(tau_synapse, decay_input=False)`` gives any other neuron such a current.
 
     Args:
         tau: membrane time constant in time steps, >= 1.

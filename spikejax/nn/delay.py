@@ -64,15 +64,20 @@ class _Delays(nnx.Module):
         self.deterministic = False  # set by model.eval() and model.train()
         self.memory = Memory()
 
+    def places(self) -> jax.Array:
+        """Return d within 0 to max_delay; whole in evaluation."""
+        free = self.delays[...]
+        bounded = jnp.clip(free, 0, self.max_delay)
+        if self.deterministic:
+            return jnp.round(bounded)
+        # The gradient acts outside of the range too, so that no delay is stuck there.
+        return free + jax.lax.stop_gradient(bounded - free)
+
     def kernel(self) -> jax.Array:
         """Return the taps [max_delay + 1, ...] of the delays."""
-        free = self.delays[...]
-        # The gradient acts outside of the range too, so that no delay is stuck there.
-        bounded = free + jax.lax.stop_gradient(jnp.clip(free, 0, self.max_delay) - free)
-        if self.deterministic:
-            return place(jnp.round(bounded), self.max_delay)
-        width = None if self.width is None else self.width[...]
-        return place(bounded, self.max_delay, width)
+        if self.deterministic or self.width is None:
+            return place(self.places(), self.max_delay)
+        return place(self.places(), self.max_delay, self.width[...])
 
     def remember(self, who: str, xs: jax.Array) -> jax.Array:
         """Return xs after the max_delay steps before them, and keep the last ones."""
@@ -131,8 +136,7 @@ class Delay(_Delays):
             )
         seen, steps, size = self.remember("Delay", xs), xs.shape[1], self.max_delay
         if self.deterministic:  # spikes are moved, and not multiplied
-            late = jnp.clip(jnp.round(self.delays[...]), 0, size).astype(int)
-            places = size - late + jnp.arange(steps)[:, None]
+            places = size - self.places().astype(int) + jnp.arange(steps)[:, None]
             places = places.reshape(1, steps, *[1] * (xs.ndim - 3), features)
             return jnp.take_along_axis(seen, places, 1, mode="clip")
         total: Any = 0
