@@ -42,7 +42,7 @@ ENERGY_IMAGES = 32
 class Hybrid:
     """A ReLU network, and the spiking one that starts from it."""
 
-    relu: Positional[Path] = Path()
+    relu: Positional[str] = ""
     """Folder of a run with --neuron relu."""
     workdir: Path = Path("runs/hybrid")
     """Folder of the spiking network."""
@@ -76,6 +76,8 @@ def run(flags: Hybrid) -> dict[str, Any] | None:
     Returns:
         its content, or None if SIGTERM stopped the run.
     """
+    if not flags.relu:
+        raise ValueError("relu: expected the folder of a ReLU run, got none.")
     relu, steps = read_relu(flags.relu, flags.data_dir), flags.time_steps
     count = flags.num_thresholds
     several = MultiThresholdOptions(num_thresholds=count)
