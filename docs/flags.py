@@ -3,11 +3,8 @@
 python docs/flags.py
 """
 
-import ast
 import dataclasses
 import importlib
-import inspect
-import textwrap
 from functools import cache
 from pathlib import Path
 from typing import (
@@ -22,7 +19,7 @@ from typing import (
 
 from spikejax.experiment import Experiment, Images
 from spikejax.experiment.build import ActivationOptions, NetworkOptions
-from spikejax.experiment.cli import FROM, alternatives, flag_name
+from spikejax.experiment.cli import alternatives, field_texts, flag_name
 
 SCRIPTS = (
     *("digits", "cifar10", "cifar100", "imagenet", "tinyimagenet"),
@@ -63,20 +60,6 @@ def shown(value: Any) -> str:
     return f"`{value:.4g}`" if isinstance(value, float) else f"`{value}`"
 
 
-@cache
-def docstrings(cls: type) -> dict[str, str]:
-    """Return {field of a dataclass: the string under it}."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__[:-1]):  # the texts of inherited fields too
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(tree, ast.ClassDef)
-        for field, text in zip(tree.body, tree.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                name, value = ast.unparse(field.target), ast.literal_eval(text.value)
-                found[name] = " ".join(value.split())
-    return found
-
-
 def values(hint: Any) -> str:
     """Return the values that a flag of this type takes."""
     if get_origin(hint) is Literal:
@@ -90,7 +73,7 @@ def flags(config: Any, options: bool = True) -> dict[str, Flag]:
     """Return {name: flag} of a dataclass with defaults and of those inside it."""
     found: dict[str, Flag] = {}
     hints = get_type_hints(type(config), include_extras=True)
-    texts = docstrings(type(config))
+    texts = field_texts(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -98,10 +81,8 @@ def flags(config: Any, options: bool = True) -> dict[str, Flag]:
                 found |= flags(value, options)
             continue
         hint = hints[field.name]
-        if get_origin(hint) is Annotated:
-            hint, mark = get_args(hint)
-            if mark is not FROM:  # a word without a flag
-                continue
+        if get_origin(hint) is Annotated:  # a word without a flag
+            continue
         name = flag_name(field.name)
         found[name] = Flag(name, values(hint), value, texts[field.name])
     return found

@@ -250,6 +250,8 @@ def _dense(site: Site) -> tuple[float, float]:
         # Padding and holes meet no weight.
         inside = (at >= 0) & (at % holes == 0) & (at <= holes * (pixels[k] - 1))
         macs *= inside.sum()
+    if len(kernel) == 3 and kernel[0] == 1:  # the first axis is time, as in nn.tpu
+        calls *= pixels[0]
     return float(macs), calls
 
 

@@ -11,6 +11,9 @@ Pytree = Any
 Step = Callable[[Pytree, Pytree, Pytree], tuple[Pytree, Pytree]]
 
 UNROLLED = 4  # up to so many steps are written out, so that XLA fuses them
+# On a TPU. There a loop over 10 steps copies its arrays into another layout and back:
+# by the compiler's model, twice the cycles.
+UNROLLED_ON_TPU = 16
 
 
 def unroll(
@@ -18,8 +21,9 @@ def unroll(
 ) -> tuple[Pytree, Pytree]:
     """Run ``cell(params, state, x) -> (state, y)`` over the time steps of xs.
 
-    Up to 4 steps are written out one by one; more run in a ``jax.lax.scan``, whose
-    backward pass keeps xs alone, and computes the states again. Both give one answer.
+    Up to 4 steps, on a TPU 16, are written out one by one; more run in a
+    ``jax.lax.scan``, whose backward pass keeps xs alone, and computes the states again.
+    Both give one answer.
 
     Args:
         cell: one step, a pure function.
@@ -41,11 +45,7 @@ def unroll(
         )
     steps = leaves[0].shape[1]
     if steps <= UNROLLED:
-        outputs = []
-        for t in range(steps):
-            state, y = cell(params, state, jax.tree.map(lambda x, t=t: x[:, t], xs))
-            outputs.append(y)
-        return state, jax.tree.map(lambda *ys: jnp.stack(ys, 1), *outputs)
+        return _write(partial(cell, params), (), state, xs)
     # Arrays that the cell closes over become arguments: a function with a derivative of
     # its own has gradients for its arguments alone.
     step, weights = jax.closure_convert(partial(cell, params), state, _at(xs, 0))
@@ -72,7 +72,30 @@ def _loop(
     step: Step, weights: Pytree, state: Pytree, xs: Pytree
 ) -> tuple[Pytree, Pytree]:
     """Run the steps in a loop that reads and writes in place: no axis is moved."""
-    return _run(step, weights, state, xs)[0]
+    return _by_platform(
+        partial(_write, step),
+        lambda *given: _run(step, *given)[0],
+        (weights, state, xs),
+    )
+
+
+def _by_platform(written: Callable, loop: Callable, given: tuple) -> Pytree:
+    """Return the function of (weights, state, xs, ...) that is faster on a platform."""
+    if jax.tree.leaves(given[2])[0].shape[1] > UNROLLED_ON_TPU:
+        return loop(*given)
+    return jax.lax.platform_dependent(*given, tpu=written, default=loop)
+
+
+def _write(
+    step: Callable, weights: Pytree, state: Pytree, xs: Pytree
+) -> tuple[Pytree, Pytree]:
+    """Run the steps one by one, without a loop in the program."""
+    outputs = []
+    for t in range(jax.tree.leaves(xs)[0].shape[1]):
+        now = jax.tree.map(lambda x, t=t: x[:, t], xs)
+        state, y = step(state, now, *weights)
+        outputs.append(y)
+    return state, jax.tree.map(lambda *ys: jnp.stack(ys, 1), *outputs)
 
 
 def _run(
@@ -100,8 +123,21 @@ def _forward(
 
 
 def _backward(step: Step, kept: tuple, cotangents: tuple[Pytree, Pytree]) -> tuple:
-    weights, state, xs = kept
-    d_state, d_ys = cotangents
+    def written(*given: Pytree) -> tuple:
+        return jax.vjp(partial(_write, step), *given[:3])[1](given[3:])
+
+    return _by_platform(written, partial(_pull, step), (*kept, *cotangents))
+
+
+def _pull(
+    step: Step,
+    weights: Pytree,
+    state: Pytree,
+    xs: Pytree,
+    d_state: Pytree,
+    d_ys: Pytree,
+) -> tuple:
+    """Return the gradients of the loop's arguments, step by step from the last."""
     _, states = _run(step, weights, state, xs)
 
     def body(carry: tuple, given: tuple[jax.Array, Pytree]) -> tuple[tuple, None]:

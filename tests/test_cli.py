@@ -277,3 +277,21 @@ def test_the_folder_of_the_user(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/home/ada")
     assert cli.cache_folder() == Path("/home/ada/.cache/spikejax")
+
+
+def test_help_has_a_group_per_part_with_all_that_a_flag_selects(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["cifar10", "--model", "whitened", "--help"])
+    with pytest.raises(SystemExit) as exit:
+        parse(digits.DEFAULT, "Train.\n\n    python -m x\n")
+    text = capsys.readouterr().out
+    assert not exit.value.code and "Train.\n    python -m x\n" in text
+    groups = re.findall(r"(\w+) options [─-]", text)
+    assert groups == ["inputs", "network", "activation", "train", "processes"]
+    network = text[text.index("network options") : text.index("activation options")]
+    for words in ("resnet152", "general-lstm", "vggsnn", "--model VALUE --help has"):
+        assert words in network
+    assert "--pool" in network and "--residual" not in network
+    # A text of several lines in the source is one paragraph.
+    text = " ".join(re.sub("[│|]", " ", text).split())
+    assert "from whose weights the training starts: to train longer, with" in text

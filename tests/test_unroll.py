@@ -93,6 +93,23 @@ def test_both_paths_give_one_answer(steps, monkeypatch):
         function = jax.grad(partial(weighted_sum), (0, 1, 2), has_aux=True)
         answers.append(jax.jit(function)(*inputs))
     assert_close(*answers)
+    # The steps that a TPU writes out under the loop's own gradient.
+    on_tpu = lambda written, loop, given: written(*given)  # noqa: E731
+    monkeypatch.setattr(MODULE, "_by_platform", on_tpu)
+    function = jax.jit(jax.grad(partial(weighted_sum), (0, 1, 2), has_aux=True))
+    assert " while(" not in function.lower(*inputs).as_text("hlo")
+    assert_close(function(*inputs), answers[0])
+
+
+@pytest.mark.parametrize("steps, written", [(5, True), (16, True), (17, False)])
+def test_up_to_16_steps_are_written_out_on_a_tpu(steps, written):
+    def program(platform):
+        function = jax.jit(jax.grad(weighted_sum, has_aux=True))
+        lowered = function.trace(*example(steps)).lower(lowering_platforms=(platform,))
+        return lowered.as_text()
+
+    assert "stablehlo.while" in program("cpu")
+    assert ("stablehlo.while" in program("tpu")) != written
 
 
 @pytest.mark.parametrize("steps, cut", [(4, 1), (7, 5), (67, 3), (70, 66)])

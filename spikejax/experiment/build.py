@@ -16,7 +16,7 @@ from flax import nnx
 from spikejax import neurons, surrogate
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold, Neuron
 from spikejax.models import MODELS, resnet
-from spikejax.nn import cpu, windowed
+from spikejax.nn import cpu, tpu, windowed
 from spikejax.train.recipe import Ranges, check_settings
 
 NeuronFactory = Callable[[], Callable[[jax.Array], jax.Array]]
@@ -206,16 +206,19 @@ def build_model(
         in_channels: channels of the input.
         seed: of the weights.
         platform: backend for which it is built, by default the one in use. On a CPU,
-            networks take the kernels of ``nn.cpu``.
+            networks take the kernels of ``nn.cpu``, on a TPU those of ``nn.tpu``.
         size: height and width of the images, which the network is checked to take.
 
     Raises:
         ValueError: the network does not take images of that size.
     """
     parts: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
+    platform = platform or jax.default_backend()
     # Not elsewhere: nn/cpu.py says how much faster they are, without forward mode.
-    if (platform or jax.default_backend()) == "cpu":
+    if platform == "cpu":
         parts |= {"conv": cpu.Conv, "norm": cpu.td_batch_norm, "pool": cpu.max_pool}
+    elif platform == "tpu":
+        parts["conv"] = tpu.Conv
     parts["neuron"] = neuron_factory(activation, network)
 
     def make() -> nnx.Module:

@@ -1,10 +1,12 @@
 """The command line: flags over a dataclass, one line for an error, and the cache."""
 
 import argparse
+import ast
 import contextlib
 import copy
 import dataclasses
 import errno
+import inspect
 import io
 import logging
 import os
@@ -12,10 +14,13 @@ import platform
 import re
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
+    Annotated,
     Any,
     Literal,
     NoReturn,
@@ -34,7 +39,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 is_group: Callable[[Any], bool] = dataclasses.is_dataclass
-FROM: Any = tyro.conf.arg(name="from")  # no field can have Python's own word
 
 
 def parse(default: T, description: str | None, *options: Any, usage: str = "") -> T:
@@ -69,19 +73,18 @@ def parse(default: T, description: str | None, *options: Any, usage: str = "") -
     except ValueError as error:
         fail(str(error))
     errors = io.StringIO()
+    given = _plain(default)
     try:
         with contextlib.redirect_stderr(errors):
             flags, unknown = tyro.cli(
-                type(default),
-                default=default,
+                type(given),
+                default=given,
                 prog=f"python -m experiments.{Path(sys.argv[0]).stem} {usage}".strip(),
-                description=description,
+                # tyro adds an empty line of its own before a command.
+                description=(description or "").replace("\n\n    ", "\n    "),
                 return_unknown_args=True,  # tyro's own message takes five lines
-                # The second takes the group of the default, and no subcommand.
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
+                config=(tyro.conf.OmitArgPrefixes,),
             )
-    except ValueError as error:  # of a group of options
-        fail(str(error))
     except SystemExit as exit:
         if not exit.code:  # --help
             raise
@@ -91,7 +94,64 @@ def parse(default: T, description: str | None, *options: Any, usage: str = "") -
         fail(_wrong_value(default, " ".join(text.split())))
     if unknown:
         fail(f"flags: {_explain(default, unknown[0])}")
-    return flags
+    try:
+        return checked(_typed(default, flags))
+    except ValueError as error:
+        fail(str(error))
+
+
+def _plain(config: "DataclassInstance", kinds: tuple[type, ...] = ()) -> Any:
+    """Return a dataclass of the same values for tyro, without unions and checks.
+
+    Args:
+        config: the dataclass.
+        kinds: those that may be in its place.
+    """
+    kind, fields, values = type(config), [], {}
+    hints, texts = get_type_hints(kind, include_extras=True), field_texts(kind)
+    if kinds:  # the help of the flag that selects one names all
+        first, kind_of = alternatives(kinds)
+        hints[first] = Literal[tuple(kind_of)]
+        others = [field_texts(k)[first] for k in kinds if k is not kind]
+        help_of = f"{flag_name(first)} VALUE --help has the flags of each."
+        texts[first] = " ".join([texts[first], *others, help_of])
+    for name, hint in hints.items():
+        value = getattr(config, name)
+        if is_group(value):
+            value = _plain(value, get_args(hint))
+            hint = type(value)
+        else:
+            arg = tyro.conf.arg(name=flag_name(name)[2:], help=texts[name])
+            hint = Annotated[hint, arg]
+        fields.append((name, hint))
+        values[name] = value
+    doc = {"__doc__": kind.__doc__}
+    return dataclasses.make_dataclass(kind.__name__, fields, namespace=doc)(**values)
+
+
+def _typed(config: T, plain: "DataclassInstance") -> T:
+    """Return a dataclass with the values of its ``_plain`` one, not yet checked."""
+    made = copy.copy(config)
+    for name, value in vars(plain).items():
+        group = getattr(config, name)
+        vars(made)[name] = _typed(group, value) if is_group(group) else value
+    return made
+
+
+def field_texts(kind: type) -> dict[str, str]:
+    """Return {field of a dataclass or its bases: the string under it}."""
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        body: Any = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        for field, text in pairwise(body.body):
+            match field, text:
+                case (
+                    ast.AnnAssign(target=ast.Name(id=name)),
+                    ast.Expr(value=ast.Constant(value=str(words))),
+                ):
+                    # tyro keeps the ends of indented lines.
+                    texts[name] = " ".join(words.split())
+    return texts
 
 
 def flag_name(field: str) -> str:
@@ -162,9 +222,6 @@ def _groups(config: "DataclassInstance") -> Iterator[tuple[str, dict[str, type]]
 
 def _wrong_value(config: "DataclassInstance", text: str) -> str:
     """Return what is wrong with a value, of which tyro says the text."""
-    # An error of the config's own check comes as "Error parsing ...: name: expected".
-    if own := re.match(r"Error parsing [^:]+: (\w+: .*)", text):
-        return own[1]
     found = re.search(r"--[\w-]+", text)
     hint = dict(_hints(config)).get(found[0]) if found else None
     if found is None or hint is None:

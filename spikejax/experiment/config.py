@@ -8,7 +8,7 @@ import dataclasses
 import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import flax
 import jax
@@ -32,7 +32,7 @@ from spikejax.experiment.build import (
     VGGOptions,
     build_model,
 )
-from spikejax.experiment.cli import FROM, cache_programs, checked, flatten, override
+from spikejax.experiment.cli import cache_programs, checked, flatten, override
 from spikejax.experiment.start import start_from
 from spikejax.experiment.trained import Card
 from spikejax.train import processes, sharding, workdir
@@ -100,7 +100,7 @@ class Experiment:
     """Cross-entropy of the mean over time, or the mean of that of every step (TET)."""
     label_smoothing: float = 0.0
     """Probability that is spread over all classes, 0 <= p < 1."""
-    from_: Annotated[str | None, FROM] = None
+    from_: str | None = None
     """Folder of a finished or stopped run, or cifar10-mt4 of the package, from whose
     weights the training starts: to train longer, with another recipe or other neurons.
     Layers have to fit; a head of other classes is new."""
