@@ -96,8 +96,8 @@ class Step(NamedTuple):
         if unit is not None:
             current = current / unit
         state, trains = self.cell(values, state, current, self.options)
-        if not trains:  # an integrator: its membrane is its output
-            return state, state.astype(x.dtype)
+        if not trains:  # an integrator: its membrane, its first state, is its output
+            return state, jax.tree.leaves(state)[0].astype(x.dtype)
         if self.trains:
             return state, jnp.stack(trains, -1).astype(x.dtype)
         weights = neurons.spike_weights(self.cell, values)

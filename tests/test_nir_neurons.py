@@ -23,6 +23,7 @@ from spikejax.nir.neurons import (
     specs,
     write,
 )
+from spikejax.nn.cells import CubaLIF
 from spikejax.nn.memory import keep_membranes
 from spikejax.nn.quant import ScaledIF
 
@@ -35,7 +36,8 @@ def part(layer, *, factor=1.0, soft_reset=loop, integration=EULER, shape=(2,)):
 
 
 def parameters(made):
-    names = "tau", "r", "v_leak", "v_threshold", "v_reset"
+    names = "tau", "tau_mem", "tau_syn", "r", "w_in", "v_leak"
+    names += "v_threshold", "v_reset"
     return {k: float(getattr(made, k)[0]) for k in names if hasattr(made, k)}
 
 
@@ -60,6 +62,12 @@ def parameters(made):
         (IF(2.0, v_reset=-1.0), nir.IF, dict(r=1e3, v_threshold=2, v_reset=-1)),
         (LI(4.0), nir.LI, dict(tau=4e-3, r=1, v_leak=0)),
         (LI(math.inf, decay_input=False), nir.I, dict(r=1e3)),
+        (
+            CubaLIF(4.0, tau_synapse=2.0, v_reset=-0.25, decay_input=False),
+            nir.CubaLIF,
+            dict(tau_mem=4e-3, tau_syn=2e-3, w_in=2, r=4)
+            | dict(v_leak=-0.25, v_threshold=1, v_reset=-0.25),
+        ),
     ],
 )
 def test_one_node_says_it_all(layer, kind, expected):
@@ -97,6 +105,19 @@ def test_soft_reset_as_a_node_is_said_in_its_metadata():
     made = part(ScaledIF(0.5), soft_reset=node).nodes["n"]
     assert made.metadata == {"reset": "subtract", "v_start": 0.25}
     assert parameters(made) == dict(r=1e3, v_threshold=0.5, v_reset=0)
+
+
+def test_soft_reset_comes_back_past_a_synaptic_current():
+    layer = CubaLIF(4.0, 0.5, tau_synapse=3.0)
+    made = part(layer)
+    assert made.entry == "n.synapse"
+    assert parameters(made.nodes["n.synapse"]) == pytest.approx(
+        dict(tau=3e-3, r=3, v_leak=0)
+    )
+    assert made.edges[0] == ("n.synapse", "n.membrane")
+    assert made.edges[1:] == part(LIF(4.0, 0.5)).edges
+    made = part(layer, soft_reset=node).nodes["n"]
+    assert type(made) is nir.CubaLIF and made.metadata == {"reset": "subtract"}
 
 
 def test_several_thresholds_share_a_membrane():
@@ -151,6 +172,10 @@ def own_cell(params, v, x, options):
             LIF(np.array([2.0, np.inf]), decay_input=False),
             "got only some neurons with a leak",
         ),
+        (
+            CubaLIF(tau_synapse=np.array([2.0, np.inf])),
+            "got only some neurons with a leak",
+        ),
     ],
 )
 def test_neurons_without_nodes_are_refused(layer, problem):
@@ -189,6 +214,8 @@ def test_exponential_decay_is_the_solution_of_the_equation():
     assert math.exp(-DT / tau) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="got tau = 1, which exponential decay"):
         part(LIF(1.0, v_reset=0.0), integration=EXPONENTIAL)
+    with pytest.raises(ValueError, match="got tau = 1, which exponential decay"):
+        part(CubaLIF(tau_synapse=1.0, v_reset=0.0), integration=EXPONENTIAL)
 
 
 @pytest.mark.parametrize("integration", [EULER, EXPONENTIAL])
@@ -200,6 +227,8 @@ def test_exponential_decay_is_the_solution_of_the_equation():
         IF(0.3, v_reset=-0.25),
         LI(3.0),
         LI(math.inf, decay_input=False),
+        CubaLIF(3.0, 0.3, tau_synapse=5.0, v_reset=0.0),
+        CubaLIF(3.0, 0.3, tau_synapse=5.0, v_reset=-0.25, decay_input=False),
     ],
 )
 def test_plain_layers_come_back_as_they_were(layer, integration):
@@ -207,6 +236,8 @@ def test_plain_layers_come_back_as_they_were(layer, integration):
     back = read_neurons("n", made, DT, Dialect(integration))
     assert type(back) is type(layer) and back.cell is layer.cell
     assert back.leak == pytest.approx(layer.leak, rel=1e-12)
+    currents = [getattr(n, "synaptic_leak", 1.0) for n in (back, layer)]
+    assert currents[0] == pytest.approx(currents[1], rel=1e-12)
     assert back.thresholds == pytest.approx(layer.thresholds)
     assert back.options == layer.options
 
@@ -228,6 +259,45 @@ def test_a_node_is_read_by_its_text():
     layer = read_neurons("n", made, DT, Dialect())
     assert layer.cell is node_step and 0.1 < np.mean(expected) < 0.9
     np.testing.assert_array_equal(layer(jnp.asarray(xs)[None])[0], expected)
+
+
+@pytest.mark.parametrize("r", [1.0, 2.5])
+@pytest.mark.parametrize("v_reset", [0.0, -0.3])
+def test_a_current_is_read_by_its_text(r, v_reset):
+    # every neuron its own: the equations in numpy
+    rng = np.random.default_rng(1)
+    tau_syn, tau_mem = rng.uniform(2e-3, 9e-3, (2, 5))
+    w_in, threshold = rng.uniform(2, 3, 5), rng.uniform(0.4, 0.8, 5)
+    r, v_reset, v_leak = np.full(5, r), np.full(5, v_reset), np.full(5, 0.1)
+    xs = rng.uniform(-0.5, 1.5, (40, 5)).astype(np.float32)
+    i, v, u, fired, membranes = 0.0, v_reset, v_leak, [], []
+    for x in xs:
+        i = i + DT / tau_syn * (w_in * x - i)
+        v = v + DT / tau_mem * (v_leak - v + r * i)
+        u = u + DT / tau_mem * (v_leak - u + r * i)
+        fired.append(v > threshold)
+        membranes.append(u)
+        v = np.where(fired[-1], v_reset, v)
+    lif = nir.CubaLIF(tau_syn, tau_mem, r, v_leak, threshold, v_reset, w_in)
+    li = nir.CubaLI(tau_syn, tau_mem, r, v_leak, w_in)
+    spikes, readout = (
+        read_neurons("n", node, DT, Dialect())(jnp.asarray(xs)[None])[0]
+        for node in (lif, li)
+    )
+    assert 0.1 < np.mean(fired) < 0.9
+    np.testing.assert_array_equal(spikes, fired)
+    np.testing.assert_allclose(readout, membranes, rtol=1e-5)
+    with pytest.raises(ValueError, match="at least dt=0.01 s, .* got tau 0.00"):
+        read_neurons("n", lif, 0.01, Dialect())
+
+
+def test_currents_are_written_as_they_were_read():
+    numbers = {"tau_syn": 4e-3, "tau_mem": 5e-3, "r": 2.0, "v_leak": 0.1, "w_in": 3.0}
+    made = nir.CubaLI(**{key: np.full(2, value) for key, value in numbers.items()})
+    again = part(read_neurons("n", made, DT, Dialect())).nodes["n"]
+    # r and w_in are one gain: the current is counted in units of w_in / tau_syn
+    assert type(again) is nir.CubaLI and again.w_in * again.r == pytest.approx(6.0)
+    assert again.tau_syn == pytest.approx(4e-3) and again.v_leak == pytest.approx(0.1)
 
 
 def test_a_leaky_integrator_rests_where_its_node_does():

@@ -18,6 +18,7 @@ from spikejax.neurons import NeuronOptions, NeuronParams
 from spikejax.nir.neurons import EXPONENTIAL, Dialect, loop, node
 from spikejax.nir.read import from_nir
 from spikejax.nir.write import to_nir
+from spikejax.nn.cells import CubaLIF, SynapticParams, rest_both, synaptic
 from spikejax.nn.recurrent import Recurrent
 
 DT = 1e-3
@@ -56,6 +57,13 @@ def weighted(n, x):
 
 def fired(n, v, x):
     """Membrane and output of a node with time, after one step of forward Euler."""
+    if isinstance(n, nir.CubaLIF):
+        v, i = v if isinstance(v, tuple) else (v, 0.0)
+        i = i + DT / n.tau_syn * (n.w_in * x - i)
+        lif = nir.LIF(n.tau_mem, n.r, n.v_leak, n.v_threshold, n.v_reset)
+        lif.metadata = n.metadata
+        v, z = fired(lif, v, i)
+        return (v, i), z
     leaks = isinstance(n, nir.LIF | nir.LI)
     u = v + DT / n.tau * (n.v_leak - v + n.r * x) if leaks else v + DT * n.r * x
     if isinstance(n, nir.LI | nir.I):
@@ -224,14 +232,33 @@ def test_exponential_integration_is_read_so():
 
 def test_units_and_starts_of_neurons_are_in_their_nodes():
     unit = np.array([0.5, 2.0, 1.0])
-    layers = [
+    check_neurons(
         Neuron(neurons.lif, NeuronParams(0.5), NeuronOptions(-0.25), unit=unit),
         Neuron(neurons.lif, NeuronParams(0.25), unit=unit, v_start=0.5),
         LIF(v_start=0.25, v_reset=0.0),
         Neuron(neurons.late_reset, NeuronParams(0.25)),
         Neuron(neurons.parallel, NeuronParams(0.2, (0.3, 0.9), (0.6, 0.6))),
         LIF(np.array([2.0, 3.0, 4.0]), np.array([0.4, 0.6, 0.8])),
-    ]
+    )
+
+
+def test_synaptic_currents_are_in_one_node_or_a_node_before():
+    taus = np.array([2.0, 3.0, 4.0])
+    several = SynapticParams(0.25, (0.5, 1.0, 1.5), 0.5)
+    check_neurons(
+        CubaLIF(4.0, 0.6, v_reset=0.0),
+        CubaLIF(4.0, 1.5, v_reset=-0.25, decay_input=False, tau_synapse=3.0),
+        CubaLIF(taus, taus / 4, tau_synapse=taus[::-1]),
+        CubaLIF(np.inf, decay_input=False),  # IF behind an LI
+        CubaLIF(3.0, v_reset=0.0, tau_synapse=np.inf),  # LIF behind an I
+        Neuron(synaptic, several, start=rest_both),
+    )
+    layer = Recurrent(CubaLIF(3.0, 0.4, v_reset=0.0), 3, rngs=nnx.Rngs(0))
+    check_neurons(layer)
+
+
+def check_neurons(*layers):
+    """Compare layers with the text of their nodes, and with their reading."""
     xs = 4 * jax.random.uniform(jax.random.key(1), (2, 6, 3)) - 1
     for layer in layers:
         ys = layer(xs)

@@ -26,10 +26,11 @@ from spikejax.nir.neurons import EXPONENTIAL, Dialect, read_neurons
 STANDARD = Dialect()
 """As in NIR's text, and as to_nir and SpikingJelly write it."""
 SNNTORCH = Dialect(soft_reset=neurons.late_reset)
-"""Leaky with reset_mechanism="subtract", which acts one step later; its dt is 1e-4."""
+"""Leaky and Synaptic with reset_mechanism="subtract", which acts one step later; its dt
+is 1e-4."""
 NORSE = Dialect(per_step=True)
-"""LIFBox, LIBox and IAF. to_nir(..., dt=1.0) of Norse 1.1 writes true time constants;
-its default writes them 1000 times too small, and needs dt=1e-6 here."""
+"""LIF, LIFBox, LIBox and IAF. to_nir(..., dt=1.0) of Norse 1.1 writes true time
+constants; its default writes them 1000 times too small, and needs dt=1e-6 here."""
 SINABS = Dialect(EXPONENTIAL, neurons.lif, per_step=True)
 """IAF, LIF and ExpLeak with one spike per step. Its unit of time is the step: dt=1."""
 
@@ -37,16 +38,19 @@ SINABS = Dialect(EXPONENTIAL, neurons.lif, per_step=True)
 def _after_decay(dt: float, node: Node) -> np.ndarray:
     """Return the gain of Rockpool, whose r is tau exp(-dt / tau) / dt.
 
-    It fits its LI, where a current decays in its own step, but not its LIF, where the
-    current comes after the decay.
+    It fits its LI, where a current decays in its own step, but not its LIF and CubaLIF,
+    where the current comes after the decay. The synaptic current decays in its own.
     """
-    tau = np.asarray(node.tau, np.float64)
-    late = np.exp(dt / tau) if isinstance(node, nir.LIF) else 1.0
-    return np.asarray(node.r) * dt / tau * late
+    cuba = isinstance(node, nir.CubaLIF)
+    tau = np.asarray(node.tau_mem if cuba else node.tau, np.float64)
+    late = np.exp(dt / tau) if cuba or isinstance(node, nir.LIF) else 1.0
+    synapse = node.w_in * np.exp(-dt / node.tau_syn) if cuba else 1.0
+    return np.asarray(node.r) * dt / tau * late * synapse
 
 
 ROCKPOOL = Dialect(EXPONENTIAL, neurons.lif, gain=_after_decay)
-"""LIFNeuronTorch with max_spikes_per_dt=1, and ExpSynTorch; dt is its own."""
+"""LIFNeuronTorch and LIFTorch with max_spikes_per_dt=1, and ExpSynTorch; dt is its
+own."""
 
 # What HDF5, NIR and JAX raise for damaged files, and for graphs that do not fit.
 DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError)
@@ -61,9 +65,10 @@ def from_nir(
     """Return the network [B, T, H, W, C] -> [B, T, K] that a graph describes.
 
     Images are channels-last here, also where the graph's input is [C, H, W]. Neurons
-    become IF, LIF or LI where these have their equations; parameters may differ from
-    neuron to neuron. They start from their reset value or from rest. Where edges close
-    a loop, values take one time step. A graph inside of a graph becomes part of it.
+    become IF, LIF, LI or CubaLIF where these have their equations; parameters may
+    differ from neuron to neuron. They start from their reset value or from rest. Where
+    edges close a loop, values take one time step. A graph inside of a graph becomes
+    part of it.
 
     Args:
         graph: with one input and one output, or the file that holds it.
@@ -186,7 +191,7 @@ def _network(graph: nir.NIRGraph, dt: float, dialect: Dialect) -> Graph:
                 f"from_nir: expected nodes that spikejax has, got {name!r}, a "
                 f"{type(node).__name__}. It has Affine and Linear of a matrix, Scale, "
                 "Conv1d, Conv2d, SumPool2d, AvgPool2d, Flatten of all axes, Threshold, "
-                "I, IF, LI and LIF."
+                "I, IF, LI, LIF, CubaLI and CubaLIF."
             )
         modules[name] = module
     network = Graph(modules, edges, source, target)

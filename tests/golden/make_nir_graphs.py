@@ -49,6 +49,18 @@ def spikingjelly():
     return net, (2, 8, 8), lambda x: export_to_nir(net, x)
 
 
+def spikingjelly_cuba():
+    """Current-based LIF, whose membrane rests at 0 and is reset below it."""
+    from spikingjelly.activation_based import layer, neuron
+    from spikingjelly.activation_based.nir_exchange import export_to_nir
+
+    net = nn.Sequential(
+        layer.Linear(6, 8),
+        neuron.CUBALIFNode(0.5, 0.75, v_threshold=0.8, v_reset=-0.5),
+    )
+    return net, (6,), lambda x: export_to_nir(net, x)
+
+
 def snntorch():
     """A convolution and Leaky neurons, with the library's default, late soft reset."""
     import snntorch as snn
@@ -84,6 +96,21 @@ def snntorch_recurrent():
     return net, (6,), lambda x: export_to_nir(net, x, ignore_dims=[0])
 
 
+def snntorch_synaptic():
+    """Recurrent and plain Synaptic neurons; numbers of the latter differ."""
+    import snntorch as snn
+    from snntorch.export_nir import export_to_nir
+
+    alphas, betas = torch.linspace(0.2, 0.6, 5), torch.linspace(0.5, 0.9, 5)
+    net = nn.Sequential(
+        nn.Linear(6, 8),
+        snn.RSynaptic(0.6, 0.8, linear_features=8, init_hidden=True),
+        nn.Linear(8, 5),
+        snn.Synaptic(alphas, betas, torch.full((5,), 0.4), init_hidden=True),
+    )
+    return net, (6,), lambda x: export_to_nir(net, x, ignore_dims=[0])
+
+
 def norse():
     """LIF, IF and a leaky integrator, of one shape for the whole layer."""
     import norse.torch as library
@@ -101,6 +128,22 @@ def norse():
         nn.Linear(7, 5),
         library.LIBoxCell(),
     )
+    return net, (6,), lambda x: to_nir(net, x, dt=1.0)
+
+
+def norse_cuba():
+    """LIF with a synaptic current."""
+    import norse.torch as library
+    from norse.torch.utils.export_nir import to_nir
+
+    p = library.LIFParameters(
+        tau_syn_inv=torch.full((8,), 300.0),
+        tau_mem_inv=torch.full((8,), 250.0),
+        v_leak=torch.zeros(8),
+        v_th=torch.full((8,), 0.3),
+        v_reset=torch.zeros(8),
+    )
+    net = library.SequentialState(nn.Linear(6, 8), library.LIFCell(p))
     return net, (6,), lambda x: to_nir(net, x, dt=1.0)
 
 
@@ -132,12 +175,16 @@ def sinabs():
     return net, (2, 6, 6), export
 
 
+GRAPHS = (spikingjelly, spikingjelly_cuba, norse, norse_cuba, sinabs)
+GRAPHS += (snntorch, snntorch_recurrent, snntorch_synaptic)
+
+
 def outputs(name, net, xs):
     """What the network gives for xs [T, B, ...], step by step from rest."""
     if name == "sinabs":  # takes all steps at once, batch first
         flat = xs.transpose(0, 1).reshape(-1, *xs.shape[2:])
         return net(flat).reshape(BATCH, STEPS, -1).transpose(0, 1)
-    if name == "spikingjelly":
+    if name.startswith("spikingjelly"):
         from spikingjelly.activation_based import functional
 
         functional.reset_net(net)
@@ -147,7 +194,7 @@ def outputs(name, net, xs):
         utils.reset(net)
     ys, state = [], None
     for x in xs:
-        if name == "norse":
+        if name.startswith("norse"):
             y, state = net(x, state)
         else:
             y = net(x)
@@ -158,7 +205,7 @@ def outputs(name, net, xs):
 @torch.no_grad()
 def main():
     saved = {}
-    for make in (spikingjelly, snntorch, snntorch_recurrent, norse, sinabs):
+    for make in GRAPHS:
         name = make.__name__
         torch.manual_seed(0)
         net, shape, export = make()
