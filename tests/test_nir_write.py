@@ -14,6 +14,7 @@ from spikejax.conversion import calibrate, convert
 from spikejax.layers import IF, LI, LIF, MultiThreshold, Neuron
 from spikejax.models.resnet import ResNet, ms, plain, sew
 from spikejax.models.vgg import POOL, VGG
+from spikejax.models.whitened import WhitenedCNN
 from spikejax.neurons import NeuronOptions, NeuronParams
 from spikejax.nir.neurons import EXPONENTIAL, Dialect, loop, node
 from spikejax.nir.read import from_nir
@@ -119,6 +120,14 @@ def resnet(neuron, residual, **options):
     )  # fmt: skip
 
 
+def whitened(cell):
+    neuron = partial(MultiThreshold, 3, cell, tau=3.0)
+    rngs = nnx.Rngs(0)
+    model = WhitenedCNN((3, 4), 3, neuron=neuron, in_channels=2, rngs=rngs)
+    model.pool_spikes = True
+    return lively(model)
+
+
 class Net(nnx.Module):
     """A flattened image, recurrent neurons of three kinds, factors, a leaky readout."""
 
@@ -145,31 +154,39 @@ def converted(num_thresholds):
     return convert(calibrate(ann, XS).model, XS, num_thresholds).model
 
 
-MODELS = {
-    "vgg": lambda: vgg(HARD),
-    "vgg-or-pool": lambda: vgg(partial(IF, v_reset=0.0), nnx.max_pool),
-    "vgg-below": lambda: vgg(partial(LIF, 3.0, v_reset=-0.25, decay_input=False)),
-    "vgg-soft": lambda: vgg(SOFT),
-    "vgg-node": lambda: vgg(SOFT),
-    "plain": lambda: resnet(HARD, plain),
-    "sew-imagenet": lambda: resnet(HARD, sew, imagenet_stem=True, hidden=4),
-    "ms-soft": lambda: resnet(SOFT, ms),
-    "ms-imagenet": lambda: resnet(
-        partial(MultiThreshold, (0.3, 0.5)),
-        ms,
-        imagenet_stem=True,
-        pool=nnx.avg_pool,
-    ),
-    "recurrent": Net,
-    "converted": lambda: converted(1),
-    "converted-node": lambda: converted(1),
-    "converted-3": lambda: converted(3),
-} | {
-    f"several-{name}": lambda name=name: vgg(
-        partial(MultiThreshold, (0.3, 0.5, 1.0), getattr(neurons, name), tau=3.0)
-    )
-    for name in CELLS
-}
+MODELS = (
+    {
+        "vgg": lambda: vgg(HARD),
+        "vgg-or-pool": lambda: vgg(partial(IF, v_reset=0.0), nnx.max_pool),
+        "vgg-below": lambda: vgg(partial(LIF, 3.0, v_reset=-0.25, decay_input=False)),
+        "vgg-soft": lambda: vgg(SOFT),
+        "vgg-node": lambda: vgg(SOFT),
+        "plain": lambda: resnet(HARD, plain),
+        "sew-imagenet": lambda: resnet(HARD, sew, imagenet_stem=True, hidden=4),
+        "ms-soft": lambda: resnet(SOFT, ms),
+        "ms-imagenet": lambda: resnet(
+            partial(MultiThreshold, (0.3, 0.5)),
+            ms,
+            imagenet_stem=True,
+            pool=nnx.avg_pool,
+        ),
+        "recurrent": Net,
+        "converted": lambda: converted(1),
+        "converted-node": lambda: converted(1),
+        "converted-3": lambda: converted(3),
+    }
+    | {
+        f"several-{name}": lambda name=name: vgg(
+            partial(MultiThreshold, (0.3, 0.5, 1.0), getattr(neurons, name), tau=3.0)
+        )
+        for name in CELLS
+    }
+    | {
+        # Their maxima are over the counts of several thresholds.
+        f"whitened-{name}": lambda name=name: whitened(getattr(neurons, name))
+        for name in CELLS[:2]
+    }
+)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -309,8 +326,18 @@ def test_a_value_with_two_uses_stays_for_the_other():
         ys = self.conv(xs)
         return (ys + self.neurons(ys * jnp.asarray([1.0, 2.0]))).sum((2, 3))
 
+    def joined(self, xs):
+        ys = self.conv(xs)
+        both = jnp.concatenate([ys, 2 * ys, -ys], -1)
+        return self.neurons(both * jnp.arange(1.0, 7) + jnp.arange(6)).sum((2, 3))
+
+    def negated(self, xs):
+        ys = -self.conv(xs) + jnp.asarray([1.0, 2.0])
+        mean = self.neurons(ys).mean((2, 3))
+        return jnp.concatenate([mean, 3 * mean], -1)
+
     assert {"AvgPool2d", "SumPool2d"} < set(kinds_of(sums))
-    for does in (sums, weights):
+    for does in (sums, weights, joined, negated):
         model = Does(does)
         graph = to_nir(model, XS, dt=DT)
         np.testing.assert_allclose(simulate(graph, XS), model(XS), atol=1e-5)
@@ -335,6 +362,14 @@ def test_a_value_with_two_uses_stays_for_the_other():
             lambda self, xs: xs[:, :, ::2],
             "expected what NIR can say, got the operation",
         ),
+        (
+            lambda self, xs: jnp.concatenate([xs, xs], 1),
+            "values side by side that are not the channels of images at test_nir",
+        ),
+        (
+            lambda self, xs: nnx.max_pool(-xs, (2, 2), (2, 2)),
+            "a maximum over windows of what is not spikes",
+        ),
         (lambda self, xs: self.other(xs), "a convolution of kernel"),
         (lambda self, xs: xs.reshape(2, 5, 64, 2), "a change of shape from"),
         (
@@ -351,6 +386,20 @@ def test_a_value_with_two_uses_stays_for_the_other():
 def test_what_nir_cannot_say_is_told_with_its_place(does, message):
     with pytest.raises(ValueError, match=message):
         to_nir(Does(does), XS, dt=DT)
+
+
+def test_a_maximum_of_counts_needs_thresholds_that_rise():
+    def pooled(self, xs):
+        return nnx.max_pool(xs, (2, 2), (2, 2))
+
+    rising = kinds_of(pooled, neuron=lambda: MultiThreshold(3, neurons.cascade))
+    assert rising.count("SumPool2d") == 3
+    # The second of these may fire where the first does not.
+    halving = MultiThreshold((1.0, 0.5), neurons.cascade)
+    falling = Neuron(neurons.parallel, NeuronParams(0.5, (1.0, 0.5), (1.0, 1.0)))
+    for neuron in (halving, falling):
+        with pytest.raises(ValueError, match="a maximum over windows of what is not "):
+            kinds_of(pooled, neuron=lambda neuron=neuron: neuron)
 
 
 def test_networks_that_do_not_spike_are_told_what_to_do():

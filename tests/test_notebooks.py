@@ -39,7 +39,7 @@ for number, cell in enumerate(cells):
 
 
 def test_the_notebooks_are_found():
-    assert [path.name[:2] for path in FILES] == ["01", "02", "03", "04", "05", "06"]
+    assert [path.name[:2] for path in FILES] == [f"0{n}" for n in range(1, 8)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -22,8 +22,9 @@ class WhitenedCNN(nnx.Module):
     maximum of the last map.
 
     Pooling acts on currents, so all convolutions after the filters get spikes, and the
-    neurons are a quarter as many. In one step from rest it equals pooling of spikes: a
-    neuron that fires more for a larger current commutes with the maximum.
+    neurons are a quarter as many. In one step from rest it equals pooling of spikes
+    (``pool_spikes``) where the scales of the norms are positive: a neuron that fires
+    more for a larger current commutes with the maximum.
 
     Args:
         widths: channels of each stage.
@@ -31,6 +32,7 @@ class WhitenedCNN(nnx.Module):
         neuron: factory of the activation, such as ``LIF`` or ``lambda: nnx.relu``.
         conv, norm, in_channels, dtype, rngs: as in ``ResNet``.
         pool: as in ``VGG``.
+        pool_spikes: pool behind the neurons, as NIR can say it.
 
     Returns:
         logits [B, T, num_classes] for input [B, T, H, W, in_channels].
@@ -52,11 +54,12 @@ class WhitenedCNN(nnx.Module):
         conv: Callable[..., Layer] = nnx.Conv,
         norm: Callable[..., Layer] = td_batch_norm,
         pool: Callable[..., jax.Array] = nnx.max_pool,
+        pool_spikes: bool = False,
         in_channels: int = 3,
         dtype: jnp.dtype = jnp.float32,
     ):
         check_factory("WhitenedCNN", neuron)
-        self.pool, self.in_channels = pool, in_channels
+        self.pool, self.pool_spikes, self.in_channels = pool, pool_spikes, in_channels
         # No biases: the norms have them, and of logits they are of no use here.
         options = {"use_bias": False, "dtype": dtype, "rngs": rngs}
         basis = patch_basis(in_channels)
@@ -78,9 +81,11 @@ class WhitenedCNN(nnx.Module):
         xs = self.neurons[0](self.norms[0](xs))
         for i, conv in enumerate(self.convs):
             xs = conv(xs)
-            if i % 2 == 0:
+            if i % 2 == 0 and not self.pool_spikes:
                 xs = self.pool(xs, (2, 2), (2, 2))
             xs = self.neurons[i + 1](self.norms[i + 1](xs))
+            if i % 2 == 0 and self.pool_spikes:
+                xs = self.pool(xs, (2, 2), (2, 2))
         # A ninth is Jordan's: from 1 on, the logits of the first steps are too sure.
         return self.head(xs.max((2, 3))) / 9
 

@@ -10,6 +10,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import jax
@@ -46,10 +47,10 @@ def to_nir(
 
     The model is traced, so its methods may do anything between its layers that NIR has
     nodes for: sums (edges that meet), factors, sum and mean pooling, means over the
-    image, flattening; a maximum of spikes is their OR, written as SumPool2d and
-    Threshold. Factors move into the weights that follow, norms into those before.
-    Images are channels-first in NIR: kernels, and weights after a flattened image, are
-    reordered.
+    image, flattening, channels side by side; a maximum of spikes is their OR, for each
+    threshold, written as SumPool2d and Threshold. Factors move into the weights that
+    follow, norms into those before. Images are channels-first in NIR: kernels, and
+    weights after a flattened image, are reordered.
 
     Not possible, with an error that names the line: time in the model's own code (a
     mean of the logits over T, a ``lax.scan``), products of two values, attention,
@@ -98,14 +99,14 @@ class _Value:
 
     shape: of one example at one step, channels-last.
     unflat: shape that it was flattened from.
-    binary: it is 0 or the factor.
+    nested: nodes are spike trains, each of which fires only where the one before does.
     """
 
     sources: tuple[int, ...]  # numbers of nodes
     shape: tuple[int, ...]
     factor: float = 1.0
     unflat: tuple[int, ...] | None = None
-    binary: bool = False
+    nested: bool = False
 
 
 def _channels_first(shape: Sequence[int]) -> tuple[int, ...]:
@@ -173,7 +174,7 @@ class _Writer:
             return value
         scale = np.broadcast_to(scale, _channels_first(value.shape))
         name = self.add("scale", nir.Scale(np.ascontiguousarray(scale)), value)
-        return replace(value, sources=(name,), factor=1.0, binary=False)
+        return replace(value, sources=(name,), factor=1.0, nested=False)
 
     def operation(
         self, number: int, site: Site, inputs: list, given: None
@@ -188,8 +189,12 @@ class _Writer:
             value = self.spikes(eqn, first)
         elif name in ("reshape", "squeeze", "expand_dims"):
             value = self.reshaped(eqn, first)
-        elif name in ("reduce_sum", "reduce_window_sum", "reduce_window_max"):
+        elif name.startswith("reduce_") and name.endswith(("sum", "max")):
             value = self.pooled(eqn, first)
+        elif name == "concatenate":
+            value = self.joined(eqn, inputs)
+        elif name == "neg":
+            value = replace(first, factor=-first.factor)
         elif name in ("conv_general_dilated", "dot_general") and linear:
             value = self.weighted(eqn, first, inputs[1], site.name.replace("/", "."))
         elif name in ("mul", "div", "add", "add_any", "sub") and linear:
@@ -246,10 +251,13 @@ class _Writer:
             gain, shift = number if name == "mul" else 1 / number, None
         elif name == "sub":
             gain, shift = (gain, -number) if value is a else (-gain, number)
-        if len(value.sources) == 1 and value.unflat is None:
-            changed = self.absorbed(value.sources[0], gain, shift)
-            if changed is not None:
-                return replace(value, sources=(changed,))
+        if value.unflat is None:  # of a sum, one node takes the shift
+            own = None if shift is None else shift / value.factor
+            first, *others = value.sources
+            changed = [self.absorbed(first, gain, own)]
+            changed += [self.absorbed(other, gain, None) for other in others]
+            if None not in changed:
+                return replace(value, sources=tuple(changed))
         uniform = (gain == gain.flat[0]).all()
         flattened = value.unflat is not None and not uniform
         if flattened or (shift is not None and shift.any()):
@@ -286,7 +294,26 @@ class _Writer:
         if set(a.sources) & set(b.sources):  # NIR has no two edges between two nodes
             node = nir.Scale(np.ones(_channels_first(b.shape), np.float32))
             b = replace(b, sources=(self.add("scale", node, b),))
-        return replace(a, sources=(*a.sources, *b.sources), binary=False)
+        return replace(a, sources=(*a.sources, *b.sources), nested=False)
+
+    def joined(self, eqn: JaxprEqn, values: list) -> _Value:
+        """Return channels side by side: the sum of values, each moved to its place."""
+        shape, sources, first = _shapes(eqn)[1], [], 0
+        known = all(isinstance(v, _Value) and v.unflat is None for v in values)
+        size = values[0].shape[:-1] if known else ()
+        if not known or eqn.params["dimension"] != len(shape) - 1 or len(size) == 1:
+            refuse("values side by side that are not the channels of images", eqn)
+        for value in values:
+            count = value.shape[-1]
+            place = np.zeros((shape[-1], count), np.float32)
+            place[range(first, first + count), range(count)] = value.factor
+            first += count
+            node: nir.NIRNode = nir.Linear(place)
+            if size:
+                kernel, bias = place[:, :, None, None], np.zeros(len(place), np.float32)
+                node = nir.Conv2d(size, kernel, (1, 1), (0, 0), (1, 1), 1, bias)
+            sources.append(self.add("join", node, value))
+        return _Value(tuple(sources), (*size, first))
 
     def reshaped(self, eqn: JaxprEqn, value: _Value) -> _Value:
         """Return the same for each example, or an image that is flattened."""
@@ -301,7 +328,8 @@ class _Writer:
         node = nir.Flatten({"input": image}, start_dim=0, end_dim=-1)
         number = self.add("flatten", node, value)
         unflat = value.shape if size > value.shape[-1] else None
-        return replace(value, sources=(number,), shape=(size,), unflat=unflat)
+        flat = replace(value, sources=(number,), shape=(size,), unflat=unflat)
+        return replace(flat, nested=False)
 
     def pooled(self, eqn: JaxprEqn, value: _Value) -> _Value:
         """Return sums over windows or over the image, or the OR of spikes."""
@@ -312,7 +340,7 @@ class _Writer:
             refuse(f"the operation {name} on an input that is not an image", eqn)
         size = stride = value.shape[:2]
         padding, shape = [0, 0], (1, 1, value.shape[-1])
-        if name != "reduce_sum":
+        if "window" in name:
             windows, image = p["window_dimensions"], slice(lead, lead + 2)
             size, stride = windows[image], p["window_strides"][image]
             padding, shape = [low for low, _ in p["padding"][image]], after[lead:]
@@ -328,22 +356,28 @@ class _Writer:
                     hint="Take the same padding on both sides, or none.",
                 )
         elif tuple(p["axes"]) != (lead, lead + 1):
-            refuse(f"a sum over the axes {tuple(p['axes'])}", eqn)
+            what = "a sum" if name.endswith("sum") else "a maximum"
+            refuse(f"{what} over the axes {tuple(p['axes'])}", eqn)
         node = nir.SumPool2d(np.array(size), np.array(stride), np.array(padding))
-        pooled = replace(value, sources=(self.add("pool", node, value),), shape=shape)
-        if name == "reduce_window_max":
-            if not value.binary or value.factor < 0:
-                refuse(
-                    "a maximum over windows of what is not spikes",
-                    eqn,
-                    hint="Pool by the mean (--pool avg, pool=nnx.avg_pool) and train "
-                    "again, or pool the spikes of neurons with one threshold.",
-                )
-            # A sum of 0s and 1s is above 1/2 where one of them is 1.
+
+        def pool(*sources: int) -> _Value:
+            one = replace(value, sources=sources)
+            return replace(one, sources=(self.add("pool", node, one),), shape=shape)
+
+        if name.endswith("sum"):
+            pooled = replace(pool(*value.sources), nested=False)
+        elif not value.nested or value.factor < 0:
+            refuse(
+                "a maximum over windows of what is not spikes",
+                eqn,
+                hint="Pool by the mean (--pool avg, pool=nnx.avg_pool) and train "
+                "again, or pool the spikes of neurons.",
+            )
+        else:  # a sum of 0s and 1s is above 1/2 where one of them is 1
             half = nir.Threshold(np.full(_channels_first(shape), 0.5))
-            return replace(pooled, sources=(self.add("or", half, pooled),))
-        pooled = replace(pooled, binary=False)
-        return pooled if name != "reduce_sum" else self.reshaped(eqn, pooled)
+            ors = [self.add("or", half, pool(source)) for source in value.sources]
+            pooled = replace(value, sources=tuple(ors), shape=shape)
+        return pooled if "window" in name else self.reshaped(eqn, pooled)
 
     def spikes(self, eqn: JaxprEqn, value: _Value) -> _Value:
         """Return the output of a layer of neurons."""
@@ -364,7 +398,7 @@ class _Writer:
         # The factor of all outputs is that of the first; the others get a Scale.
         weight = outputs[0][1]
         unit = float(weight.flat[0]) if (weight == weight.flat[0]).all() else 1.0
-        fired = replace(value, factor=1.0, binary=False)
+        fired = replace(value, factor=1.0, nested=False)
         ones = [self.plain(replace(fired, sources=(o,)), w / unit) for o, w in outputs]
         fired = replace(fired, sources=tuple(one.sources[0] for one in ones))
         if isinstance(layer, Recurrent):
@@ -375,5 +409,8 @@ class _Writer:
             back = nir.Linear(weight=weights.astype(np.float32))
             number = self.add(f"{name}.recurrent", back, fired)
             self.edges += [(number, entry) for entry in entries]
-        binary = [len(spec.thresholds) for spec in found] == [1]
-        return replace(fired, factor=unit, binary=binary)
+        (*more, spec), weights = found, [np.asarray(w) for _, w in outputs]
+        rising = all(np.all(a <= b) for a, b in pairwise(spec.thresholds))
+        same = all(np.all(w == weights[0]) for w in weights)
+        nested = not more and bool(spec.thresholds) and rising and same
+        return replace(fired, factor=unit, nested=nested)
