@@ -100,6 +100,16 @@ def test_equal_where_the_kernel_is_larger_than_the_images(
     assert "stablehlo.convolution" not in text.lower(x, kernel).as_text()
 
 
+@pytest.mark.parametrize(("size", "stride"), [(3, 2), (5, 1)])
+def test_a_kernel_for_each_channel_is_a_sum_of_shifted_images(size, stride):
+    x, kernel = some(0, 2, 6, 7, 4), some(1, size, size, 1, 4)
+    options = OPTIONS | {"feature_group_count": 4}
+    same(convolve, x, kernel, (stride, stride), "SAME", **options)
+    function = partial(convolve, strides=(stride, 1), padding="SAME", **options)
+    compiled = jax.jit(function).lower(x, kernel).compile().as_text()
+    assert "convolution(" not in compiled
+
+
 def test_any_number_of_images_is_exported_where_the_kernel_is_larger():
     x, conv = some(0, 3, 2, 2, 4), cpu.Conv(4, 5, (3, 3), rngs=nnx.Rngs(0))
     shape = export.symbolic_shape("b, 2, 2, 4")

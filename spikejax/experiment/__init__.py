@@ -1,5 +1,6 @@
 """Experiments, from command line to result.json: the parts that the scripts share."""
 
+from spikejax.experiment.build import EfficientNetOptions as EfficientNetOptions
 from spikejax.experiment.build import GeneralOptions as GeneralOptions
 from spikejax.experiment.build import MultiThresholdOptions as MultiThresholdOptions
 from spikejax.experiment.build import ResNetOptions as ResNetOptions

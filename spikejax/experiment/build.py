@@ -95,6 +95,27 @@ class VGGOptions:
 
 
 @dataclass(frozen=True)
+class EfficientNetOptions:
+    """EfficientNet-lite (spikejax.models.efficientnet)."""
+
+    model: Literal[
+        "efficientnet-lite0",
+        "efficientnet-lite1",
+        "efficientnet-lite2",
+        "efficientnet-lite3",
+        "efficientnet-lite4",
+    ] = "efficientnet-lite0"
+    """EfficientNet-lite, for photographs of 224 to 300 pixels."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; parameters, statistics and membranes are float32."""
+
+    def build(self, **parts: Any) -> nnx.Module:
+        """Return the network; see ``build_model``."""
+        parts.pop("pool", None)
+        return MODELS[self.model](dtype=jnp.dtype(self.dtype), **parts)
+
+
+@dataclass(frozen=True)
 class GeneralOptions:
     """General SNNs (spikejax.models.general), which are always float32."""
 
@@ -142,7 +163,7 @@ class MultiThresholdOptions:
         check_settings(self, {"num_thresholds": THRESHOLDS})
 
 
-NetworkOptions = ResNetOptions | VGGOptions | GeneralOptions
+NetworkOptions = ResNetOptions | VGGOptions | EfficientNetOptions | GeneralOptions
 ActivationOptions = MultiThresholdOptions | SingleOptions
 
 
@@ -225,7 +246,7 @@ def build_model(
         return network.build(**parts, rngs=nnx.Rngs(seed))
 
     # Residual networks take any size, and the largest of them take seconds to trace.
-    if size and not isinstance(network, ResNetOptions):
+    if size and not isinstance(network, ResNetOptions | EfficientNetOptions):
         xs = jax.ShapeDtypeStruct((1, 1, *size, in_channels), jnp.float32)
         jax.eval_shape(lambda xs: make()(xs), xs)
     # Compiled as a whole: layer by layer, each initialiser would be dispatched alone.

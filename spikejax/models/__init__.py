@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from spikejax.models import general, resnet, vgg, whitened
+from spikejax.models import efficientnet, general, resnet, vgg, whitened
 
 MODELS: dict[str, Callable] = {
     "convnet": partial(vgg.VGG, (16, vgg.POOL, 32, 32)),
@@ -21,6 +21,7 @@ MODELS: dict[str, Callable] = {
     "resnet50": resnet.resnet50,
     "resnet101": resnet.resnet101,
     "resnet152": resnet.resnet152,
+    **{f"efficientnet-lite{k}": make for k, make in enumerate(efficientnet.LITE)},
     "general-cnn": general.cnn,
     "general-lstm": general.lstm,
     "general-plain": general.plain,

