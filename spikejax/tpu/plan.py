@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.stages import Wrapped
+from jax.stages import Compiled, Wrapped
 
 from spikejax.tpu.chips import GIB, Device, Slice, tpu_devices
 from spikejax.tpu.hlo import Collective, collectives, cycles, hbm_bytes
@@ -105,19 +105,25 @@ def make_plan(
     Raises:
         JaxRuntimeError: the compiler refused the step, not for lack of memory.
     """
-    parameters, opt = map(bytes_per_device, (state["params"], state["opt"]))
-    size = batch["label"].shape[0]
-    plan = partial(Plan, target, size, train_images, parameters, opt)
     try:
         compiled: Any = train_step.lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         # The compiler has no other way to say how much memory was missing.
         if (needed := out_of_memory(str(error))) is None:
             raise
-        return plan(bytes_per_device((state, batch)), needed)
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    hlo = compiled.as_text()
-    return plan(
+        inputs = bytes_per_device((state, batch))
+        return _plan(state, batch, target, train_images)(inputs, needed)
+    return read_plan(compiled, state, batch, target, train_images=train_images)
+
+
+def read_plan(
+    compiled: Compiled, state: Tree, batch: Tree, target: Slice, *, train_images: float
+) -> Plan:
+    """Return the needs of a compiled training step; arguments as in ``make_plan``."""
+    memory: Any = compiled.memory_analysis()
+    cost: Any = compiled.cost_analysis()
+    hlo = str(compiled.as_text())
+    return _plan(state, batch, target, train_images)(
         inputs=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -129,6 +135,14 @@ def make_plan(
         collectives=collectives(hlo),
         loops=len(re.findall(r" while\(", hlo)),
     )
+
+
+def _plan(
+    state: Tree, batch: Tree, target: Slice, train_images: float
+) -> Callable[..., Plan]:
+    parameters, opt = map(bytes_per_device, (state["params"], state["opt"]))
+    size = batch["label"].shape[0]
+    return partial(Plan, target, size, train_images, parameters, opt)
 
 
 def plan_training(

@@ -1,0 +1,94 @@
+"""The check of a machine: what passes here, and what each row notices."""
+
+from types import SimpleNamespace
+
+import jax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from experiments import selfcheck
+from spikejax.experiment.cli import override
+from spikejax.train.sharding import data_mesh
+
+SMALL = {
+    "model": "convnet",
+    "neuron": "relu",
+    "image_size": 8,
+    "dtype": "float32",
+    "batch_size": 8,
+}
+
+
+def test_a_machine_that_works_passes(tmp_path, capsys):
+    flags = override(selfcheck.DEFAULT, SMALL | {"workdir": tmp_path})
+    selfcheck.main(flags)
+    out = capsys.readouterr().out
+    assert "FAIL" not in out and out.count("pass  ") == 8
+    for text in ("8 x cpu, 1 process(es)", "all-reduce of", "8 here", "apart, at most"):
+        assert text in out
+    assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+def test_what_fails_is_named_and_the_exit_code_is_1(monkeypatch, capsys):
+    rows = [selfcheck.Row("devices", "none", False), selfcheck.Row("time", "1", True)]
+    monkeypatch.setattr(selfcheck, "check", lambda flags: iter(rows))
+    with pytest.raises(SystemExit) as exit:
+        selfcheck.main(selfcheck.DEFAULT)
+    assert exit.value.code == 1
+    assert "selfcheck: failed: devices. docs/tpu.md" in capsys.readouterr().err
+
+
+def test_devices_are_as_many_as_the_slice_has():
+    assert selfcheck.check_devices(None).passed
+    assert selfcheck.check_devices("v5e:2x4").passed
+    assert not selfcheck.check_devices("v5e:2x2").passed
+
+
+def test_gradients_that_differ_are_noticed(monkeypatch):
+    monkeypatch.setattr(selfcheck, "CLOSE", 1e-12)
+    assert not selfcheck.check_numbers().passed
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "kind", "passed"),
+    [
+        (1, "all-reduce", True),
+        (1, "all-gather", False),
+        (2, "all-gather", True),
+        (2, "all-to-all", False),
+    ],
+)
+def test_gathers_are_noticed(fsdp, kind, passed):
+    hlo = f"  %x = f32[8,4]{{1,0}} {kind}(%y), replica_groups={{{{0,1}}}}"
+    row = selfcheck.check_communication(hlo, data_mesh(fsdp=fsdp))
+    assert row.passed == passed and row.found == f"1 {kind} of 0.0 MB"
+
+
+@pytest.mark.parametrize(("limit", "passed"), [(None, True), (70, True), (69, False)])
+def test_a_step_that_does_not_fit_is_noticed(limit, passed):
+    sizes = {"argument": 40, "temp": 30, "output": 40, "alias": 40}
+    sizes = {f"{name}_size_in_bytes": size for name, size in sizes.items()}
+    compiled = SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**sizes))
+    stats = {} if limit is None else {"bytes_limit": limit}
+    assert selfcheck.check_memory(compiled, stats).passed == passed
+
+
+@pytest.mark.parametrize(
+    ("bound", "passed"),
+    [(None, True), (0.05, True), (0.02, True), (0.019, False), (0.2, False)],
+)
+def test_steps_that_are_slow_or_were_not_waited_for_are_noticed(bound, passed):
+    row = selfcheck.check_time(0.1, bound, 64)
+    assert row.passed == passed and row.found.startswith("100.0 ms, 640 images/s")
+
+
+def test_copies_that_differ_are_noticed():
+    mesh = data_mesh(jax.devices()[:2])
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    first, second = mesh.devices.flat
+    one = [jax.device_put(1.0, first), jax.device_put(1.0, second)]
+    other = [one[0], jax.device_put(1.0000001, second)]
+    make = jax.make_array_from_single_device_arrays
+    for parts, passed in ((one, True), (other, False)):
+        row = selfcheck.check_copies({"kernel": make((), everywhere, list(parts))})
+        assert row.passed == passed and row.found == "2 here, 1 process(es)"
