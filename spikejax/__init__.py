@@ -13,6 +13,7 @@ from spikejax.nn.delay import Delay, DelayedLinear
 from spikejax.nn.driven import spike_driven
 from spikejax.nn.memory import drop_membranes, keep_membranes, stepper
 from spikejax.nn.norm import td_batch_norm
+from spikejax.nn.penalty import Penalised
 from spikejax.nn.quant import QuantReLU
 from spikejax.unroll import unroll
 
@@ -42,6 +43,7 @@ __all__ = [
     "DelayedLinear",
     "MultiThreshold",
     "NeuronParams",
+    "Penalised",
     "QuantReLU",
     "RefractoryLIF",
     "calibrate",

@@ -8,7 +8,7 @@ that meets a weight is an accumulate (AC), any other activation a multiply-accum
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -52,11 +52,46 @@ class Operations:
 
 
 @dataclass(frozen=True)
+class Silent:
+    """Channels of one layer of neurons that never fired, and how close they came."""
+
+    path: str
+    channels: tuple[int, ...]
+    """Numbers of these channels, on the last axis."""
+    of: int
+    """Channels of the layer."""
+    threshold: float = math.nan
+    """Lowest threshold of these channels, nan where the layer has none."""
+    mean: float = math.nan
+    """Mean of the membranes of these channels over images, time steps and places."""
+    deviation: float = math.nan
+    """Standard deviation of these membranes."""
+    highest: float = math.nan
+    """Highest of these membranes."""
+
+    @property
+    def reason(self) -> str:
+        """Membranes and threshold in words, or nothing where a layer has none."""
+        if math.isnan(self.mean + self.threshold):  # such as PSN
+            return ""
+        return (
+            f"membranes {self.mean:.3g} ± {self.deviation:.3g}, at most "
+            f"{self.highest:.3g}; threshold {self.threshold:.3g}"
+        )
+
+    def __str__(self) -> str:
+        reason = f"; {self.reason}" if self.reason else ""
+        return f"{self.path}: {len(self.channels)} of {self.of} channels{reason}"
+
+
+@dataclass(frozen=True)
 class Report:
-    """Cost of a network per image, one row per layer in the order of computation."""
+    """Cost of a network per image, one row per layer; printed, it is a table."""
 
     neurons: tuple[Firing, ...]
     connections: tuple[Operations, ...]
+    silent: tuple[Silent, ...] = ()
+    """Layers with channels that never fired on the given input."""
 
     @property
     def spikes_per_image(self) -> float:
@@ -98,6 +133,23 @@ class Report:
         """4.6 pJ a dense MAC: the network without spikes, on dense hardware."""
         return MAC_PJ * self.dense_macs / 1000
 
+    def __str__(self) -> str:
+        rows = (*self.neurons, *self.connections)
+        width = max((len(row.path) for row in rows), default=0)
+        lines = [f"{'neurons':{width}}        rate      spikes"]
+        for row in self.neurons:
+            lines.append(f"{row.path:{width}}  {row.rate:10.4f}  {row.spikes:10,.0f}")
+        lines.append(f"{'weights':{width}}         ACs        MACs  dense MACs")
+        for row in self.connections:
+            numbers = (row.acs, row.macs, row.dense_macs)
+            columns = "".join(f"  {number:10,.0f}" for number in numbers)
+            lines.append(f"{row.path:{width}}{columns}")
+        lines.append(
+            f"{self.spikes_per_image:,.0f} spikes, {self.energy_nj:.4g} nJ; dense "
+            f"without spikes {self.ann_energy_nj:.4g} nJ"
+        )
+        return "\n".join([*lines, *(f"silent {row}" for row in self.silent)])
+
 
 def measure(model: nnx.Module, xs: jax.Array) -> Report:
     """Count the spikes and effective operations of a model in evaluation mode.
@@ -122,6 +174,7 @@ def measure(model: nnx.Module, xs: jax.Array) -> Report:
     Returns:
         one row per layer of neurons and per product, in the order of the computation.
         A product is named by the path of its parameters, or else by file and line.
+        Channels that never fire are in ``silent``, with the reason.
 
     Raises:
         ValueError: xs has no batch or no time steps; a product is inside of a loop of
@@ -144,8 +197,9 @@ def measure(model: nnx.Module, xs: jax.Array) -> Report:
             "depend on the input, found none: there is nothing to count.",
             stacklevel=2,
         )
-    counts = jax.jit(partial(_count, traced))(state, xs)
-    return _report(traced.sites, *jax.device_get(counts), *xs.shape[:2])
+    counts = jax.device_get(jax.jit(partial(_count, traced))(state, xs))
+    report = _report(traced.sites, *counts, *xs.shape[:2])
+    return replace(report, silent=_silent(traced.sites, counts[0], model))
 
 
 def _named(model: nnx.Module) -> nnx.Module:
@@ -190,16 +244,17 @@ def _count(
 
     def real(n: int, site: Site, values: list, given: None) -> tuple[jax.Array, Any]:
         if site.kind == "spiking_output":
-            y, count = values
-            return y, count
+            y, count, *membranes = values
+            return y, (count, _by_channel(count, *membranes))
         (y,) = trace.bind(site.eqn, values)
         is_product = site.kind in PRODUCTS
         return y, _product(site.eqn, [v != 0 for v in values]) if is_product else None
 
     def counted(
-        n: int, site: Site, values: list, count: jax.Array
+        n: int, site: Site, values: list, given: tuple[jax.Array, tuple]
     ) -> tuple[jax.Array, Any]:
         if site.kind == "spiking_output":
+            count, _ = given
             return count.astype(values[0].dtype), _rows(count)
         (y,) = trace.bind(site.eqn, values)
         if site.kind not in PRODUCTS:
@@ -212,7 +267,17 @@ def _count(
         return y, (is_ac, _product(site.eqn, met))
 
     kept = trace.run(traced, state, xs, real)[1]
-    return kept, trace.run(traced, state, xs, counted, kept)[1]
+    counts = trace.run(traced, state, xs, counted, kept)[1]
+    # The spikes themselves stay on the device.
+    return {n: v[1] if isinstance(v, tuple) else v for n, v in kept.items()}, counts
+
+
+def _by_channel(count: jax.Array, *membranes: jax.Array) -> tuple[jax.Array, ...]:
+    """Return spikes by channel, and mean, mean square and maximum of membranes."""
+    channels = count.shape[-1] if count.ndim > 1 else 1
+    spikes = count.astype(jnp.float32).reshape(-1, channels).sum(0)
+    v = [v.reshape(-1, channels) for v in membranes]
+    return spikes, *(f(0) for v in v for f in (v.mean, jnp.square(v).mean, v.max))
 
 
 def _rows(values: jax.Array) -> jax.Array:
@@ -253,6 +318,35 @@ def _dense(site: Site) -> tuple[float, float]:
     if len(kernel) == 3 and kernel[0] == 1:  # the first axis is time, as in nn.tpu
         calls *= pixels[0]
     return float(macs), calls
+
+
+def _silent(
+    sites: Sequence[Site], real: trace.Kept, model: nnx.Module
+) -> tuple[Silent, ...]:
+    """Return the channels of each layer that never fired."""
+    layers = neuron_layers(model)
+    # By width as well, as one layer may act on several values.
+    found: dict[tuple[str, int], list[tuple[np.ndarray, ...]]] = {}
+    for n, site in enumerate(sites):
+        if site.kind == "spiking_output":
+            channels = real[n][0].shape[-1]
+            parts = tuple(part.reshape(-1, channels) for part in real[n])
+            found.setdefault((site.name, channels), []).append(parts)
+    rows = []
+    for (path, channels), sites_of in found.items():
+        spikes, *membranes = map(np.concatenate, zip(*sites_of, strict=True))
+        silent = np.flatnonzero(spikes.sum(0) == 0)
+        numbers = []
+        if silent.size and membranes and path in layers:
+            mean, square, highest = (part[:, silent] for part in membranes)
+            deviation = np.sqrt(max(square.mean() - mean.mean() ** 2, 0))
+            levels = [np.asarray(t) for t in layers[path].params.thresholds]
+            own = [t[..., silent] if t.shape[-1:] == (channels,) else t for t in levels]
+            lowest = min(np.abs(t).min() for t in own)
+            numbers = map(float, (lowest, mean.mean(), deviation, highest.max()))
+        if silent.size:
+            rows.append(Silent(path, tuple(silent.tolist()), channels, *numbers))
+    return tuple(rows)
 
 
 def _report(

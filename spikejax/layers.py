@@ -70,8 +70,8 @@ class Memory(nnx.Module):
 
 # The tracer finds spikes in a jaxpr by this name: a jit of a function is one equation.
 @jax.jit
-def spiking_output(y: jax.Array, count: jax.Array) -> jax.Array:
-    """Return y, which is made of ``count`` binary spikes."""
+def spiking_output(y: jax.Array, count: jax.Array, *v: jax.Array) -> jax.Array:
+    """Return y, made of ``count`` binary spikes that leave the membranes v behind."""
     return y
 
 
@@ -109,8 +109,9 @@ class Step(NamedTuple):
             y = y * unit
         is_count = y is count  # then both operands are one array, not two to write
         y = y.astype(x.dtype)
+        v = jax.tree.leaves(state)[:1] if self.name else []  # who names it asks for it
         with jax.named_scope(self.name or "neuron"):
-            return state, spiking_output(y, y if is_count else count)
+            return state, spiking_output(y, y if is_count else count, *v)
 
 
 class Neuron(nnx.Module):

@@ -4,6 +4,8 @@ Labels are class numbers [B] in 0..K-1, the loss of any other is nan; or probabi
 [B, K], as mixup makes them. The caller takes the mean over the batch.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -101,3 +103,36 @@ def rate_mse(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """
     logits, targets = _checked("rate_mse", logits, labels)
     return jnp.square(logits.mean(1) - targets).mean(-1)
+
+
+def firing_rate(
+    spikes: jax.Array, *, lower: float = 0.0, upper: float = math.inf
+) -> jax.Array:
+    """Return the cost of a layer that fires too little or too much.
+
+    mean_i max(lower - r_i, 0)^2 + max(mean_i r_i - upper, 0)^2,  r_i = 1/T sum_t s_ti
+
+    The lower bound holds for each neuron, so that none is silent; the upper one for the
+    mean of the layer. ``nn.penalty.Penalised`` adds it to the loss of a training.
+
+    Args:
+        spikes: of one layer, [B, T, ...].
+        lower, upper: spikes per neuron and time step, 0 <= lower <= upper.
+
+    Returns:
+        the cost of each example, [B].
+
+    Raises:
+        ValueError: spikes have no neurons, or the bounds are out of their range.
+
+    Reference: after Zenke and Vogels 2021, doi:10.1162/neco_a_01367, whose bounds are
+    numbers of spikes; rates, which do not change with T, are our choice.
+    """
+    if spikes.ndim < 3 or not 0 <= lower <= upper:
+        raise ValueError(
+            "firing_rate: expected spikes [B, T, ...] and 0 <= lower <= upper, got "
+            f"{spikes.shape}, {lower} and {upper}. They are spikes per neuron and step."
+        )
+    rates = spikes.astype(jnp.float32).mean(1).reshape(len(spikes), -1)
+    few = jnp.square(jax.nn.relu(lower - rates)).mean(-1)
+    return few + jnp.square(jax.nn.relu(rates.mean(-1) - upper))

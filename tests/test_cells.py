@@ -105,6 +105,51 @@ def test_no_gradient_reaches_the_input_of_a_resting_neuron():
     assert gradient[1] == gradient[2] == 0 and gradient[0] != 0 != gradient[3]
 
 
+TRACES = np.load(Path(__file__).parent / "golden" / "cells.npz")
+TRACED = {  # see make_cell_traces.py for the mapping of parameters
+    "alif": lambda: ALIF(
+        5.0,
+        0.5,
+        tau_adaptation=20.0,
+        strength=0.1 * (1 - 1 / 20) / (1 / 20),
+        v_reset=0.0,
+        surrogate=surrogate.fast_sigmoid(1.0),
+    ),
+} | {
+    f"cuba-{reset}-detach={detach}": lambda v_reset=v_reset, detach=detach: CubaLIF(
+        4.0,
+        tau_synapse=2.0,
+        decay_input=False,
+        v_reset=v_reset,
+        detach_reset=detach,
+    )
+    for reset, v_reset in (("soft", None), ("zero", 0.0))
+    for detach in (False, True)
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_adaptive_and_synaptic_neurons_equal_norse_and_spikingjelly(name):
+    layer = TRACED[name]()
+
+    def step(state, x):
+        state, z = layer.step(state, x)
+        return state, (z, state[0])
+
+    @jax.jit
+    def both(xs):
+        _, (spikes, membranes) = jax.lax.scan(step, layer.start(xs[0].shape), xs)
+        loss = (spikes * TRACES["spike_weights"]).sum()
+        loss += (membranes * TRACES["membrane_weights"]).sum()
+        return loss, (spikes, membranes)
+
+    dx, (spikes, membranes) = jax.grad(both, has_aux=True)(jnp.array(TRACES["xs"]))
+    assert 0.1 < spikes.mean() < 0.9
+    np.testing.assert_array_equal(spikes, TRACES[f"{name}/spikes"])
+    np.testing.assert_allclose(membranes, TRACES[f"{name}/membranes"], atol=2e-6)
+    np.testing.assert_allclose(dx, TRACES[f"{name}/dx"], rtol=1e-4, atol=1e-5)
+
+
 def golden():
     path = Path(__file__).parents[2] / "shared" / "golden" / "rules.json"
     if not path.exists():

@@ -17,6 +17,7 @@ from spikejax._compat import List
 from spikejax.layers import IF, LIF, MultiThreshold
 from spikejax.models import general, resnet
 from spikejax.nn.memory import keep_membranes
+from spikejax.nn.psn import PSN
 from spikejax.nn.quant import QuantReLU
 from spikejax.nn.recurrent import LSTM, Recurrent
 
@@ -113,6 +114,36 @@ def test_rate_is_per_step_and_spikes_are_over_all_steps():
     assert report.neurons == (energy.Firing("layers/0", 3 / 8, 3.0),)
     assert report.acs == 15
     assert report.dense_macs == 10  # of one step
+
+
+def test_channels_that_never_fire_are_named_with_their_membranes():
+    # the second adds up to 1, the third to -1, the last to 3 of 4; others fire
+    thresholds = np.array([1.0, 2.0, 2.0, 4.0, 1.0])
+    xs = jnp.broadcast_to(jnp.array([1.0, 0.25, -0.25, 0.75, 2.0]), (2, 4, 5))
+    model = Chain(IF(v_threshold=thresholds), linear(5, 3), LIF(v_threshold=99.0))
+    report = energy.measure(model, xs)
+    first, last = report.silent
+    assert (first.path, first.channels, first.of) == ("layers/0", (1, 2, 3), 5)
+    u = np.outer([0.25, -0.25, 0.75], [1, 2, 3, 4])  # membranes of the four steps
+    assert first.threshold == 2 and first.highest == 3
+    assert first.mean == pytest.approx(u.mean(), rel=1e-6)
+    assert first.deviation == pytest.approx(u.std(), rel=1e-6)
+    assert (last.channels, last.of, last.threshold) == ((0, 1, 2), 3, 99)
+    assert str(first) == "layers/0: 3 of 5 channels; membranes 0.625 ± " + (
+        f"{u.std():.3g}, at most 3; threshold 2"
+    )
+    lines = str(report).splitlines()
+    assert lines[1].split() == ["layers/0", "0.4000", "8"]
+    assert lines[4].split() == ["layers/1", "24", "0", "15"]
+    assert lines[5] == "8 spikes, 0.0216 nJ; dense without spikes 0.069 nJ"
+    assert lines[6:] == [f"silent {first}", f"silent {last}"]
+
+
+def test_no_membrane_is_known_where_a_layer_has_none():
+    psn = PSN(2, rngs=nnx.Rngs(0))
+    (row,) = energy.measure(psn, -jnp.ones((1, 2, 3))).silent
+    assert row.channels == (0, 1, 2) and row.reason == ""
+    assert str(row).endswith(": 3 of 3 channels")
 
 
 @pytest.mark.parametrize(

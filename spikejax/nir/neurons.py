@@ -183,14 +183,15 @@ CELLS += (neurons.independent, neurons.late_reset, neurons.integrate, synaptic)
 
 
 def _specs(layer: Neuron, shape: tuple[int, ...], factor: float) -> list[Spec]:
-    cell, params, v_reset = layer.cell, layer.params, layer.options.v_reset
+    cell, v_reset = layer.cell, layer.options.v_reset
+    params: Any = layer.params
     unit = layer.bind()[1][1]
     unit = np.asarray(1.0 if unit is None else unit, np.float64)
     leak = np.asarray(params.leak, np.float64)
     gain, v_leak = leak if layer.options.decay_input else 1.0, v_reset or 0.0
     synaptic_leak = getattr(params, "synaptic_leak", None)
     if cell is synaptic:  # parallel neurons behind their current
-        cell, params = neurons.parallel, NeuronParams(leak, params.thresholds)
+        cell, params = neurons.parallel, NeuronParams(params.leak, params.thresholds)
     if cell is node_step:
         gain, v_leak, v_reset = params.gain, params.v_leak, params.v_reset
     numbers: tuple[Any, ...] = ((), (), ())

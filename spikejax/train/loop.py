@@ -108,7 +108,7 @@ def fit(
         config: the recipe.
         model: takes xs [B, T, ...], returns logits [B, T, K]. ``fit`` owns it: keep no
             other reference, or its parameters take memory twice.
-        loss: (logits, labels) -> [B].
+        loss: (logits, labels) -> [B]; costs of ``Penalised`` layers are added to it.
         train_data: endless Grain iterator of host batches {"image": [B, ...],
             "label": [B] or [B, K]}, this process's part of config.batch_size; its
             position is part of the checkpoint.

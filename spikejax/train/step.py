@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from spikejax.nn.penalty import penalty
 from spikejax.train.recipe import TrainConfig
 
 State = dict[str, Any]  # of arrays and of dicts of them
@@ -54,8 +55,9 @@ def make_train_step(
 ) -> TrainStep:
     """Return the pure step (state, batch) -> (state, metrics), to be jitted.
 
-    Metrics are the mean loss and accuracy, the norm of the gradient of each leaf, and
-    "stop" if the batch has it: whether it is set for any example.
+    Metrics are the mean loss, with the costs of ``Penalised`` layers, and accuracy, the
+    norm of the gradient of each leaf, and "stop" if the batch has it: whether it is set
+    for any example.
 
     Args:
         graphdef: of the model, in training mode.
@@ -81,7 +83,8 @@ def make_train_step(
                 return logits, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
 
             logits, rest = _in_groups(forward, state["rest"], xs, norm_groups)
-            return loss(logits, batch["label"]).mean(), (logits, rest)
+            costs = penalty(nnx.merge(graphdef, params, rest))
+            return loss(logits, batch["label"]).mean() + costs, (logits, rest)
 
         both = jax.value_and_grad(objective, has_aux=True)
         (value, (logits, rest)), gradients = both(state["params"])
