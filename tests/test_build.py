@@ -16,6 +16,7 @@ from spikejax.experiment.build import (
     NetworkOptions,
     ResNetOptions,
     SingleOptions,
+    TransformerOptions,
     VGGOptions,
     build_model,
     neuron_factory,
@@ -30,7 +31,10 @@ from spikejax.train.checksum import by_path
 NEURONS = alternatives(ActivationOptions.__args__)[1]
 FAMILIES = alternatives(NetworkOptions.__args__)[1]
 NAMES = ("lif", "plif", "if", "mt-parallel", "mt-cascade", "i-lif", "relu")
-DEEP = ("resnet50", "resnet101", "resnet152")  # resnet34 with other numbers
+# Others with larger numbers: test_models has their parameters.
+DEEP = {"resnet50", "resnet101", "resnet152"} | {
+    name for name, kind in FAMILIES.items() if kind is TransformerOptions
+} - {"transformer-small"}
 CONVNET = VGGOptions("convnet")
 
 
@@ -163,14 +167,19 @@ def abstract(network, xs):
     return jax.eval_shape(answer, xs)
 
 
-@pytest.mark.parametrize("name", sorted({*MODELS} - {*DEEP}))
+@pytest.mark.parametrize("name", sorted({*MODELS} - DEEP))
 def test_every_model_returns_a_logit_per_class(name):
     logits, _ = abstract(FAMILIES[name](name), jnp.zeros((2, 2, 32, 32, 3)))
     assert logits.shape == (2, 2, 10)
 
 
 @pytest.mark.parametrize(
-    "network", [VGGOptions(dtype="bfloat16"), ResNetOptions(dtype="bfloat16")]
+    "network",
+    [
+        VGGOptions(dtype="bfloat16"),
+        ResNetOptions(dtype="bfloat16"),
+        TransformerOptions(dtype="bfloat16"),
+    ],
 )
 def test_bfloat16_is_of_the_computation_and_not_of_the_parameters(network):
     logits, state = abstract(network, jnp.zeros((2, 1, 32, 32, 3)))

@@ -233,9 +233,10 @@ def options():
         build.ResNetOptions("resnet20", **small),
         build.VGGOptions("convnet"),
         build.GeneralOptions(**small),
+        build.TransformerOptions(),
     )
     other = {
-        "model": "resnet18|vgg11|general-lstm",
+        "model": "resnet18|vgg11|general-lstm|sdt-2-256",
         "residual": "plain",
         "width": 0.2,
         "remat": "blocks",
@@ -252,7 +253,7 @@ def options():
 def test_every_option_changes_the_network(network, name, value):
     lif = build.SingleOptions("lif")
     if name == "model":
-        place = ("resnet", "vgg", "general")
+        place = ("resnet", "vgg", "general", "transformer")
         kind = type(network).__name__.removesuffix("Options").lower()
         value = value.split("|")[place.index(kind)]
     if name == "pool" and network.model == "resnet20":  # which has no pooling

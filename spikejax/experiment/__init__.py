@@ -5,6 +5,7 @@ from spikejax.experiment.build import GeneralOptions as GeneralOptions
 from spikejax.experiment.build import MultiThresholdOptions as MultiThresholdOptions
 from spikejax.experiment.build import ResNetOptions as ResNetOptions
 from spikejax.experiment.build import SingleOptions as SingleOptions
+from spikejax.experiment.build import TransformerOptions as TransformerOptions
 from spikejax.experiment.build import VGGOptions as VGGOptions
 from spikejax.experiment.config import Experiment as Experiment
 from spikejax.experiment.config import Images as Images

@@ -137,6 +137,47 @@ class GeneralOptions:
 
 
 @dataclass(frozen=True)
+class TransformerOptions:
+    """Spiking transformers (spikejax.models.transformer)."""
+
+    model: Literal[
+        "transformer-small",
+        "spikformer-4-256",
+        "spikformer-2-384",
+        "spikformer-4-384",
+        "spikformer-8-384",
+        "spikformer-8-512",
+        "spikformer-8-768",
+        "sdt-2-256",
+        "sdt-2-512",
+        "sdt-8-384",
+        "sdt-6-512",
+        "sdt-8-512",
+        "sdt-10-512",
+        "sdt-8-768",
+        "qkformer-4-384",
+        "qkformer-10-384",
+        "qkformer-10-512",
+        "qkformer-10-768",
+        "e-spikeformer-3m",
+        "e-spikeformer-5m",
+        "e-spikeformer-10m",
+        "e-spikeformer-19m",
+    ] = "transformer-small"
+    """Spiking transformer, named by depth and channels or by parameters;
+    transformer-small, and those of 2 and 4 blocks, are for CIFAR."""
+    remat: Literal["none", "blocks"] = "none"
+    """blocks recomputes each block for the gradient: less memory, a third more work."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; parameters, statistics and membranes are float32."""
+
+    def build(self, **parts: Any) -> nnx.Module:
+        """Return the network; see ``build_model``."""
+        remat, dtype = self.remat == "blocks", jnp.dtype(self.dtype)
+        return MODELS[self.model](remat=remat, dtype=dtype, **parts)
+
+
+@dataclass(frozen=True)
 class SingleOptions:
     """Neurons with one threshold, or ReLU."""
 
@@ -163,7 +204,13 @@ class MultiThresholdOptions:
         check_settings(self, {"num_thresholds": THRESHOLDS})
 
 
-NetworkOptions = ResNetOptions | VGGOptions | EfficientNetOptions | GeneralOptions
+NetworkOptions = (
+    ResNetOptions
+    | VGGOptions
+    | EfficientNetOptions
+    | TransformerOptions
+    | GeneralOptions
+)
 ActivationOptions = MultiThresholdOptions | SingleOptions
 
 
@@ -245,8 +292,10 @@ def build_model(
     def make() -> nnx.Module:
         return network.build(**parts, rngs=nnx.Rngs(seed))
 
-    # Residual networks take any size, and the largest of them take seconds to trace.
-    if size and not isinstance(network, ResNetOptions | EfficientNetOptions):
+    # These take any size, and the largest of them take seconds to trace.
+    if size and not isinstance(
+        network, ResNetOptions | EfficientNetOptions | TransformerOptions
+    ):
         xs = jax.ShapeDtypeStruct((1, 1, *size, in_channels), jnp.float32)
         jax.eval_shape(lambda xs: make()(xs), xs)
     # Compiled as a whole: layer by layer, each initialiser would be dispatched alone.

@@ -219,6 +219,9 @@ class _Driver:
             factor = float(np.ravel(constants[0])[0])
             factor = factor if kind == "mul" else 1 / factor
             return _Signal(y, tuple((w * factor, z) for w, z in first.trains))
+        if spikes and kind == "mul" and len(signals) == 2:  # a spike where both fire
+            pairs = itertools.product(*(s.trains for s in signals))
+            return _Signal(y, tuple((a * b, p * q) for (a, p), (b, q) in pairs))
         if spikes and kind in MAXIMA and not constants:
             found = _encode(y, max((s.weights for s in signals), key=len))
             if found is not None:
@@ -231,13 +234,13 @@ class _Driver:
         """Return the sum over trains of the products of each."""
         signals = [v for v in inputs if isinstance(v, _Signal)]
         name = site.name if len(signals) == 1 else site.where
-        driven = all(s.is_driven for s in signals)
-        reason = next((s.reason for s in signals if not s.trains), "")
-        if not driven and not reason:
-            reason = "spikes of other weights per channel"
-        trains = [s.trains if driven else ((1.0, s.value),) for s in signals]
+        # Of two operands, as in attention, spikes of one add up values of the other.
+        driven = any(s.is_driven for s in signals)
+        whole = [s.trains if s.is_driven else ((1.0, s.value),) for s in signals]
+        reasons = [s.reason or "spikes of other weights per channel" for s in signals]
+        reason = "" if driven else reasons[0]
         total: Any = None
-        for each in itertools.product(*trains):
+        for each in itertools.product(*whole):
             weight = float(np.prod([w for w, _ in each]))
             rest = iter([z for _, z in each])
             operands = [next(rest) if isinstance(v, _Signal) else v for v in inputs]
@@ -245,7 +248,7 @@ class _Driver:
             y = y if weight == 1 else weight * y
             total = y if total is None else total + y
             self.count(name, site.eqn, operands, driven)
-        number = max(len(t) for t in trains) if driven else 0
+        number = max(len(s.trains) for s in signals if s.is_driven) if driven else 0
         self.note(name, number, 0.0, 0.0, reason)
         return _Signal(total, reason="currents")
 
