@@ -8,7 +8,7 @@ whatever the type of the input.
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,15 @@ from jax.typing import ArrayLike
 
 from spikejax import neurons, surrogate
 from spikejax._compat import iter_modules
-from spikejax.neurons import Cell, NeuronOptions, NeuronParams, Number, Params, State
+from spikejax.neurons import (
+    Cell,
+    NeuronOptions,
+    NeuronParams,
+    Number,
+    Params,
+    State,
+    Step,
+)
 from spikejax.surrogate import Spike, Surrogate
 from spikejax.unroll import unroll_compiled
 
@@ -66,52 +74,6 @@ class Memory(nnx.Module):
         if self.held is not None:
             for leaf, value in zip(self.held, jax.tree.leaves(state), strict=True):
                 leaf[...] = value
-
-
-# The tracer finds spikes in a jaxpr by this name: a jit of a function is one equation.
-@jax.jit
-def spiking_output(y: jax.Array, count: jax.Array, *v: jax.Array) -> jax.Array:
-    """Return y, made of ``count`` binary spikes that leave the membranes v behind."""
-    return y
-
-
-class Step(NamedTuple):
-    """Time step of a neuron, (params, state, x) -> (state, output).
-
-    It is hashable and closes over no arrays, so it compiles once. params is the pair of
-    the cell's parameters and the size of a spike (None for 1).
-    """
-
-    cell: Cell
-    options: NeuronOptions
-    name: str
-    trains: bool = False
-
-    def __call__(
-        self, params: tuple[Params, Any], state: State, x: jax.Array
-    ) -> tuple[State, jax.Array]:
-        """Return the state after the currents x, and spikes in the type of x."""
-        values, unit = params
-        current = x.astype(jnp.float32)
-        if unit is not None:
-            current = current / unit
-        state, trains = self.cell(values, state, current, self.options)
-        if not trains:  # an integrator: its membrane, its first state, is its output
-            return state, jax.tree.leaves(state)[0].astype(x.dtype)
-        if self.trains:
-            return state, jnp.stack(trains, -1).astype(x.dtype)
-        weights = neurons.spike_weights(self.cell, values)
-        y = count = sum(trains[1:], trains[0])
-        if not all(isinstance(w, float) and np.float32(w) == 1 for w in weights[1:]):
-            pairs = zip(trains[1:], weights[1:], strict=True)
-            y = sum((z * w for z, w in pairs), trains[0])
-        if unit is not None:
-            y = y * unit
-        is_count = y is count  # then both operands are one array, not two to write
-        y = y.astype(x.dtype)
-        v = jax.tree.leaves(state)[:1] if self.name else []  # who names it asks for it
-        with jax.named_scope(self.name or "neuron"):
-            return state, spiking_output(y, y if is_count else count, *v)
 
 
 class Neuron(nnx.Module):

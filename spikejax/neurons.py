@@ -72,6 +72,16 @@ def charge(leak: Number, v: Number, x: jax.Array, options: NeuronOptions) -> jax
     return v - above_rest * leak + x
 
 
+def uncharge(
+    leak: Number, v: Number, u: jax.Array, options: NeuronOptions
+) -> jax.Array:
+    """Return the input x that charges v to u: the inverse of ``charge`` in x."""
+    above_rest = v - options.v_reset if options.v_reset else v
+    if options.decay_input:
+        return (u - v) / leak + above_rest
+    return u - v + above_rest * leak
+
+
 def reset(u: jax.Array, z: Number, amount: Number, options: NeuronOptions) -> jax.Array:
     """Return the membrane after firing: u - amount (soft), or v_reset where z = 1.
 
@@ -278,6 +288,89 @@ def rest_each(
 ) -> jax.Array:
     """Return one membrane per threshold, [N, *shape], as ``independent`` keeps them."""
     return rest(params, (len(params.thresholds), *shape), v_start)
+
+
+# The tracer finds spikes in a jaxpr by this name: a jit of a function is one equation.
+@jax.jit
+def spiking_output(y: jax.Array, count: jax.Array, *v: jax.Array) -> jax.Array:
+    """Return y, made of ``count`` binary spikes that leave the membranes v behind."""
+    return y
+
+
+class Step(NamedTuple):
+    """Time step of a layer of neurons, (params, state, x) -> (state, output).
+
+    It is hashable and closes over no arrays, so it compiles once. params is the pair of
+    the cell's parameters and the size of a spike (None for 1).
+    """
+
+    cell: Cell
+    options: NeuronOptions
+    name: str = ""
+    trains: bool = False
+
+    def __call__(
+        self, params: tuple[Params, Any], state: State, x: jax.Array
+    ) -> tuple[State, jax.Array]:
+        """Return the state after the currents x, and spikes in the type of x."""
+        values, unit = params
+        current = x.astype(jnp.float32)
+        if unit is not None:
+            current = current / unit
+        return self._output(params, current, state, x.dtype)
+
+    @property
+    def has_phases(self) -> bool:
+        """Tell if the step is ``charge``, then ``fire``; its state is one membrane."""
+        return self.cell in (lif, parallel, cascade)
+
+    def charge(
+        self, params: tuple[NeuronParams, Any], v: jax.Array, x: jax.Array
+    ) -> jax.Array:
+        """Return the membrane u, charged by the currents x, before it fires."""
+        values, unit = params
+        return charge(values.leak, v, x if unit is None else x / unit, self.options)
+
+    def uncharge(
+        self, params: tuple[NeuronParams, Any], v: jax.Array, u: jax.Array
+    ) -> jax.Array:
+        """Return the currents x that charge v to u."""
+        values, unit = params
+        x = uncharge(values.leak, v, u, self.options)
+        return x if unit is None else x * unit
+
+    def fire(
+        self, params: tuple[NeuronParams, Any], u: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the membrane after the charged one has fired, and the spikes."""
+        values, unit = params
+        # Without a leak, a membrane of 0 is charged by u to exactly u.
+        at_zero = self._replace(options=self.options._replace(decay_input=False))
+        given = values._replace(leak=0.0), unit
+        return at_zero._output(given, u, jnp.zeros_like(u), u.dtype)
+
+    def _output(
+        self, params: tuple[Params, Any], current: jax.Array, state: State, dtype: Any
+    ) -> tuple[State, jax.Array]:
+        """Return the state and the output after currents in units of a spike."""
+        values, unit = params
+        state, trains = self.cell(values, state, current, self.options)
+        if not trains:  # an integrator: its membrane, its first state, is its output
+            return state, jax.tree.leaves(state)[0].astype(dtype)
+        if self.trains:
+            return state, jnp.stack(trains, -1).astype(dtype)
+        weights = spike_weights(self.cell, values)
+        y = count = sum(trains[1:], trains[0])
+        if not all(isinstance(w, float) and np.float32(w) == 1 for w in weights[1:]):
+            pairs = zip(trains[1:], weights[1:], strict=True)
+            y = sum((z * w for z, w in pairs), trains[0])
+        if unit is not None:
+            y = y * unit
+        is_count = y is count  # then both operands are one array, not two to write
+        y = y.astype(dtype)
+        v = jax.tree.leaves(state)[:1] if self.name else []  # who names it asks for it
+        with jax.named_scope(self.name or "neuron"):
+            return state, spiking_output(y, y if is_count else count, *v)
 
 
 def equal_thresholds(num_thresholds: int, v_threshold: Number = 1.0) -> tuple:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spikejax import surrogate
 from spikejax.layers import LIF
-from spikejax.neurons import NeuronOptions, NeuronParams, cascade, lif
+from spikejax.neurons import NeuronOptions, NeuronParams, Step, cascade, lif, parallel
 from spikejax.unroll import unroll
 
 # ``import spikejax.unroll as x`` would give the function: the package exports it.
@@ -185,6 +186,152 @@ def test_a_loop_needs_less_memory_than_a_plain_scan():
     plain = temporary_bytes(scan, cascade, 256).temp_size_in_bytes
     loop = temporary_bytes(unroll, cascade, 256).temp_size_in_bytes
     assert 0 < loop < plain / 2
+
+
+def test_a_membrane_needs_no_memory_beside_the_arrays_that_go_in_and_out():
+    step, params = Step(cascade, NeuronOptions()), NeuronParams(0.5, (1.0, 0.5))
+
+    def gradient(xs, d_ys):
+        start = jnp.zeros((8, 64))
+        run = partial(unroll, step, (params, None), start)
+        ys, pull = jax.vjp(lambda xs: run(xs)[1], xs)
+        return ys, pull(d_ys)
+
+    xs = jax.ShapeDtypeStruct((8, 256, 64), jnp.float32)
+    memory = jax.jit(gradient).lower(xs, xs).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.1 * xs.size * 4
+
+
+SURROGATES = [
+    *(surrogate.atan(), surrogate.sigmoid(), surrogate.triangle(), surrogate.erf()),
+    *(surrogate.rectangle(), surrogate.fast_sigmoid()),
+    *(surrogate.piecewise_exponential(), surrogate.heaviside(jnp.cos)),
+]
+
+
+def by_hand(params, options, v, xs, d_last, d_ys):
+    """Outputs, last membrane and gradients of parallel thresholds, in closed form."""
+    leak, theta, rest = params.leak, params.thresholds, options.v_reset or 0.0
+    hard = options.v_reset is not None
+    a = np.diff(theta, axis=0, prepend=0)
+    vs, us, zs, ys = [v], [], [], []
+    for x in np.moveaxis(xs, 1, 0):
+        above = vs[-1] - rest
+        charged = (x - above) * leak if options.decay_input else x - above * leak
+        us.append(vs[-1] + charged)
+        zs.append((us[-1] >= theta[:, None]).astype(float))
+        ys.append((a[:, None] / a[0] * zs[-1]).sum(0))
+        soft = us[-1] - (a[:, None] * zs[-1]).sum(0)
+        vs.append(np.where(zs[-1][0], rest, us[-1]) if hard else soft)
+    d_v, d_xs, d_leak, d_theta = d_last, [], 0, np.zeros_like(theta)
+    for t in reversed(range(xs.shape[1])):
+        u, z, d_y = us[t], zs[t], d_ys[:, t]
+        d_z = a[:, None] / a[0] * d_y
+        d_a = (z * d_y / a[0]).sum(1)
+        d_a[0] = -(a[1:, None] * z[1:] * d_y).sum((0, 1)) / a[0] ** 2
+        if not options.detach_reset and hard:
+            d_z[0] += (rest - u) * d_v
+        elif not options.detach_reset:
+            d_z -= a[:, None] * d_v
+            d_a -= (z * d_v).sum(1)
+        width = (options.surrogate.alpha,) if options.surrogate.alpha else ()
+        slope = d_z * np.asarray(
+            options.surrogate.derivative(jnp.asarray(u - theta[:, None]), *width)
+        )
+        d_u = slope.sum(0) + d_v * (1 - z[0] if hard else 1)
+        d_theta += d_a - np.append(d_a[1:], 0 * d_a[:1], 0) - slope.sum(1)
+        above = vs[t] - rest
+        d_leak = d_leak + (
+            d_u * ((xs[:, t] if options.decay_input else 0) - above)
+        ).sum(0)
+        d_xs.append(d_u * (leak if options.decay_input else 1))
+        d_v = d_u * (1 - leak)
+    gradients = NeuronParams(d_leak, d_theta), d_v, np.stack(d_xs[::-1], 1)
+    return (vs[-1], np.stack(ys, 1)), gradients
+
+
+@pytest.mark.parametrize("case", range(8))
+def test_gradients_of_membranes_equal_the_closed_form(case):
+    """In float64, for each surrogate and each choice of the options."""
+    hard, detach, decay = case & 1, case & 2, case & 4
+    chosen = (0.1 if hard else None), bool(decay), bool(detach), SURROGATES[case]
+    options, rng = NeuronOptions(*chosen), np.random.default_rng(case)
+    theta = np.cumsum(rng.uniform(0.3, 0.6, (3, 4)), 0)
+    params = NeuronParams(rng.uniform(0.1, 0.9, 4), theta)
+    xs, d_ys = rng.normal(1, 2, (2, 2, 9, 4))
+    v, d_last = rng.normal(0, 1, (2, 2, 4))
+    jax.config.update("jax_enable_x64", True)
+    try:
+
+        @jax.jit
+        def pull(params, v, xs, cotangents):
+            step = Step(parallel, options)
+            outs, pull = jax.vjp(
+                lambda params, *given: unroll(step, (params, None), *given),
+                *(params, v, xs),
+            )
+            return outs, pull(cotangents)
+
+        outs, gradients = pull(params, v, xs, (d_last, d_ys))
+        expected = by_hand(params, options, v, xs, d_last, d_ys)
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert 0.2 < (expected[0][1] > 0).mean() < 0.9
+    np.testing.assert_array_equal(outs[1], expected[0][1])
+    close = partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
+    jax.tree.map(close, (outs, gradients), expected)
+
+
+@pytest.mark.parametrize(
+    "step, params",
+    [
+        (Step(lif, NeuronOptions(v_reset=0.0)), NeuronParams(0.4, (0.9,))),
+        (Step(cascade, NeuronOptions(), "", True), NeuronParams(0.4, (1.0, 0.5))),
+        (
+            Step(parallel, NeuronOptions(decay_input=False)),
+            NeuronParams(0.3, (0.5, 1.0, -0.5), (0.5, 0.5, -0.5)),
+        ),
+    ],
+)
+def test_membranes_have_one_answer_in_both_loops(step, params, monkeypatch):
+    params, xs = (params, jnp.float32(1.5)), 2 * example(9)[2]
+    start = jnp.full((2, 3), 0.25)
+
+    @partial(jax.jit, static_argnums=0)
+    def both(cell, params, start, xs):
+        def loss(*given):
+            last, ys = unroll(cell, *given)
+            weights = jnp.cos(jnp.arange(ys.size)).reshape(ys.shape)
+            return (weights * ys).sum() + jnp.sin(last).sum(), ys
+
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(params, start, xs)
+
+    (_, ys), gradients = both(step, params, start, xs)
+    (_, expected), other = both(lambda *given: step(*given), params, start, xs)
+    np.testing.assert_array_equal(ys, expected)
+    assert jnp.abs(ys).mean() > 0
+    assert_close(gradients, other)
+    if step.cell is lif:  # and as a TPU runs them
+        on_tpu = lambda written, loop, given: written(*given)  # noqa: E731
+        monkeypatch.setattr(MODULE, "_by_platform", on_tpu)
+        again = both(step._replace(name="tpu"), params, start, xs)
+        assert_close(again[1], gradients)
+
+
+def test_gradients_of_gradients_go_through_the_loop_of_a_membrane():
+    step, xs = Step(lif, NeuronOptions()), 2 * example(7)[2]
+
+    def norm(cell, leak):
+        def loss(xs):
+            params = NeuronParams(leak, (0.8,)), None
+            return unroll(cell, params, jnp.zeros((2, 3)), xs)[1].sum()
+
+        return (jax.grad(loss)(xs) ** 2).sum()
+
+    second = jax.jit(jax.grad(norm, 1), static_argnums=0)
+    ours, other = (second(f, 0.4) for f in (step, lambda *given: step(*given)))
+    assert other != 0
+    np.testing.assert_allclose(ours, other, rtol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [2, 6])

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax import surrogate
-from spikejax.layers import Fixed, Memory, check_sequence, spiking_output
+from spikejax.layers import Fixed, Memory, check_sequence
+from spikejax.neurons import spiking_output
 from spikejax.surrogate import Spike
 
 START = -1.0  # of the biases: minus a threshold of 1

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spikejax.layers import Memory, Neuron, Step, check_sequence
+from spikejax.layers import Memory, Neuron, check_sequence
+from spikejax.neurons import Step
 from spikejax.unroll import unroll_compiled
 
 
