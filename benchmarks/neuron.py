@@ -20,20 +20,34 @@ writes neuron.json.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks.sides.ours import NEURONS
+from benchmarks.sides.ours import NEURONS, OPTIONS
 from benchmarks.turns import in_turns, ratio
+from spikejax import ALIF, ILIF, CubaLIF, MultiThreshold, RefractoryLIF, neurons
 from spikejax.experiment.cli import parse, run_cli
 from spikejax.nn.cpu import compiler_options
+from spikejax.nn.psn import SlidingPSN
 from spikejax.train import workdir as folder
 from spikejax.train.progress import table
 
 COPY = "copy"
+HALVING = neurons.dyadic_thresholds(4)
+LAYERS: dict[str, Callable] = {
+    **NEURONS,
+    "dyadic": partial(MultiThreshold, HALVING, neurons.cascade, **OPTIONS),
+    "independent": partial(MultiThreshold, 4, neurons.independent, **OPTIONS),
+    "I-LIF": ILIF,
+    "adaptive": partial(ALIF, **OPTIONS),
+    "synaptic": partial(CubaLIF, **OPTIONS),
+    "refractory": partial(RefractoryLIF, **OPTIONS),
+    "sliding PSN": SlidingPSN,
+}
 PASSES = {"forward": 2, "gradient": 3}  # arrays that have to be read or written
 
 
@@ -66,8 +80,8 @@ def functions() -> dict[tuple[str, str], Callable]:
         (COPY, "forward"): lambda xs: xs + 1,
         (COPY, "gradient"): lambda xs, gs: 0.5 * xs + 2 * gs,
     }
-    for name in ("ReLU", "LIF", "multi-threshold", "cascade"):
-        layer = NEURONS[name]()
+    for name, make in LAYERS.items():
+        layer = make()
         made[name, "forward"] = layer
         made[name, "gradient"] = lambda xs, gs, f=layer: gradient(f, xs, gs)
     return made

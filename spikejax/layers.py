@@ -138,8 +138,8 @@ class Neuron(nnx.Module):
     def params(self) -> Any:
         """Parameters as the cell takes them, learned or fixed."""
         values = {field: _read(getattr(self, field)) for field in self.kind._fields}
-        if self.leak_logit is not None:
-            values["leak"] = jax.nn.sigmoid(self.leak_logit[...])
+        learned = [f for f in values if getattr(self, f"{f}_logit", None) is not None]
+        values |= {f: jax.nn.sigmoid(getattr(self, f"{f}_logit")[...]) for f in learned}
         if self.log_steps is not None:
             steps = jnp.exp(self.log_steps[...])
             values["thresholds"] = jnp.cumsum(steps, 0) if self.rises else steps

@@ -52,12 +52,16 @@ def test_general_step_measures_at_least_one_step():
         general_step.measure(general_step.Benchmark(repeats=0))
 
 
-def test_layers_of_neurons_stand_against_copies_of_the_same_arrays(tmp_path, capsys):
+def test_layers_of_neurons_stand_against_copies_of_the_same_arrays(
+    tmp_path, capsys, monkeypatch
+):
+    few = {name: neuron.LAYERS[name] for name in ("ReLU", "LIF", "adaptive")}
+    monkeypatch.setattr(neuron, "LAYERS", few)
     small = {"repeats": 2, "time_steps": (1, 6), "maps": 6, "side": 2, "channels": 2}
     neuron.main(neuron.Benchmark(tmp_path, **small))
     rows = json.loads((tmp_path / "neuron.json").read_text())
     found = {(row["layer"], row["pass"], row["time_steps"]): row for row in rows}
-    assert len(found) == len(rows) == 5 * 2 * 2
+    assert len(found) == len(rows) == 4 * 2 * 2
     for row in rows:
         assert row["shape"] == [6 // row["time_steps"], row["time_steps"], 2, 2, 2]
         low, high = row["ratio_quartiles"]

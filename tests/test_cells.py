@@ -227,7 +227,8 @@ def test_each_channel_learns_numbers_of_its_own():
     xs = currents((2, 20, 3))
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
     shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(params))
-    assert shapes == {"leak_logit": (3,), "log_steps": (1, 3), "strength": (3,)}
+    leaks = {"leak_logit": (3,), "adaptation_leak_logit": (3,)}
+    assert shapes == leaks | {"log_steps": (1, 3), "strength": (3,)}
 
     def total(params):
         return (nnx.merge(graphdef, params, rest)(xs) * jnp.arange(3.0)).sum()
@@ -239,6 +240,27 @@ def test_each_channel_learns_numbers_of_its_own():
         for k, t in enumerate(taus)
     ]
     np.testing.assert_allclose(layer(xs), jnp.concatenate(alone, -1))
+
+
+def test_a_synapse_learns_its_time_constant_with_the_membrane():
+    taus = np.array([1.5, 3.0])
+    options = {"tau_synapse": taus, "v_threshold": 0.5, "decay_input": False}
+    layer = CubaLIF(4.0, learn_tau=True, **options)
+    xs = currents((2, 20, 2))
+    np.testing.assert_array_equal(layer(xs), CubaLIF(4.0, **options)(xs))
+    graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+    assert set(nnx.to_pure_dict(params)) == {"leak_logit", "synaptic_leak_logit"}
+    np.testing.assert_allclose(layer.params.synaptic_leak, 1 / taus, rtol=1e-6)
+
+    def total(params):
+        return (nnx.merge(graphdef, params, rest)(xs) * jnp.arange(20.0)[:, None]).sum()
+
+    # one channel without gradient would have learned nothing
+    assert jnp.abs(
+        nnx.to_pure_dict(jax.grad(total)(params))["synaptic_leak_logit"]
+    ).all()
+    with pytest.raises(ValueError, match="CubaLIF: expected .* > 1 and finite where"):
+        CubaLIF(4.0, tau_synapse=1.0, learn_tau=True)
 
 
 def test_ternary_and_halving_neurons_need_no_class():

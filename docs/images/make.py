@@ -14,7 +14,21 @@ import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
 
-from spikejax import LIF, MultiThreshold, QuantReLU, neurons, plot
+from spikejax import (
+    ALIF,
+    IF,
+    ILIF,
+    LI,
+    LIF,
+    CubaLIF,
+    MultiThreshold,
+    NeuronParams,
+    QuantReLU,
+    RefractoryLIF,
+    neurons,
+    plot,
+)
+from spikejax.layers import Neuron
 
 HERE = Path(__file__).parent
 CURRENT = np.repeat([0.4, 1.2, 3.2, 0.0, 0.8, 2.1], [6, 6, 6, 4, 6, 6])
@@ -76,8 +90,42 @@ def raster() -> Figure:
     return figure
 
 
+def kinds() -> Figure:
+    """What each kind of neuron answers to the same current."""
+    halving = neurons.dyadic_thresholds(3)
+    made = {
+        "IF": IF(),
+        "LIF, tau=4": LIF(4.0, **INPUT),
+        "LIF, hard reset": LIF(4.0, v_reset=0.0, **INPUT),
+        "LI, tau=4": LI(4.0),
+        "four thresholds": MultiThreshold(4, **INPUT),
+        "halving thresholds": MultiThreshold(
+            halving, neurons.cascade, tau=np.inf, v_start=1 / 8, **INPUT
+        ),
+        "four plain neurons": MultiThreshold(4, neurons.independent, **INPUT),
+        "I-LIF, D=4": ILIF(4),
+        "signed": Neuron(neurons.parallel, NeuronParams(0.5, (0.5, -0.5), (0.5, -0.5))),
+        "ALIF": ALIF(4.0, tau_adaptation=8.0, strength=4.0, **INPUT),
+        "CubaLIF": CubaLIF(4.0, tau_synapse=4.0, **INPUT),
+        "RefractoryLIF": RefractoryLIF(2, 4.0, **INPUT),
+    }
+    current = np.concatenate([CURRENT[:22], np.repeat([-1.2, 0.6], [5, 7])])
+    steps = np.arange(1, len(current) + 1)
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    grid = figure.subplots(4, 3, sharex=True, sharey=True)
+    for axes, (name, layer) in zip(grid.flat, made.items(), strict=True):
+        answer = layer(jax.numpy.asarray(current[None, :, None], np.float32))
+        axes.step(steps, current, where="mid", color=plot.GREY, lw=1.2)
+        axes.bar(steps, np.ravel(answer), width=0.7, color=plot.COLOURS[0])
+        axes.set_title(name, loc="left")
+        plot.frame(axes, grid=False)
+    for axes in grid[-1]:
+        axes.set_xlabel("time step")
+    return figure
+
+
 if __name__ == "__main__":
-    for draw in (staircase, response, membrane, raster):
+    for draw in (staircase, response, membrane, raster, kinds):
         path = HERE / f"{draw.__name__}.png"
         draw().savefig(path, dpi=130, metadata={"Software": None})
         print(f"{path} {path.stat().st_size / 1000:.0f} kB")

@@ -138,6 +138,15 @@ def rest_both(params: Any, shape: tuple[int, ...], v_start: Number) -> Two:
     return neurons.rest(params, shape, v_start), jnp.zeros(shape, jnp.float32)
 
 
+def _hold_leak(layer: LIF, field: str, tau: Number) -> None:
+    """Give a layer one more leak, learned if that of its membrane is."""
+    learned = layer.leak_logit is not None
+    leak = check_tau(type(layer).__name__, tau, learned=learned)
+    setattr(layer, field, hold(leak))
+    if learned:
+        setattr(layer, f"{field}_logit", param(-np.log(1 / np.asarray(leak) - 1)))
+
+
 class ALIF(LIF):
     """Layer of leaky integrate-and-fire neurons whose threshold adapts.
 
@@ -149,7 +158,7 @@ class ALIF(LIF):
         tau_adaptation: time constant of the adaptation in time steps, >= 1.
         strength: b >= 0. At one spike per step the threshold becomes v_threshold + b.
         learn_strength: learn b, in its own shape.
-        options: the others of ``LIF``.
+        options: the others of ``LIF``; learn_tau learns tau_adaptation too.
 
     Numbers may be arrays, one value per channel.
 
@@ -173,7 +182,7 @@ class ALIF(LIF):
         if not np.all(np.asarray(strength) >= 0):
             raise ValueError(f"ALIF: expected strength >= 0, got {strength}.")
         self.cell, self.kind, self.rest = adaptive, AdaptiveParams, rest_both
-        self.adaptation_leak = hold(check_tau("ALIF", tau_adaptation))
+        _hold_leak(self, "adaptation_leak", tau_adaptation)
         self.strength = param(strength) if learn_strength else hold(strength)
 
 
@@ -188,7 +197,7 @@ class CubaLIF(LIF):
         tau: membrane time constant in time steps, >= 1.
         v_threshold: threshold, > 0.
         tau_synapse: time constant of the current in time steps, >= 1.
-        options: the others of ``LIF``.
+        options: the others of ``LIF``; learn_tau learns tau_synapse too.
 
     Numbers may be arrays, one value per channel.
 
@@ -208,7 +217,7 @@ class CubaLIF(LIF):
     ):
         super().__init__(tau, v_threshold, **options)
         self.cell, self.kind, self.rest = synaptic, SynapticParams, rest_both
-        self.synaptic_leak = hold(check_tau("CubaLIF", tau_synapse))
+        _hold_leak(self, "synaptic_leak", tau_synapse)
 
 
 class RefractoryLIF(LIF):
