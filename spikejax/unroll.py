@@ -164,10 +164,10 @@ _loop.defvjp(_forward, _backward)
 
 
 # Where a membrane is charged and then fires, all that the backward pass needs is the
-# charged membrane u. It takes the place of x, and later the gradient by x that of u:
-# against the loop above a gradient takes a half to four fifths of the CPU time, and no
-# scratch memory. An associative scan over time gives the same gradient in up to 4 times
-# the time of that loop: benchmarks/parallel.py.
+# charged membrane u. It takes the place of x, and later the gradient by x that of u. So
+# there is no scratch memory, where the loop above needs an array or two; the CPU time
+# is the same for small arrays, and 0.6 of it for large ones. An associative scan over
+# time gives the same gradient in up to 6 times the time: benchmarks/parallel.py.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _membrane_loop(
     cell: neurons.Step, params: Pytree, v: jax.Array, xs: jax.Array

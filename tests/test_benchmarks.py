@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import general_step, growth, neuron, pipeline, turns
+from benchmarks import general_step, growth, neuron, parallel, pipeline, turns
 from benchmarks.pipeline import Pipeline
 from benchmarks.workloads import Sizes
 
@@ -84,6 +84,18 @@ def test_the_gradient_of_a_benchmark_is_by_the_currents():
     np.testing.assert_array_equal(made["ReLU", "gradient"](xs, gs), [[[0.0], [7.0]]])
     np.testing.assert_array_equal(made["copy", "gradient"](xs, gs), xs / 2 + 2 * gs)
     assert made["LIF", "gradient"](xs, gs).all()
+
+
+def test_three_ways_through_time_have_one_answer(tmp_path, capsys):
+    """The script itself compares spikes and gradients, and stops where they differ."""
+    small = {"repeats": 1, "time_steps": (6,), "widths": (3,), "batch_size": 2}
+    parallel.main(parallel.Benchmark(tmp_path, **small))
+    rows = json.loads((tmp_path / "parallel.json").read_text())
+    assert {row["way"] for row in rows} == {"loop", "membrane", "scan"}
+    assert len(rows) == 3 * 2 * 2 and all(row["cpu_ratio"] > 0 for row in rows)
+    assert "membrane" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="parallel: expected .* time_steps > 4"):
+        parallel.measure(parallel.Benchmark(time_steps=(4,)))
 
 
 def test_steps_take_turns_of_two_and_the_second_counts():
