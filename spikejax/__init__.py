@@ -7,6 +7,7 @@ from spikejax import encode, losses, neurons, surrogate
 from spikejax.conversion import calibrate, convert, fold_norms
 from spikejax.layers import IF, LI, LIF, PLIF, MultiThreshold, neuron_layers
 from spikejax.neurons import NeuronParams, cascade, independent, lif, parallel
+from spikejax.nn import online
 from spikejax.nn.cells import ALIF, ILIF, CubaLIF, RefractoryLIF
 from spikejax.nn.cpu import convolve, max_pool
 from spikejax.nn.delay import Delay, DelayedLinear
@@ -60,6 +61,7 @@ __all__ = [
     "max_pool",
     "neuron_layers",
     "neurons",
+    "online",
     "parallel",
     "spike_driven",
     "stepper",
