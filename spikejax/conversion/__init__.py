@@ -7,6 +7,7 @@ from spikejax.conversion.spiking import (
     calibrate,
     convert,
     least_error,
+    least_squares,
     maximum,
     percentile,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "convert",
     "fold_norms",
     "least_error",
+    "least_squares",
     "maximum",
     "percentile",
 ]

@@ -11,6 +11,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from spikejax import trace
+from spikejax.nn.driven import PRODUCTS
 from spikejax.trace import CALLS, Match, Value
 
 # Linear in the operands together.
@@ -27,7 +28,9 @@ MAXIMA = frozenset(("reduce_window_max", "reduce_max"))
 BILINEAR = frozenset(("mul", "dot_general", "conv_general_dilated"))
 # Parts of a ReLU; those of one number return it.
 EXTREMES = ("max", "min", "convert_element_type", "broadcast_in_dim", "copy")
-AFFINE, OTHER = 1, 2  # levels: affine in x since the last site, or not
+# Levels: affine in x since the last site, its output or sums of such, not affine.
+CURRENT, SPIKES, OTHER = 1, 2, 3
+SIGNED = "current"  # kind of the sites that are products
 
 
 class Relus:
@@ -37,22 +40,28 @@ class Relus:
         places: files and lines of the ReLUs, where they are known. A network in
             training mode has norms that are not affine, and that take maxima, such as
             max(variance, 0), so its ReLUs are those that it had in evaluation mode.
+        currents: whether products of weights and currents are sites too: those whose
+            operand is neither the input nor made of spikes.
     """
 
-    def __init__(self, places: Sequence[str] | None = None):
-        self.places = places
+    def __init__(self, places: Sequence[str] | None = None, *, currents: bool = False):
+        self.places, self.currents = places, currents
 
     def match(self, eqn: JaxprEqn, values: Sequence[Value]) -> Match | None:
         """Return the kind of ReLU that an equation is, if it is one."""
         name, called = eqn.primitive.name, trace.call_name(eqn)
         data = [v for v in values if v.level]
+        label = trace.last_label(values)
+        # The input has no label yet: it meets the first weights as it is.
+        met = [v.level for v in data if v.label is not None]
+        if self.currents and called in PRODUCTS and len(met) == len(data) == 1:
+            return None if met[0] == SPIKES else Match(SIGNED, label, level=CURRENT)
         if not data or name not in (*CALLS, "max"):
             return None
-        label = trace.last_label(values)
         if called == "quantised_relu":
-            return Match(called, label)
+            return Match(called, label, level=SPIKES)
         known = self.places is None or trace.where(eqn) in self.places
-        affine = self.places is not None or name in CALLS or data[0].level == AFFINE
+        affine = self.places is not None or name in CALLS or data[0].level < OTHER
         if len(data) != 1 or not known or not affine:
             return None
         # Maxima and minima with numbers clip x to the range of their results.
@@ -62,17 +71,22 @@ class Relus:
         )
         if low != 0 or high is None or high <= 0:
             return None
-        return Match(called, label, high)
+        return Match(called, label, high, SPIKES)
 
     def level(self, eqn: JaxprEqn, values: Sequence[Value]) -> int:
-        """Return whether the output is affine in the input."""
+        """Return whether the output is affine in the input, and made of spikes."""
         name = eqn.primitive.name
         data = [v.level > 0 for v in values]
         affine = name in LINEAR.split() or name in MAXIMA
         affine |= name in BILINEAR and sum(data) == 1
         affine |= name == "div" and not data[1]
         affine |= name == "select_n" and not data[0]
-        return max(v.level for v in values) if affine else OTHER
+        levels = [v.level for v in values if v.level]
+        if not affine or OTHER in levels:
+            return OTHER
+        # A mean multiplies by a number, a norm by a parameter.
+        scaled = name == "mul" and any(v.label and not v.level for v in values)
+        return CURRENT if name in PRODUCTS or scaled else min(levels)
 
 
 def _extreme(eqn: JaxprEqn, operands: Sequence[float | None]) -> float | None:

@@ -45,20 +45,22 @@ def _step(
     model = nnx.merge(graphdef, membranes, rest)
     ys, seen = model.observe(xs)
     spikes = jnp.zeros(len(xs))
-    for name, neuron in zip(model.names, model.sites, strict=True):
+    parts = zip(model.names, model.sites, model.repeats, strict=True)
+    for name, neuron, repeats in parts:
         y = seen[name].y.astype(jnp.float32)
-        count = jnp.round(y / _spread(neuron.unit[...], y))
+        count = neuron.count(y * neuron.levels / _top(neuron, y, repeats))
         # In a scan over layers the batch is the second axis.
-        count = count.reshape(neuron.unit[...].size, len(xs), -1)
-        spikes = spikes + count.sum((0, 2))
+        spikes = spikes + count.sum([k for k in range(y.ndim) if k != repeats])
     # Sums over time need more digits than bfloat16 has.
     logits = ys[:, 0].astype(jnp.float32)
     return nnx.state(model, Membrane), (logits, spikes, seen if watched else {})
 
 
-def _spread(unit: jax.Array, y: jax.Array) -> jax.Array:
-    """Return the sizes of spikes, one per layer of a scan, to divide activations by."""
-    return unit.reshape(unit.shape + (1,) * (y.ndim - unit.ndim))
+def _top(neuron: ScaledIF, y: jax.Array, repeats: int) -> jax.Array:
+    """Return v_threshold, one per layer of a scan and channel, to divide y by."""
+    top = neuron.v_threshold
+    layers, channels = top.shape[:repeats], top.shape[repeats:]
+    return top.reshape(layers + (1,) * (y.ndim - top.ndim) + channels)
 
 
 def _steps(
@@ -240,27 +242,35 @@ def agreement(
             f"{sorted(activations)} and {sorted(total)}."
         )
     rows = []
-    for path, neuron in zip(snn.names, snn.sites, strict=True):
+    for path, neuron, repeats in zip(snn.names, snn.sites, snn.repeats, strict=True):
         z, rate = total[path].x / time_steps, total[path].y / time_steps
-        top = _spread(neuron.unit[...], z) * neuron.num_thresholds
-        levels = time_steps * neuron.num_thresholds
-        parts = _errors(z, rate, activations[path].y, top, levels)
+        top = _top(neuron, z, repeats)
+        levels = time_steps * neuron.levels
+        lowest = -jnp.inf if neuron.is_signed else 0
+        parts = _errors(z, rate, activations[path].y, top, levels, lowest)
         rows.append(Agreement(path, *map(float, parts)))
     return rows
 
 
 def _errors(
-    z: jax.Array, rate: jax.Array, activation: jax.Array, top: jax.Array, levels: int
+    z: jax.Array,
+    rate: jax.Array,
+    activation: jax.Array,
+    top: jax.Array,
+    levels: int,
+    lowest: float,
 ) -> list[jax.Array]:
-    clipped = jnp.clip(z, 0, top)
+    least = max(lowest, -levels)
+    clipped = jnp.clip(z, least * top / levels, top)
     # The rate in closed form, see ScaledIF.
-    expected = jnp.clip(jnp.floor(z * levels / top + 0.5), 0, levels) * top / levels
+    expected = jnp.clip(jnp.floor(z * levels / top + 0.5), least, levels) * top / levels
     pairs = [
         (rate, activation),
-        (clipped, nnx.relu(z)),
+        (clipped, jnp.maximum(z, lowest)),
         (expected, clipped),
         (rate, expected),
     ]
     # A silent layer has no spikes, occasional or not.
-    occasional = (rate * (activation == 0)).sum() / jnp.maximum(rate.sum(), 1e-9)
+    size = abs(rate)
+    occasional = (size * (activation == 0)).sum() / jnp.maximum(size.sum(), 1e-9)
     return [(jnp.abs(a - b) / top).mean() for a, b in pairs] + [occasional]

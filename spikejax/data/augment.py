@@ -21,6 +21,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 AREA = (0.08, 1.0)
 ASPECT = (3 / 4, 4 / 3)
 TRIES = 10  # a drawn box can exceed the image; torchvision and timm stop after 10 too
+BICUBIC = Image.Resampling.BICUBIC
 CENTER = 224 / 232  # fraction of the short side that evaluation sees
 
 
@@ -141,17 +142,24 @@ def inception_crop(size: int) -> Crop:
     return crop
 
 
-def center_crop(size: int) -> Crop:
+def center_crop(
+    size: int,
+    part: float = CENTER,
+    resample: Image.Resampling = Image.Resampling.BILINEAR,
+) -> Crop:
     """Cut out the middle, 224/232 of the short side: resize to 232, then crop to 224.
 
     Args:
         size: as in `inception_crop`.
+        part: of the short side, in (0, 1].
+        resample: as in Pillow; EfficientNet takes 224/256 and BICUBIC.
     """
 
     def crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        side = min(image.size) * CENTER
+        side = min(image.size) * part
         # One resampling does both steps and reads no pixel outside the crop.
-        return cut(image, _middle(image.width, image.height, side, side), size)
+        box = _middle(image.width, image.height, side, side)
+        return cut(image, box, size, resample)
 
     return crop
 
@@ -170,14 +178,20 @@ def square_crop(size: int) -> Crop:
     return crop
 
 
-def cut(image: Image.Image, box: Box, size: int) -> Image.Image:
-    """Resample a box of the image to size x size (bilinear, antialiased).
+def cut(
+    image: Image.Image,
+    box: Box,
+    size: int,
+    resample: Image.Resampling = Image.Resampling.BILINEAR,
+) -> Image.Image:
+    """Resample a box of the image to size x size, antialiased.
 
     Args:
         image: a JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size
             if its box keeps size x size pixels; this changes the resampling.
         box: left, top, right, bottom in pixels, inside the image.
         size: side of the result in pixels, >= 1.
+        resample: as in Pillow.
     """
     width, height = image.size
     left, top, right, bottom = box
@@ -189,7 +203,7 @@ def cut(image: Image.Image, box: Box, size: int) -> Image.Image:
     # Rounding can exceed the edge, which Pillow refuses.
     right, bottom = min(right * x, image.width), min(bottom * y, image.height)
     box = left * x, top * y, right, bottom
-    return image.resize((size, size), Image.Resampling.BILINEAR, box)
+    return image.resize((size, size), resample, box)
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:

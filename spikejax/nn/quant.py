@@ -6,9 +6,9 @@ stands for that order: Noise Adaptor, Li et al. 2024, arXiv:2411.17431.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def quantise(
 
     Args:
         x: any shape, float32.
-        scale: s > 0, a scalar.
+        scale: s > 0, a number, or an array in the shape of the last axes of x.
         noise: a number, or an array in the shape of x; gets no gradient.
         levels: p, the highest level, a float; gets no gradient.
         rounding: function to whole numbers; None does not round.
@@ -76,17 +76,18 @@ def _forward(
     x: jax.Array, scale: Number, noise: Number, levels: Number, *options: Any
 ) -> tuple[jax.Array, tuple]:
     y = quantise(x, scale, noise, levels, *options)
-    return cast(jax.Array, y), (x / scale + noise, levels)
+    return cast(jax.Array, y), (x / scale + noise, scale, levels)
 
 
 def _backward(
     rounding: Rounding | None, scale_gradient: float, kept: tuple, g: jax.Array
 ) -> tuple[jax.Array | None, ...]:
-    u, levels = kept
+    u, scale, levels = kept
     inside = (u > 0) & (u < levels)
     # Outside, the clipped value is 0 or p.
     d = _quantise(u, levels, rounding) - jnp.where(inside, u, 0)
-    return g * inside, scale_gradient * (g * d).sum(), None, None
+    slopes = (g * d).reshape(-1, *jnp.shape(scale)).sum(0)
+    return g * inside, scale_gradient * slopes, None, None
 
 
 quantise.defvjp(_forward, _backward)
@@ -116,6 +117,7 @@ class QuantReLU(nnx.Module):
 
     Args:
         bits: b, 1 to 8.
+        levels: p, any number of levels in place of 2^b - 1.
         noise: amplitude alpha, >= 0. Above 1, inputs below zero spike too.
         round_noise: whether the noisy answer is rounded.
         rounding: half_even, or half_up, which rounds ties as the spiking neuron does.
@@ -133,6 +135,7 @@ class QuantReLU(nnx.Module):
         self,
         bits: int = 2,
         *,
+        levels: int | None = None,
         noise: float = 0.0,
         round_noise: bool = True,
         rounding: Rounding = half_even,
@@ -140,7 +143,7 @@ class QuantReLU(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         known = bits in range(1, 9)
-        self.levels = 2**bits - 1 if known else 1
+        self.levels = levels or (2**bits - 1 if known else 1)
         start = INITIAL_THRESHOLD / self.levels if scale is None else scale
         for right, expected, got in (
             (known, "1 to 8 bits", repr(bits)),
@@ -155,6 +158,8 @@ class QuantReLU(nnx.Module):
         self.noise = noise
         self.round_noise = round_noise
         self.rounding: Rounding | None = rounding
+        # Of currents: quantises x itself, to the levels -p to p; see ``calibrate``.
+        self.signed = False
         self.deterministic = False  # set by model.eval() and model.train()
         # A fork: layers that share rngs draw different noise, in any order of calls.
         self.rngs = rngs["noise"].fork() if noise and rngs is not None else None
@@ -174,11 +179,71 @@ class QuantReLU(nnx.Module):
             rounding = rounding if self.round_noise else None
         levels = float(self.levels)
         factor = 1 / math.sqrt(xs.shape[0] * levels)
-        return quantised_relu(xs, scale, noise, levels, rounding, factor)
+        size = abs(xs) if self.signed else xs
+        ys = quantised_relu(size, scale, noise, levels, rounding, factor)
+        return jnp.sign(xs) * ys if self.signed else ys
 
     def __call__(self, xs: jax.Array) -> jax.Array:
         """Return quantised activations, in the shape and type of xs [B, ...]."""
         return self.quantise(xs, self.scale[...], self.key())
+
+
+class SignedParams(NamedTuple):
+    """Parameters of ``signed``.
+
+    thresholds: N thresholds of spikes up and down, the smallest one last.
+    amounts: what these 2N spikes take from the membrane: thresholds, -thresholds.
+    lowest: lower bound of the sum of all spikes so far: 0 for a ReLU, else -inf.
+    """
+
+    thresholds: Sequence[Number]
+    amounts: Sequence[Number]
+    lowest: Number
+
+
+def signed(
+    params: SignedParams,
+    state: tuple[jax.Array, jax.Array],
+    x: jax.Array,
+    options: NeuronOptions,
+) -> tuple[tuple[jax.Array, jax.Array], neurons.Trains]:
+    """Compute one step of a neuron that takes spikes back by negative ones.
+
+    u = v + x,  up = cascade(u + theta_N / 2)
+    down = cascade(min(theta_N / 2 - u, total - lowest))
+    a = sum of up - sum of down,  v' = u - a,  total' = total + a
+
+    So the total is that of one rounding of the whole input, as long as the N spikes of
+    a step can follow it, in whatever order the input comes.
+
+    Args:
+        params: thresholds, amounts, and lowest.
+        state: membrane, and the sum of all spikes so far; both start at 0.
+        x: input current.
+        options: see ``NeuronOptions``; reset is soft.
+
+    Returns:
+        the state, and 2N trains: N up and N down.
+
+    Reference: one membrane for both signs is our choice. Signed spikes that take back
+    earlier ones: Wang et al. 2022, doi:10.24963/ijcai.2022/347.
+    """
+    v, total = state
+    u, half = v + x, params.thresholds[-1] / 2
+    plain, zero = NeuronParams(0.0, params.thresholds), jnp.zeros_like(u)
+    _, up = neurons.cascade(plain, zero, u + half, options)
+    back = jnp.minimum(half - u, total - params.lowest)
+    _, down = neurons.cascade(plain, zero, back, options)
+    pairs = zip(params.amounts, (*up, *down), strict=True)
+    amount = sum((a * z for a, z in pairs), zero)
+    return (neurons.reset(u, 0.0, amount, options), total + amount), (*up, *down)
+
+
+def _rest(
+    params: SignedParams, shape: tuple[int, ...], v_start: Number
+) -> tuple[jax.Array, jax.Array]:
+    """Return the membrane and the sum of spikes before the first step."""
+    return neurons.rest(params, shape, v_start), neurons.rest(params, shape, 0.0)
 
 
 class ScaledIF(Neuron):
@@ -192,26 +257,64 @@ class ScaledIF(Neuron):
     multiples of v_threshold, make N such steps in one: the input counts N times, and
     each of the up to N spikes is v_threshold / N.
 
-    The membrane is held in units of one spike, v_threshold / N, so its thresholds are 1
-    to N. Rectangles between them are its surrogate: in one step its gradients are those
-    of a ``QuantReLU`` with N levels.
+    With ``dyadic``, N halving thresholds make 2^N - 1 such steps in one, from N spikes
+    of the sizes 2^(N-1) to 1 times v_threshold / (2^N - 1). With ``lowest``, negative
+    spikes take back what came too early: see ``signed``.
+
+    The membrane is held in units of the largest spike, v_threshold / N without
+    ``dyadic``, so its thresholds are 1 to N. Rectangles between them are its surrogate:
+    in one step its gradients are those of a ``QuantReLU`` with N levels.
 
     Args:
-        v_threshold: > 0.
+        v_threshold: > 0, the largest mean output; a number, or one per channel.
         num_thresholds: N.
+        dyadic: whether thresholds halve.
+        lowest: None for spikes that stay, 0 for a ReLU that takes spikes back, -inf for
+            the staircase of x itself, -v_threshold to v_threshold.
 
     Raises:
         ValueError: an argument is out of its range.
+
+    Reference: dyadic thresholds are those of H-MT, Hao et al. 2024.
     """
 
-    def __init__(self, v_threshold: Number = 1.0, num_thresholds: int = 1):
+    def __init__(
+        self,
+        v_threshold: Number = 1.0,
+        num_thresholds: int = 1,
+        *,
+        dyadic: bool = False,
+        lowest: float | None = None,
+    ):
         neurons.check_thresholds("ScaledIF", [v_threshold], rising=False)
-        super().__init__(
-            neurons.parallel,
-            NeuronParams(0.0, neurons.equal_thresholds(num_thresholds)),
-            NeuronOptions(
-                decay_input=False, detach_reset=True, surrogate=surrogate.rectangle()
-            ),
-            v_start=0.5,  # half a threshold: the rate rounds where it would floor
-            unit=nnx.Param(jnp.asarray(v_threshold / num_thresholds, jnp.float32)),
+        make = neurons.dyadic_thresholds if dyadic else neurons.repeated_thresholds
+        sizes, self.dyadic = make(num_thresholds), dyadic
+        cell, params = neurons.cascade, NeuronParams(0.0, sizes)
+        start, v_start = None, sizes[-1] / 2  # the rate rounds where it would floor
+        if lowest is not None:
+            amounts = (*sizes, *(-size for size in sizes))
+            cell, start, v_start = signed, _rest, 0.0
+            params = SignedParams(sizes, amounts, float(lowest))
+        elif not dyadic:
+            cell = neurons.parallel
+            params = NeuronParams(0.0, neurons.equal_thresholds(num_thresholds))
+        options = NeuronOptions(
+            decay_input=False, detach_reset=True, surrogate=surrogate.rectangle()
         )
+        unit = nnx.Param(jnp.asarray(v_threshold / sum(sizes), jnp.float32))
+        super().__init__(cell, params, options, start=start, v_start=v_start, unit=unit)
+        self.levels = 2**num_thresholds - 1 if dyadic else num_thresholds
+        self.largest = float(sum(sizes))
+        self.is_signed = lowest == -math.inf
+
+    @property
+    def v_threshold(self) -> jax.Array:
+        """Largest mean output, a number or one per channel."""
+        return self.unit[...] * self.largest
+
+    def count(self, level: jax.Array) -> jax.Array:
+        """Return the spikes of outputs, given as whole multiples of the smallest."""
+        level = jnp.round(abs(level))
+        if not self.dyadic:
+            return level
+        return jax.lax.population_count(level.astype(jnp.int32)).astype(jnp.float32)
