@@ -8,6 +8,13 @@ From scratch to 91.7 % in an hour of two CPU cores; --neuron lif and relu are it
         --epochs 15 --batch-size 256 --learning-rate 0.7 --warmup 0.2
         --label-smoothing 0.2 --workdir runs/fast
 
+A spiking transformer of 1.6 million parameters, with the same filters and augmentation:
+
+    python -m experiments.cifar10 --model transformer-small --neuron i-lif
+        --surrogate rectangle --augment reflect-flip --epochs 20 --batch-size 128
+        --optimizer adamw --learning-rate 2e-3 --weight-decay 0.05 --warmup 0.1
+        --label-smoothing 0.1 --workdir runs/transformer
+
 The full recipe, for a GPU or TPU, in place of the short default that suits a CPU:
 
     python -m experiments.cifar10 --model resnet19 --epochs 300 --augment autoaugment

@@ -52,6 +52,25 @@ def test_a_recipe_is_a_network_and_all_else_is_equal(
     assert flags | kept == flags
 
 
+def test_the_spiking_transformer_has_the_recipe_of_its_authors(ran, monkeypatch):
+    call(monkeypatch, "e-spikeformer-19m", "--remat", "blocks")
+    flags = flatten(ran[0])
+    expected = {
+        "model": "e-spikeformer-19m",
+        "remat": "blocks",
+        "dtype": "bfloat16",
+        "neuron": "i-lif",
+        "num_thresholds": 4,
+        "time_steps": 1,
+        "optimizer": "lamb",
+        "epochs": 200.0,
+        "batch_size": 2048,
+    }
+    assert flags | expected == flags
+    rate = flags["learning_rate"] / flags["learning_rate_batch"]
+    assert (rate, flags["warmup"] * flags["epochs"]) == (6e-4 / 256, 5)
+
+
 def test_flags_change_a_recipe_and_the_default_needs_no_name(ran, monkeypatch):
     call(monkeypatch, "lif-resnet34", "--time-steps", 1, "--residual", "sew")
     call(monkeypatch, "--batch-size", 512)

@@ -50,7 +50,9 @@ def test_a_setting_out_of_range_is_an_error(name, value, expected):
 
 
 def test_a_misspelled_choice_is_an_error():
-    with pytest.raises(ValueError, match="^optimizer: expected one of sgd, adamw, got"):
+    with pytest.raises(
+        ValueError, match="^optimizer: expected one of sgd, adamw, lamb, got"
+    ):
         TrainConfig(optimizer="adam")  # type: ignore
 
 
@@ -84,7 +86,7 @@ def cosine(config, k):
 TWO = {"kernel": np.ones((3, 2), np.float32), "bias": np.ones(2, np.float32)}
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lamb"])
 def test_weight_decay_touches_kernels_alone(optimizer):
     learned = partial(MultiThreshold, 2, learn_tau=True, learn_thresholds=True)
 
@@ -142,6 +144,19 @@ def test_adamw_decays_apart_from_the_gradient():
             decay = 0.1 * w if name == "kernel" else 0.0
             w = w - cosine(config, k) * (adam + decay)
         np.testing.assert_allclose(after[name], w, rtol=1e-4, atol=1e-5)
+
+
+def test_lamb_scales_the_step_of_adamw_to_the_norm_of_a_parameter():
+    config = TrainConfig(
+        steps=1, optimizer="lamb", warmup=0, learning_rate=0.2, weight_decay=0.1
+    )
+    gradient = random_like(TWO, 0)
+    after = optimise(config, TWO, [gradient])
+    for name, w in TWO.items():
+        g = gradient[name]  # of the first step: m / sqrt(v) is its sign
+        step = g / (abs(g) + 1e-6) + (0.1 * w if name == "kernel" else 0.0)
+        step = step * np.linalg.norm(w) / np.linalg.norm(step)
+        np.testing.assert_allclose(after[name], w - 0.2 * step, rtol=1e-4)
 
 
 def learning_rate(config, step):

@@ -313,6 +313,6 @@ def test_wrong_arguments_say_what_is_expected():
     with pytest.raises(
         ValueError, match=r"Transformer: expected images \[B, T, H, W, 3"
     ):
-        made(small(8, 1, heads=2))(jnp.ones((1, 1, 1, 1, 3)))
+        made(small(8, 1, heads=2))(jnp.ones((1, 1, 4, 4, 3)))
     with pytest.raises(ValueError, match="self_attention: expected .* and 3 heads"):
         made(spikformer(8, 1, heads=3))(jnp.ones((1, 1, 4, 4, 3)))

@@ -345,7 +345,7 @@ CALLS = {
     "windows: expected windows from half the map to all of it": [
         lambda: windowed.split(jnp.ones((2, 5, 5, 1)), windowed.tile),
     ],
-    "optimizer: expected one of sgd, adamw": [
+    "optimizer: expected one of sgd, adamw, lamb": [
         lambda: TrainConfig(optimizer="adam"),
     ],
     "learning_rate: expected more than 0": [lambda: TrainConfig(learning_rate=0)],

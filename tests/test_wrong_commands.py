@@ -37,7 +37,7 @@ digits --seed -1
 digits --seed 4294967296
     seed: expected 0 to 2**32 - 1, got 4294967296.
 digits --optimizer SGD
-    flags: expected one of sgd, adamw after --optimizer, got 'SGD'. --help explains it.
+    flags: expected one of sgd, adamw, lamb after --optimizer, got 'SGD'.
 digits --learning-rate 0
     learning_rate: expected more than 0, got 0.0.
 digits --learning-rate inf

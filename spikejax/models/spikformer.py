@@ -97,7 +97,7 @@ def sdt(channels: int, depth: int, *, halve: Sequence[int] = (0, 1, 2, 3)) -> De
     def layers(make: Make) -> list[nnx.Module]:
         sizes = [make.in_channels, *(channels // n for n in (8, 4, 2))]
         units = [Weighted(make, *pair, 3) for pair in pairwise(sizes)]
-        last = Weighted(make, channels // 2, channels, 3, halve=3 in halve)
+        last = Weighted(make, channels // 2, channels, 3, pooled=3 * (3 in halve))
         position = Weighted(make, channels, channels, 3)
         blocks = [
             Block(
@@ -136,16 +136,18 @@ def qkformer(
     Reference: Zhou et al. 2024, arXiv:2403.16552.
     """
 
+    early, late = (3, 0) if imagenet else (0, 3)  # side of the pooling windows
+
     def embed(make: Make, outputs: int, halves: bool) -> Paths:
         inputs = outputs // 2
-        units = [Weighted(make, inputs, outputs, 3, halve=imagenet)]
+        units = [Weighted(make, inputs, outputs, 3, pooled=early)]
         if halves:
-            units.append(Weighted(make, outputs, outputs, 3, halve=not imagenet))
+            units.append(Weighted(make, outputs, outputs, 3, pooled=late))
         side = Weighted(make, inputs, outputs, 1, 2 if halves else 1)
         return Paths(Chain(make, *units), Chain(make, side))
 
     def layers(make: Make) -> list[nnx.Module]:
-        stem = Weighted(make, make.in_channels, channels // 8, 3, halve=imagenet)
+        stem = Weighted(make, make.in_channels, channels // 8, 3, pooled=early)
         made: list[nnx.Module] = [Chain(make, stem)]
         for stage, depth in enumerate(depths):
             width = channels // (4, 2, 1)[stage]
@@ -248,8 +250,8 @@ def small(channels: int = 128, depth: int = 4, *, heads: int = 4) -> Design:
     def layers(make: Make) -> list[nnx.Module]:
         whitening = Whitening(make)
         sizes = whitening.channels, channels // 2, channels
-        units = [Weighted(make, *pair, 3, halve=True) for pair in pairwise(sizes)]
+        units = [Weighted(make, *pair, 3, pooled=2) for pair in pairwise(sizes)]
         blocks = [_linear_block(make, channels, heads) for _ in range(depth)]
         return [whitening, Chain(make, *units, before=True), *blocks]
 
-    return Design(layers, channels, ILIF, ILIF, fires_last=True, side=2)
+    return Design(layers, channels, ILIF, ILIF, fires_last=True, side=5)

@@ -68,7 +68,8 @@ class Weighted(nnx.Module):
         inputs, outputs, size, stride: channels, side of the kernel, and its stride.
         bias: whether the layer has one besides that of the norm.
         groups: of channels that see each other in a convolution.
-        halve: whether max-pooling follows the norm.
+        pooled: side of the windows of max-pooling that halves the map after the norm,
+            2 or 3; 0 does not pool.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Weighted(nnx.Module):
         *,
         bias: bool = False,
         groups: int = 1,
-        halve: bool = False,
+        pooled: int = 0,
     ):
         if size == stride == 1:
             self.layer = make.linear(inputs, outputs, use_bias=bias)
@@ -91,17 +92,18 @@ class Weighted(nnx.Module):
             sizes = (size, size), (stride, stride)
             self.layer = make.conv(inputs, outputs, *sizes, **parts)
         self.norm = make.norm(outputs)
-        self.pool = make.pool if halve else None
+        self.pool, self.pooled = make.pool, pooled
 
     def __call__(self, xs: jax.Array) -> jax.Array:
         xs = self.norm(self.layer(xs))
-        return xs if self.pool is None else _halve(self.pool, xs)
+        return _halve(self.pool, xs, self.pooled) if self.pooled else xs
 
 
-def _halve(pool: Callable[..., jax.Array], xs: jax.Array) -> jax.Array:
-    """Return the maximum of windows of 3x3 with a stride of 2."""
+def _halve(pool: Callable[..., jax.Array], xs: jax.Array, side: int = 3) -> jax.Array:
+    """Return the maximum of square windows with a stride of 2."""
+    pads = (side % 2, side % 2)
     # Time is an axis of the window: nnx.max_pool pads one batch axis only.
-    return pool(xs, (1, 3, 3), (1, 2, 2), ((0, 0), (1, 1), (1, 1)))
+    return pool(xs, (1, side, side), (1, 2, 2), ((0, 0), pads, pads))
 
 
 class Chain(nnx.Module):

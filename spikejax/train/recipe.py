@@ -70,8 +70,9 @@ class TrainConfig:
     """Images per step, over all devices."""
     seed: int = 0
     """Seed of the initial weights, the order of the images and their augmentation."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """sgd has Nesterov momentum 0.9 and L2 decay, adamw decoupled decay."""
+    optimizer: Literal["sgd", "adamw", "lamb"] = "sgd"
+    """sgd has Nesterov momentum 0.9 and L2 decay, adamw decoupled decay; lamb, for
+    large batches, is adamw with steps in proportion to the norm of each parameter."""
     learning_rate: float = 0.1
     """Peak learning rate, decayed to zero on a cosine."""
     learning_rate_batch: int | None = None
@@ -98,7 +99,7 @@ class TrainConfig:
 
 
 def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """Return SGD or AdamW with clipping, decay of kernels, warm-up and cosine decay.
+    """Return the optimizer with clipping, decay of kernels, warm-up and cosine decay.
 
     rate(k) = peak * 0.5 * (1 + cos(pi * (k - warmup) / (steps - warmup))) after warm-up
 
@@ -106,7 +107,8 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
         config: the recipe.
         steps: of the whole training.
 
-    Reference: the rate in proportion to the batch, Goyal et al. 2017, arXiv:1706.02677.
+    Reference: the rate in proportion to the batch, Goyal et al. 2017, arXiv:1706.02677;
+    LAMB, You et al. 2019, arXiv:1904.00962.
     """
     warmup = int(config.warmup * steps)
     reference = config.learning_rate_batch or config.batch_size
@@ -122,9 +124,10 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
         return jax.tree_util.tree_map_with_path(named, params)
 
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
-    if config.optimizer == "adamw":
-        adamw = optax.adamw(schedule, weight_decay=config.weight_decay, mask=is_kernel)
-        return optax.chain(clip, adamw)
+    if config.optimizer != "sgd":
+        make = optax.adamw if config.optimizer == "adamw" else optax.lamb
+        decay = config.weight_decay
+        return optax.chain(clip, make(schedule, weight_decay=decay, mask=is_kernel))
     # Added to the gradient before the momentum: L2, as in PyTorch's SGD.
     decay = optax.add_decayed_weights(config.weight_decay, mask=is_kernel)
     return optax.chain(clip, decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
