@@ -7,7 +7,7 @@ that meets a weight is an accumulate (AC), any other activation a multiply-accum
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,9 +19,9 @@ from flax import nnx
 from jax.extend.core import JaxprEqn
 
 from spikejax import trace
-from spikejax.layers import neuron_layers
-from spikejax.nn.memory import drop_membranes, evaluation_copy
-from spikejax.trace import Match, Site, Value
+from spikejax.layers import Membrane, neuron_layers
+from spikejax.nn.memory import drop_membranes, evaluation_copy, keep_membranes
+from spikejax.trace import Match, Pytree, Site, Value
 
 # Of float32 in 45 nm: Horowitz 2014, doi:10.1109/ISSCC.2014.6757323
 AC_PJ, MAC_PJ = 0.9, 4.6
@@ -151,7 +151,9 @@ class Report:
         return "\n".join([*lines, *(f"silent {row}" for row in self.silent)])
 
 
-def measure(model: nnx.Module, xs: jax.Array) -> Report:
+def measure(
+    model: nnx.Module, xs: jax.Array, lengths: jax.Array | None = None
+) -> Report:
     """Count the spikes and effective operations of a model in evaluation mode.
 
     ACs = sum over spikes of the nonzero weights that each meets
@@ -170,6 +172,9 @@ def measure(model: nnx.Module, xs: jax.Array) -> Report:
             ``trace.Function(net.apply, variables)``. Not modified. Membranes that it
             keeps between calls are ignored: it is measured from rest.
         xs: input [B, T, ...] as the model takes it; the report is the mean over B.
+        lengths: [B], steps of each sequence, 1 to T; the rest is padding, and does not
+            count. The model runs step by step then, so its layers have to keep their
+            state, as those of ``stepper``.
 
     Returns:
         one row per layer of neurons and per product, in the order of the computation.
@@ -178,7 +183,7 @@ def measure(model: nnx.Module, xs: jax.Array) -> Report:
 
     Raises:
         ValueError: xs has no batch or no time steps; a product is inside of a loop of
-            unknown length.
+            unknown length; with lengths, no layer keeps a state.
 
     Reference: Yik et al. 2023, arXiv:2304.04640 (NeuroBench), where a binary activation
     is the only spike; energies Horowitz 2014, doi:10.1109/ISSCC.2014.6757323.
@@ -189,17 +194,29 @@ def measure(model: nnx.Module, xs: jax.Array) -> Report:
             "For images without time, add the axis: images[:, None]."
         )
     model = _named(model)
-    f, state = trace.functional(model)
-    traced = trace.trace(f, state, xs, _Operations())
+    traced, count, given = _traced(model, xs, lengths)
     if not traced.sites:
         warnings.warn(
             "measure: expected matrix products, convolutions or spiking neurons that "
             "depend on the input, found none: there is nothing to count.",
             stacklevel=2,
         )
-    counts = jax.device_get(jax.jit(partial(_count, traced))(state, xs))
-    report = _report(traced.sites, *counts, *xs.shape[:2])
-    return replace(report, silent=_silent(traced.sites, counts[0], model))
+    kept, counted = jax.device_get(jax.jit(partial(count, traced))(*given))
+    times = (xs.shape[1], 1.0) if lengths is None else (1, float(np.mean(lengths)))
+    report = _report(traced.sites, kept, counted, len(xs), *times)
+    return replace(report, silent=_silent(traced.sites, kept, model))
+
+
+def _traced(
+    model: nnx.Module, xs: jax.Array, lengths: jax.Array | None
+) -> tuple[trace.Traced, Callable[..., Any], tuple]:
+    """Return a model, or one step of it, traced; what counts it, and the arguments."""
+    if lengths is None:
+        f, state = trace.functional(model)
+        return trace.trace(f, state, xs, _Operations()), _count, (state, xs)
+    f, state, held = _one_step(model, xs)
+    traced = trace.trace(f, state, (held, xs[:, :1]), _Operations())
+    return traced, _count_steps, (state, held, xs, jnp.asarray(lengths))
 
 
 def _named(model: nnx.Module) -> nnx.Module:
@@ -237,39 +254,104 @@ class _Operations:
         return 1 if is_comparison else max(v.level for v in values)
 
 
+def _one_step(
+    model: nnx.Module, xs: jax.Array
+) -> tuple[Callable[..., Pytree], Pytree, Pytree]:
+    """Return a model as (state, (held, x)) -> (held, y), its state, and held at rest.
+
+    What is held is data: a product with it counts.
+    """
+    graphdef, held, state = nnx.split(keep_membranes(model, xs), Membrane, ...)
+
+    def f(state: Pytree, given: tuple[Pytree, jax.Array]) -> tuple[Pytree, Pytree]:
+        held, x = given
+        model = nnx.merge(graphdef, held, state)
+        ys = model(x)
+        return nnx.to_pure_dict(nnx.state(model, Membrane)), ys
+
+    return f, nnx.to_pure_dict(state), nnx.to_pure_dict(held)
+
+
+def _real(n: int, site: Site, values: list, given: None) -> tuple[jax.Array, Any]:
+    """Compute a site as it is; keep the count of spikes, or of nonzero operations."""
+    if site.kind == "spiking_output":
+        y, count, *membranes = values
+        return y, (count, _by_channel(count, *membranes))
+    (y,) = trace.bind(site.eqn, values)
+    is_product = site.kind in PRODUCTS
+    return y, _product(site.eqn, [v != 0 for v in values]) if is_product else None
+
+
+def _counted(
+    n: int, site: Site, values: list, given: tuple[jax.Array, tuple]
+) -> tuple[jax.Array, Any]:
+    """Compute a site with counts for spikes; keep their sums, and if they are whole."""
+    if site.kind == "spiking_output":
+        count, _ = given
+        return count.astype(values[0].dtype), _rows(count)
+    (y,) = trace.bind(site.eqn, values)
+    if site.kind not in PRODUCTS:
+        return y, None
+    met, is_ac = [v != 0 for v in values], jnp.array(False)
+    for k, v in enumerate(values):
+        whole = (site.levels[k] == 1) & jnp.all(v == jnp.round(v))
+        met[k] = jnp.where(whole, abs(v), met[k])
+        is_ac |= whole
+    return y, (is_ac, _product(site.eqn, met))
+
+
 def _count(
-    traced: trace.Traced, state: trace.Pytree, xs: jax.Array
+    traced: trace.Traced, state: Pytree, xs: jax.Array
 ) -> tuple[trace.Kept, trace.Kept]:
     """Run the model with its own outputs, then with spike counts in their place."""
+    kept = trace.run(traced, state, xs, _real)[1]
+    counts = trace.run(traced, state, xs, _counted, kept)[1]
+    return _without_spikes(kept), counts
 
-    def real(n: int, site: Site, values: list, given: None) -> tuple[jax.Array, Any]:
-        if site.kind == "spiking_output":
-            y, count, *membranes = values
-            return y, (count, _by_channel(count, *membranes))
-        (y,) = trace.bind(site.eqn, values)
-        is_product = site.kind in PRODUCTS
-        return y, _product(site.eqn, [v != 0 for v in values]) if is_product else None
 
-    def counted(
-        n: int, site: Site, values: list, given: tuple[jax.Array, tuple]
-    ) -> tuple[jax.Array, Any]:
-        if site.kind == "spiking_output":
-            count, _ = given
-            return count.astype(values[0].dtype), _rows(count)
-        (y,) = trace.bind(site.eqn, values)
-        if site.kind not in PRODUCTS:
-            return y, None
-        met, is_ac = [v != 0 for v in values], jnp.array(False)
-        for k, v in enumerate(values):
-            whole = (site.levels[k] == 1) & jnp.all(v == jnp.round(v))
-            met[k] = jnp.where(whole, abs(v), met[k])
-            is_ac |= whole
-        return y, (is_ac, _product(site.eqn, met))
-
-    kept = trace.run(traced, state, xs, real)[1]
-    counts = trace.run(traced, state, xs, counted, kept)[1]
+def _without_spikes(kept: trace.Kept) -> trace.Kept:
     # The spikes themselves stay on the device.
-    return {n: v[1] if isinstance(v, tuple) else v for n, v in kept.items()}, counts
+    return {n: v[1] if isinstance(v, tuple) else v for n, v in kept.items()}
+
+
+def _count_steps(
+    traced: trace.Traced, state: Pytree, held: Pytree, xs: jax.Array, lengths: jax.Array
+) -> tuple[trace.Kept, trace.Kept]:
+    """Run ``_count`` for one time step after the other, up to the end of each example.
+
+    Returns:
+        as ``_count``, with an axis of the time steps first; rows after the end are 0.
+    """
+
+    def step(carry: tuple, now: tuple) -> tuple[tuple, tuple]:
+        t, x = now
+        valid = (t < lengths)[:, None]
+
+        def masked(rows: jax.Array) -> jax.Array:
+            flat = rows.reshape(len(lengths), -1)
+            return jnp.where(valid, flat, 0).reshape(rows.shape)
+
+        def real(n: int, site: Site, values: list, given: None) -> tuple:
+            y, kept = _real(n, site, values, given)
+            if site.kind == "spiking_output":
+                return y, (kept[0], _by_channel(masked(kept[0])))
+            return y, None if kept is None else masked(kept)
+
+        def counted(n: int, site: Site, values: list, given: tuple) -> tuple:
+            y, kept = _counted(n, site, values, given)
+            if isinstance(kept, tuple):
+                return y, (kept[0], masked(kept[1]))
+            return y, None if kept is None else masked(kept)
+
+        # Padding may be anything, and is not to turn spikes into real values.
+        x = masked(x)[:, None]
+        (after, _), kept = trace.run(traced, state, (carry[0], x), real)
+        # Layers that keep spikes have counts in their place here.
+        (counts, _), rows = trace.run(traced, state, (carry[1], x), counted, kept)
+        return (after, counts), (_without_spikes(kept), rows)
+
+    steps = jnp.arange(xs.shape[1]), jnp.moveaxis(xs, 1, 0)
+    return jax.lax.scan(step, (held, held), steps)[1]
 
 
 def _by_channel(count: jax.Array, *membranes: jax.Array) -> tuple[jax.Array, ...]:
@@ -350,9 +432,19 @@ def _silent(
 
 
 def _report(
-    sites: Sequence[Site], real: trace.Kept, counted: trace.Kept, batch: int, steps: int
+    sites: Sequence[Site],
+    real: trace.Kept,
+    counted: trace.Kept,
+    batch: int,
+    steps: int,
+    times: float,
 ) -> Report:
-    """Return the report: the sites of one name make one row."""
+    """Return the report: the sites of one name make one row.
+
+    Args:
+        sites, real, counted: as they were traced and counted.
+        batch, steps: of the input. times: how many times it ran, on average.
+    """
     neurons: dict[str, np.ndarray] = {}
     products: dict[str, np.ndarray] = {}
 
@@ -363,7 +455,7 @@ def _report(
     for n, site in enumerate(sites):
         repeats = math.prod(site.repeats)
         if site.kind == "spiking_output":
-            add(neurons, site.name, counted[n], math.prod(site.shape) * repeats)
+            add(neurons, site.name, counted[n], math.prod(site.shape) * repeats * times)
         elif site.kind in PRODUCTS:
             is_ac, acs = counted[n]
             acs, macs = (acs, 0) if np.all(is_ac) else (0, real[n])

@@ -1,7 +1,8 @@
-"""Losses of logits over time: (logits [B, T, K], labels) -> loss [B].
+"""Losses of logits over time: (logits [B, T, K], labels) -> loss [B]; readouts [B, K].
 
 Labels are class numbers [B] in 0..K-1, the loss of any other is nan; or probabilities
-[B, K], as mixup makes them. The caller takes the mean over the batch.
+[B, K], as mixup makes them. The caller takes the mean over the batch. With ``lengths``,
+integers [B] in 1..T, the steps from there on are padding, and do not count.
 """
 
 import math
@@ -9,6 +10,39 @@ import math
 import jax
 import jax.numpy as jnp
 import optax
+
+
+def _valid(values: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Return which steps of values [B, T, ...] are before the end, [B, T, 1, ...]."""
+    steps = jnp.arange(values.shape[1]) < lengths[:, None]
+    return jnp.expand_dims(steps, tuple(range(2, values.ndim)))
+
+
+def mean_over_time(logits: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    """Return the mean over the steps that count: 1/L sum_{t < L} o_t.
+
+    Args:
+        logits: [B, T, ...].
+        lengths: [B], steps L of each example, 1 to T; None for T. Of none, it is nan.
+
+    Returns:
+        [B, ...].
+    """
+    if lengths is None:
+        return logits.mean(1)
+    valid = _valid(logits, lengths)
+    # Selected, not multiplied: 0 * inf is nan.
+    return jnp.where(valid, logits, 0).sum(1) / valid.sum(1)
+
+
+def max_over_time(logits: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    """Return the largest of the steps that count: max_{t < L} o_t.
+
+    Arguments and result are those of ``mean_over_time``.
+    """
+    if lengths is not None:
+        logits = jnp.where(_valid(logits, lengths), logits, -jnp.inf)
+    return logits.max(1)
 
 
 def _checked(
@@ -43,26 +77,50 @@ def _checked(
 
 
 def rate_cross_entropy(
-    logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    lengths: jax.Array | None = None,
+    label_smoothing: float = 0.0,
 ) -> jax.Array:
     """Return the cross-entropy of the time mean: CE(1/T sum_t o_t, y).
 
     Args:
         logits: [B, T, K].
         labels: [B], class numbers, or [B, K], probabilities.
+        lengths: [B], steps that count, 1 to T; None for all.
         label_smoothing: probability spread over all classes, in [0, 1).
 
     Raises:
         ValueError: logits have no time axis, or labels are neither of the two.
     """
     logits, targets = _checked("rate_cross_entropy", logits, labels, label_smoothing)
-    return optax.softmax_cross_entropy(logits.mean(1), targets)
+    return optax.softmax_cross_entropy(mean_over_time(logits, lengths), targets)
+
+
+def max_cross_entropy(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    lengths: jax.Array | None = None,
+    label_smoothing: float = 0.0,
+) -> jax.Array:
+    """Return the cross-entropy of the maximum over time: CE(max_t o_t, y).
+
+    ``fit`` counts the accuracy of it with readout=max_over_time. Arguments and errors
+    are those of ``rate_cross_entropy``.
+
+    Reference: Cramer et al. 2020, arXiv:1910.07407 (the loss of their readout units).
+    """
+    logits, targets = _checked("max_cross_entropy", logits, labels, label_smoothing)
+    return optax.softmax_cross_entropy(max_over_time(logits, lengths), targets)
 
 
 def tet(
     logits: jax.Array,
     labels: jax.Array,
     *,
+    lengths: jax.Array | None = None,
     label_smoothing: float = 0.0,
     weight: float = 1e-3,
     target: float = 1.0,
@@ -74,6 +132,7 @@ def tet(
     Args:
         logits: [B, T, K].
         labels: [B], class numbers, or [B, K], probabilities.
+        lengths: [B], steps that count, 1 to T; None for all.
         label_smoothing: probability spread over all classes, in [0, 1).
         weight: weight of the regularisation, in [0, 1].
         target: value that logits are drawn to, the threshold.
@@ -84,17 +143,20 @@ def tet(
     Reference: Deng et al. 2022, arXiv:2202.11946.
     """
     logits, targets = _checked("tet", logits, labels, label_smoothing)
-    entropy = optax.softmax_cross_entropy(logits, targets[:, None]).mean(1)
-    distance = jnp.square(logits - target).mean((1, 2))
-    return (1 - weight) * entropy + weight * distance
+    entropy = optax.softmax_cross_entropy(logits, targets[:, None])
+    distance = jnp.square(logits - target).mean(2)
+    return mean_over_time((1 - weight) * entropy + weight * distance, lengths)
 
 
-def rate_mse(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def rate_mse(
+    logits: jax.Array, labels: jax.Array, *, lengths: jax.Array | None = None
+) -> jax.Array:
     """Return the mean squared error of the rates: mean_k (1/T sum_t o_tk - [k = y])^2.
 
     Args:
         logits: [B, T, K], spikes or membranes of the last layer.
         labels: [B], class numbers, or [B, K], probabilities.
+        lengths: [B], steps that count, 1 to T; None for all.
 
     Raises:
         ValueError: as for ``rate_cross_entropy``.
@@ -102,7 +164,7 @@ def rate_mse(logits: jax.Array, labels: jax.Array) -> jax.Array:
     Reference: Fang et al. 2021, arXiv:2007.05785.
     """
     logits, targets = _checked("rate_mse", logits, labels)
-    return jnp.square(logits.mean(1) - targets).mean(-1)
+    return jnp.square(mean_over_time(logits, lengths) - targets).mean(-1)
 
 
 def firing_rate(

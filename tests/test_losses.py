@@ -12,7 +12,9 @@ from spikejax import losses
 
 LOGITS = jax.random.normal(jax.random.key(0), (4, 3, 5))
 LABELS = jnp.array([0, 4, 2, 2])
-ALL = [losses.rate_cross_entropy, losses.tet, losses.rate_mse]
+ALL = [losses.rate_cross_entropy, losses.max_cross_entropy]
+ALL += [losses.tet, losses.rate_mse]
+LENGTHS = jnp.array([3, 1, 2, 3])
 
 
 def test_rate_cross_entropy_of_equal_logits_is_log_of_the_classes():
@@ -150,3 +152,43 @@ def test_the_cross_entropy_of_mixed_labels_is_the_mix_of_both():
 def test_the_loss_of_a_label_that_is_no_class_is_nan(loss, label):
     lost = loss(LOGITS, LABELS.at[1].set(label))
     assert jnp.isnan(lost).tolist() == [False, True, False, False]
+
+
+def test_max_cross_entropy_by_hand():
+    logits = jnp.array([[[2.0, 0.0], [0.0, 1.0], [9.0, 9.0]]])  # maxima 2 and 1
+    for label, expected in ((0, math.log1p(math.exp(-1))), (1, math.log1p(math.e))):
+        loss = losses.max_cross_entropy(
+            logits, jnp.array([label]), lengths=jnp.array([2])
+        )
+        np.testing.assert_allclose(loss, [expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_padding_counts_in_no_loss_and_gradient(loss):
+    valid = (jnp.arange(3) < LENGTHS[:, None])[..., None]
+    padded = jnp.where(valid, LOGITS, 1e4)
+    value = loss(padded, LABELS, lengths=LENGTHS)
+    gradient = jax.grad(lambda x: loss(x, LABELS, lengths=LENGTHS).sum())(padded)
+    for k, n in enumerate(LENGTHS):
+        alone = slice(k, k + 1), slice(0, n)
+        cost = loss(LOGITS[alone], LABELS[k : k + 1])
+        np.testing.assert_allclose(value[k], cost[0], rtol=1e-6)
+        part = jax.grad(lambda x, k=k: loss(x, LABELS[k : k + 1]).sum())(LOGITS[alone])
+        np.testing.assert_allclose(gradient[alone], part, rtol=1e-5, atol=1e-7)
+        assert not gradient[k, n:].any()
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_the_loss_of_a_sequence_without_steps_is_no_number(loss):
+    lost = loss(LOGITS, LABELS, lengths=LENGTHS.at[1].set(0))
+    assert jnp.isfinite(lost).tolist() == [True, False, True, True]
+
+
+def test_readouts_are_means_and_maxima_of_the_steps_that_count():
+    logits = jnp.array([[[1.0, 4.0], [3.0, 2.0], [8.0, 9.0]]] * 2)
+    lengths = jnp.array([2, 3])
+    mean = losses.mean_over_time(logits, lengths)
+    assert mean.tolist() == [[2, 3], [4, 5]]
+    assert losses.max_over_time(logits, lengths).tolist() == [[3, 4], [8, 9]]
+    assert losses.mean_over_time(logits).tolist() == [[4, 5]] * 2
+    assert losses.max_over_time(logits).tolist() == [[8, 9]] * 2

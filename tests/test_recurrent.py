@@ -14,8 +14,9 @@ from spikejax import LIF, PLIF, MultiThreshold, independent, keep_membranes, los
 from spikejax.data import images
 from spikejax.models.pretrained import snntorch_neuron
 from spikejax.models.recurrent import RecurrentSNN, feedback, gated
+from spikejax.nn.memory import stepper
 from spikejax.nn.quant import ScaledIF
-from spikejax.nn.recurrent import LSTM, Bidirectional, Recurrent
+from spikejax.nn.recurrent import GRU, LSTM, Bidirectional, Recurrent
 
 XS = jax.random.normal(jax.random.key(0), (2, 6, 3))
 NEURONS = {
@@ -116,6 +117,43 @@ def test_it_holds_the_neuron_and_all_that_it_knows():
         nnx.state(Recurrent(PLIF(), 3, rngs=nnx.Rngs(0)), nnx.Param)
     )
     assert set(found) == {"neuron", "recurrent"}
+
+
+def test_a_gru_is_that_of_flax():
+    layer, cell = GRU(3, 4, rngs=nnx.Rngs(0)), nnx.GRUCell(3, 4, rngs=nnx.Rngs(1))
+    layer.recurrent.bias[...] = jnp.zeros(12)  # Flax has none
+    cell.dense_i.kernel[...] = layer.inputs.kernel[...]
+    cell.dense_i.bias[...] = layer.inputs.bias[...]
+    cell.dense_h.kernel[...] = layer.recurrent.kernel[...]
+    h = jnp.zeros((2, 4))
+    for t in range(XS.shape[1]):
+        h, _ = cell(h, XS[:, t])
+        np.testing.assert_allclose(layer(XS[:, : t + 1])[:, t], h, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gru_by_hand():
+    """All weights 1, biases 0, x = 1: r, z = s(1 + h), n = tanh(1 + r h)."""
+    layer = GRU(1, 1, rngs=nnx.Rngs(0))
+    for linear in (layer.inputs, layer.recurrent):
+        linear.kernel[...] = jnp.ones((1, 3))
+        linear.bias[...] = jnp.zeros(3)
+    h, expected = 0.0, []
+    for _ in range(3):
+        gate = 1 / (1 + np.exp(-1 - h))
+        h = (1 - gate) * np.tanh(1 + gate * h) + gate * h
+        expected.append(h)
+    found = layer(jnp.ones((1, 3, 1)))[0, :, 0]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_a_gru_takes_slices():
+    layer = GRU(3, 4, rngs=nnx.Rngs(0))
+    state, step = stepper(layer, XS)
+    parts = []
+    for t in (0, 2, 4):
+        state, ys = step(state, XS[:, t : t + 2])
+        parts.append(ys)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), layer(XS), rtol=1e-6)
 
 
 # The network

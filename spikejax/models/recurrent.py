@@ -1,24 +1,43 @@
-"""Recurrent spiking networks over sequences of vectors [B, T, features]."""
+"""Networks over sequences of vectors [B, T, features]: dense, recurrent, delayed."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from flax import nnx
 
 from spikejax._compat import List
 from spikejax.layers import Neuron
-from spikejax.nn.recurrent import LSTM, Recurrent
+from spikejax.nn.recurrent import GRU, LSTM, Recurrent
 
+Linear = Callable[..., nnx.Module]  # with the arguments of nnx.Linear
 # (inputs, width, factory of neurons, rngs) -> a layer of so many neurons
-Kind = Callable[[int, int, Callable[[], Neuron], nnx.Rngs], nnx.Sequential]
+Kind = Callable[[int, int, Callable[[], Any], nnx.Rngs], nnx.Sequential]
+
+
+def dense(
+    inputs: int,
+    width: int,
+    neuron: Callable[[], Any],
+    rngs: nnx.Rngs,
+    *,
+    linear: Linear = nnx.Linear,
+) -> nnx.Sequential:
+    """Return linear weights, or such with delays, and neurons."""
+    return nnx.Sequential(linear(inputs, width, rngs=rngs), neuron())
 
 
 def feedback(
-    inputs: int, width: int, neuron: Callable[[], Neuron], rngs: nnx.Rngs
+    inputs: int,
+    width: int,
+    neuron: Callable[[], Neuron],
+    rngs: nnx.Rngs,
+    *,
+    linear: Linear = nnx.Linear,
 ) -> nnx.Sequential:
     """Return linear weights, and neurons whose spikes come back to them."""
-    linear = nnx.Linear(inputs, width, rngs=rngs)
-    return nnx.Sequential(linear, Recurrent(neuron(), width, rngs=rngs))
+    weights = linear(inputs, width, rngs=rngs)
+    return nnx.Sequential(weights, Recurrent(neuron(), width, rngs=rngs))
 
 
 def gated(
@@ -28,15 +47,23 @@ def gated(
     return nnx.Sequential(LSTM(inputs, width, rngs=rngs), neuron())
 
 
+def gru(
+    inputs: int, width: int, neuron: Callable[[], Any], rngs: nnx.Rngs
+) -> nnx.Sequential:
+    """Return a GRU, which has no neurons."""
+    return nnx.Sequential(GRU(inputs, width, rngs=rngs))
+
+
 class RecurrentSNN(nnx.Module):
     """Layers that remember, and a linear readout of their spikes at every step.
 
     Args:
         inputs: features of the input.
-        widths: neurons of each layer.
+        widths: neurons of each layer; without any, it is a linear classifier.
         num_classes: logits.
         neuron: factory of the neurons, such as LIF or MultiThreshold.
-        kind: feedback or gated.
+        kind: dense, feedback, gated or gru.
+        readout: leaky integrators of the logits, such as LI(); None for none.
         rngs: source of the weights.
 
     Returns:
@@ -52,14 +79,16 @@ class RecurrentSNN(nnx.Module):
         widths: Sequence[int],
         num_classes: int,
         *,
-        neuron: Callable[[], Neuron],
+        neuron: Callable[[], Any],
         kind: Kind = feedback,
+        readout: Neuron | None = None,
         rngs: nnx.Rngs,
     ):
         self.inputs, sizes = inputs, [inputs, *widths]
         pairs = zip(sizes[:-1], widths, strict=True)
         self.layers = List(kind(a, b, neuron, rngs) for a, b in pairs)
         self.head = nnx.Linear(sizes[-1], num_classes, rngs=rngs)
+        self.readout = readout
 
     def __call__(self, xs: jax.Array) -> jax.Array:
         if xs.ndim != 3 or xs.shape[2] != self.inputs:
@@ -69,4 +98,5 @@ class RecurrentSNN(nnx.Module):
             )
         for layer in self.layers:
             xs = layer(xs)
-        return self.head(xs)
+        logits = self.head(xs)
+        return logits if self.readout is None else self.readout(logits)

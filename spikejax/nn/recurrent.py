@@ -1,5 +1,6 @@
-"""Layers that feed their own outputs back: spiking neurons, and the LSTM."""
+"""Layers that feed their own outputs back: spiking neurons, LSTM and GRU."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -91,6 +92,69 @@ def _gates(
     return (c, h), h
 
 
+def _gru(
+    weights: tuple[jax.Array, jax.Array], h: jax.Array, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Compute one step of a GRU from the gates x of its input."""
+    kernel, bias = weights
+    r, z, n = jnp.split(x, 3, -1)
+    hr, hz, hn = jnp.split(h @ kernel + bias, 3, -1)
+    z = jax.nn.sigmoid(z + hz)
+    h = (1 - z) * jnp.tanh(n + jax.nn.sigmoid(r + hr) * hn) + z * h
+    return h, h
+
+
+def _uniform(features: int) -> Callable[..., jax.Array]:
+    """Return PyTorch's initialiser of recurrent layers: +-1 / sqrt(features)."""
+    bound = features**-0.5
+
+    def init(
+        key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32, **_: Any
+    ) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class GRU(nnx.Module):
+    """Gated recurrent unit over a sequence; it does not spike.
+
+    r, z = sigmoid(x W + b + h U + c),  n = tanh(x W + b + r (h U + c))
+    h' = (1 - z) n + z h
+
+    Each of r, z and n has columns of W, U, b and c of its own. It takes slices of a
+    sequence, as neurons do (``stepper``). Weights start as those of ``LSTM``.
+
+    Args:
+        inputs, features: sizes of the last axes of the input and of h.
+        rngs: source of the weights.
+
+    Raises:
+        ValueError: the input of a call has no time axis, or no floating point numbers.
+
+    Reference: Cho et al. 2014, arXiv:1406.1078, with r after the product as in cuDNN.
+    """
+
+    def __init__(self, inputs: int, features: int, *, rngs: nnx.Rngs):
+        init = _uniform(features)
+        linear = partial(nnx.Linear, kernel_init=init, bias_init=init, rngs=rngs)
+        self.inputs = linear(inputs, 3 * features)
+        self.recurrent = linear(features, 3 * features)
+        self.memory = Memory()
+
+    def __call__(self, xs: jax.Array) -> jax.Array:
+        """Return h [B, T, features] for a sequence xs [B, T, inputs]."""
+        check_sequence("GRU", xs)
+        gates = self.inputs(xs)  # one matrix product for all steps
+        kernel = self.recurrent.kernel[...].astype(gates.dtype)
+        bias: Any = self.recurrent.bias
+        weights = kernel, bias[...].astype(gates.dtype)
+        zero = jnp.zeros((gates.shape[0], kernel.shape[0]), gates.dtype)
+        h, hs = unroll_compiled(_gru, weights, self.memory.load(zero), gates)
+        self.memory.save(h)
+        return hs
+
+
 class LSTM(nnx.Module):
     """Long short-term memory over a sequence, from zeros; it does not spike.
 
@@ -108,13 +172,7 @@ class LSTM(nnx.Module):
     """
 
     def __init__(self, inputs: int, features: int, *, rngs: nnx.Rngs):
-        bound = features**-0.5
-
-        def init(
-            key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32, **_: Any
-        ) -> jax.Array:
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
-
+        init = _uniform(features)
         linear = partial(nnx.Linear, kernel_init=init, bias_init=init, rngs=rngs)
         self.inputs = linear(inputs, 4 * features)
         self.recurrent = linear(features, 4 * features, use_bias=False)

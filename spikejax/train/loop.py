@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from spikejax.losses import mean_over_time
 from spikejax.nn.cpu import compiler_options
 from spikejax.nn.memory import has_held
 from spikejax.train import processes, sharding
@@ -26,6 +27,7 @@ from spikejax.train.step import (
     Encode,
     EvalStep,
     Loss,
+    Readout,
     State,
     TrainStep,
     initial_state,
@@ -35,7 +37,8 @@ from spikejax.train.step import (
 )
 from spikejax.train.workdir import check_path, locked
 
-HostBatch = dict[str, np.ndarray]  # image [B, ...], label [B]
+HostBatch = dict[str, np.ndarray]  # image [B, ...], label [B], maybe length [B]
+ARRAYS = "image", "label", "length"
 # Metrics that are not yet read, and the images that they are of, by step.
 Pending = dict[int, tuple[dict[str, Any], np.ndarray]]
 
@@ -65,7 +68,8 @@ def evaluate(
     sums = []
     for batch in batches:
         batch = batch | {"weight": np.ones(len(batch["label"]), np.float32)}
-        whole = {name: padded(batch[name]) for name in ("image", "label", "weight")}
+        names = [name for name in (*ARRAYS, "weight") if name in batch]
+        whole = {name: padded(batch[name]) for name in names}
         sums.append(eval_step(state, sharding.shard_batch(whole, mesh)))
     total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
     examples = total.pop("examples")
@@ -95,6 +99,7 @@ def fit(
     steps_per_epoch: int,
     workdir: str | Path,
     optimizer: optax.GradientTransformation | None = None,
+    readout: Readout = mean_over_time,
     mesh: Mesh | None = None,
     profile: bool = False,
 ) -> Fitted:
@@ -108,15 +113,17 @@ def fit(
         config: the recipe.
         model: takes xs [B, T, ...], returns logits [B, T, K]. ``fit`` owns it: keep no
             other reference, or its parameters take memory twice.
-        loss: (logits, labels) -> [B]; costs of ``Penalised`` layers are added to it.
-        train_data: endless Grain iterator of host batches {"image": [B, ...],
-            "label": [B] or [B, K]}, this process's part of config.batch_size; its
-            position is part of the checkpoint.
+        loss: (logits, labels) -> [B], with lengths= of batches that have a length;
+            costs of ``Penalised`` layers are added to it.
+        train_data: endless Grain iterator of host batches {"image": [B, ...], "label":
+            [B] or [B, K]}, this process's part of config.batch_size; its position is
+            part of the checkpoint. "length", int32 [B], may say how many steps count.
         eval_data: the evaluation set in such batches, see ``evaluate``.
         encode: (images, rng) -> xs, runs on the device.
         steps_per_epoch: training steps per epoch.
         workdir: where metrics.jsonl, tensorboard/ and checkpoints/ go.
         optimizer: of Optax, in place of the recipe's, its rate, decay and clipping.
+        readout: (logits, lengths or None) -> [B, K], whose largest is the answer.
         mesh: by default of all devices, each with a copy of the parameters.
         profile: write a trace of some steps to ``workdir``/profile.
 
@@ -127,23 +134,27 @@ def fit(
     mesh, workdir = mesh or sharding.data_mesh(), Path(workdir).absolute()
     sharding.check_batch_size(config.batch_size, mesh)
     _check(model, train_data, workdir)
-    steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
-    if steps > MOST_STEPS:
-        raise ValueError(f"epochs: expected at most {MOST_STEPS} steps, got {steps}.")
+    steps = _steps(config, steps_per_epoch)
     processes.agree(dataclasses.asdict(config) | {"steps": steps} | mesh.shape)
     optimizer = optimizer or make_optimizer(config, steps)
     state = sharding.place_state(initial_state(model, optimizer, config), mesh)
     graphdef, eval_graphdef = graphs(model)
     del model  # it holds all parameters on one device
-    train_step = jit_train_step(config, graphdef, loss, encode, optimizer, state, mesh)
-    predict = make_predict(eval_graphdef, encode, sharding.replicate(mesh))
-    eval_step = make_eval_step(predict, loss)
-    eval_step = _jit(mesh)(eval_step, out_shardings=sharding.replicated(mesh))
+    parts = graphdef, loss, encode, optimizer, state, mesh, readout
+    train_step = jit_train_step(config, *parts)
+    eval_step = _jit_eval_step(eval_graphdef, loss, encode, mesh, readout)
     size = config.batch_size // jax.process_count()
     score = partial(evaluate, eval_step, batches=eval_data, batch_size=size, mesh=mesh)
     run = _Run(config, steps, steps_per_epoch, train_step, score, mesh, workdir)
     state, scores = _train(run, state, train_data, profile)
     return _fitted(eval_graphdef, state, scores, steps)
+
+
+def _steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
+    if steps > MOST_STEPS:
+        raise ValueError(f"epochs: expected at most {MOST_STEPS} steps, got {steps}.")
+    return steps
 
 
 def graphs(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.GraphDef]:
@@ -166,17 +177,19 @@ def jit_train_step(
     optimizer: optax.GradientTransformation,
     state: State,
     mesh: Mesh,
+    readout: Readout = mean_over_time,
 ) -> TrainStep:
     """Return the training step of ``fit``, jitted; it donates the state.
 
     Args:
-        config, loss, encode, mesh: as in ``fit``.
+        config, loss, encode, mesh, readout: as in ``fit``.
         graphdef: of the model, in training mode.
         optimizer: of the recipe.
         state: sharded on the mesh, or abstract.
     """
     step = make_train_step(
         *(graphdef, loss, encode, optimizer, config.ema),
+        readout=readout,
         norm_groups=config.norm_groups,
         gather=sharding.replicate(mesh),
     )
@@ -184,6 +197,14 @@ def jit_train_step(
     # call would compile again.
     out = sharding.state_shardings(state, mesh), sharding.replicated(mesh)
     return _jit(mesh)(step, donate_argnums=0, out_shardings=out)
+
+
+def _jit_eval_step(
+    graphdef: nnx.GraphDef, loss: Loss, encode: Encode, mesh: Mesh, readout: Readout
+) -> EvalStep:
+    predict = make_predict(graphdef, encode, sharding.replicate(mesh))
+    step = make_eval_step(predict, loss, readout)
+    return _jit(mesh)(step, out_shardings=sharding.replicated(mesh))
 
 
 def _jit(mesh: Mesh) -> Callable[..., Any]:
@@ -290,7 +311,7 @@ def _check(model: nnx.Module, train_data: Any, workdir: Path) -> None:
 
 
 def _checked(batch: Any, batch_size: int) -> HostBatch:
-    """Return image and label of a host batch, of the size that the step is made for."""
+    """Return the arrays of a host batch, of the size that the step is made for."""
     names = sorted(batch) if isinstance(batch, dict) else [type(batch).__name__]
     size = len(batch["label"]) if {"image", "label"} <= set(names) else None
     if size != (expected := batch_size // jax.process_count()):
@@ -300,7 +321,7 @@ def _checked(batch: Any, batch_size: int) -> HostBatch:
             " Repeat a dataset of Grain with .repeat(), and drop the incomplete batch "
             "of an epoch."
         )
-    return {"image": batch["image"], "label": batch["label"]}
+    return {name: batch[name] for name in ARRAYS if name in batch}
 
 
 class _Clock:

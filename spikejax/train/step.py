@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from spikejax.losses import mean_over_time
 from spikejax.nn.penalty import penalty
 from spikejax.train.recipe import TrainConfig
 
 State = dict[str, Any]  # of arrays and of dicts of them
-Batch = dict[str, jax.Array]  # image [B, ...], label [B] or [B, K]
+Batch = dict[str, jax.Array]  # image [B, ...], label [B] or [B, K], maybe length [B]
 Encode = Callable[[jax.Array, jax.Array], jax.Array]  # (images, rng) -> xs [B, T, ...]
-Loss = Callable[[jax.Array, jax.Array], jax.Array]  # (logits, labels) -> [B]
+Loss = Callable[..., jax.Array]  # (logits, labels), lengths= of a batch with length
+Readout = Callable[[jax.Array, jax.Array | None], jax.Array]  # (logits, lengths)
 Gather = Callable[[Any], Any]  # of parameters
 Predict = Callable[[State, jax.Array], jax.Array]  # (state, images) -> logits
 TrainStep = Callable[[State, Batch], tuple[State, dict[str, Any]]]
@@ -50,6 +52,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     ema: float = 0.0,
     *,
+    readout: Readout = mean_over_time,
     norm_groups: int = 1,
     gather: Gather = lambda params: params,
 ) -> TrainStep:
@@ -61,12 +64,11 @@ def make_train_step(
 
     Args:
         graphdef: of the model, in training mode.
-        loss, encode, optimizer: as in ``fit``, which makes the last of the recipe.
+        loss, encode, readout: as in ``fit``. optimizer: of the recipe.
         ema: decay of the moving average of the parameters, 0 keeps none.
         norm_groups: parts of the batch with batch statistics and random numbers of
             their own; the state keeps the mean of the statistics. With one group per
-            device the forward pass needs no communication. With one group, statistics
-            are over the global batch, for any number of devices.
+            device the forward pass needs no communication; one is the global batch.
         gather: maps sharded to replicated parameters, for their use.
     """
 
@@ -83,8 +85,8 @@ def make_train_step(
                 return logits, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
 
             logits, rest = _in_groups(forward, state["rest"], xs, norm_groups)
-            costs = penalty(nnx.merge(graphdef, params, rest))
-            return loss(logits, batch["label"]).mean() + costs, (logits, rest)
+            value = loss(logits, batch["label"], **_lengths(batch)).mean()
+            return value + penalty(nnx.merge(graphdef, params, rest)), (logits, rest)
 
         both = jax.value_and_grad(objective, has_aux=True)
         (value, (logits, rest)), gradients = both(state["params"])
@@ -95,7 +97,7 @@ def make_train_step(
             new["ema"] = optax.incremental_update(params, state["ema"], 1 - ema)
         metrics = {
             "loss": value,
-            "accuracy": _correct(logits, batch["label"]).mean(),
+            "accuracy": _correct(logits, batch, readout).mean(),
             "gradient_norms": jax.tree.map(jnp.linalg.norm, gradients),
         }
         if "stop" in batch:
@@ -156,7 +158,9 @@ def make_predict(
     return predict
 
 
-def make_eval_step(predict: Predict, loss: Loss) -> EvalStep:
+def make_eval_step(
+    predict: Predict, loss: Loss, readout: Readout = mean_over_time
+) -> EvalStep:
     """Return the pure step (state, batch) -> sums of loss and accuracy, to be jitted.
 
     Examples with weight 0, which pad the last batch, do not count; "examples" is the
@@ -166,8 +170,8 @@ def make_eval_step(predict: Predict, loss: Loss) -> EvalStep:
     def eval_step(state: State, batch: Batch) -> dict[str, jax.Array]:
         logits, counts = predict(state, batch["image"]), batch["weight"] > 0
         scores = {
-            "loss": loss(logits, batch["label"]),
-            "accuracy": _correct(logits, batch["label"]),
+            "loss": loss(logits, batch["label"], **_lengths(batch)),
+            "accuracy": _correct(logits, batch, readout),
             "examples": batch["weight"],
         }
         # Selected, not multiplied: padding may have a loss of NaN, and 0 * NaN is NaN.
@@ -176,7 +180,14 @@ def make_eval_step(predict: Predict, loss: Loss) -> EvalStep:
     return eval_step
 
 
-def _correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def _lengths(batch: Batch) -> dict[str, jax.Array]:
+    """Return the argument of a loss for sequences of different lengths."""
+    return {"lengths": batch["length"]} if "length" in batch else {}
+
+
+def _correct(logits: jax.Array, batch: Batch, readout: Readout) -> jax.Array:
+    labels = batch["label"]
     if labels.ndim == 2:  # of probabilities, as mixup makes them
         labels = labels.argmax(-1)
-    return (logits.mean(1).argmax(-1) == labels).astype(jnp.float32)
+    answers = readout(logits, batch.get("length")).argmax(-1)
+    return (answers == labels).astype(jnp.float32)
