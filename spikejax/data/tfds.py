@@ -1,19 +1,20 @@
-"""Prepared TFDS image sets, read without TensorFlow.
+"""Prepared TFDS sets of images and of audio, read without TensorFlow.
 
 Preparing a TFDS set needs TensorFlow: see experiments/prepare.py.
 """
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from spikejax.data.split import EncodedImages, Folder, Record, Splits
+from spikejax.data.split import DAMAGE, EncodedImages, Folder, Record, Splits
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
@@ -100,6 +101,51 @@ def _split(name: str, builder: "DatasetBuilder", split: str) -> EncodedImages:
     title, features = f"{info.full_name}, split {split!r}", info.features
     shape, classes = features["image"].shape, features["label"].num_classes
     return EncodedImages(title, len(source), partial(_read, source), shape, classes)
+
+
+class Audio(NamedTuple):
+    """Recording of a set: the name of its file, int16 samples [N], and its class."""
+
+    filename: str
+    audio: np.ndarray
+    label: int
+
+
+def audio_examples(name: str, data_dir: Folder) -> list[Audio]:
+    """Return the recordings of the train split of a prepared set.
+
+    Args:
+        name: such as spoken_digit, with the features audio, audio/filename and label.
+        data_dir: TFDS's folder; None is TFDS's default.
+
+    Raises:
+        ValueError: the set is unknown, not prepared, or damaged.
+    """
+    import grain
+    from google.protobuf.message import DecodeError
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    folder, found = _folder(name, data_dir), []
+    # TFDS's own feature of audio needs TensorFlow, even to be read.
+    parse: Any = getattr(tf_example_pb2, "Example")  # noqa: B009, made when imported
+    try:
+        info = json.loads((folder / "dataset_info.json").read_text("utf-8"))
+        (train,) = (split for split in info["splits"] if split["name"] == "train")
+        count = sum(map(int, train["shardLengths"]))
+        paths = sorted(map(os.fspath, folder.glob(f"{name}-train.array_record-*")))
+        source: Any = grain.sources.ArrayRecordDataSource(paths)
+        for record in source.__getitems__(list(range(count))):
+            fields = parse.FromString(record).features.feature
+            audio = np.array(fields["audio"].int64_list.value, np.int16)
+            filename = fields["audio/filename"].bytes_list.value[0].decode()
+            found.append(Audio(filename, audio, fields["label"].int64_list.value[0]))
+    except (*DAMAGE, OverflowError, DecodeError) as error:
+        raise ValueError(
+            f"{name}: expected recordings of 16 bits in array_record files in {folder},"
+            f" got: {' '.join(str(error).split())[:200]}. Delete the folder and prepare"
+            f" the set again: {PREPARE} {name}"
+        ) from error
+    return found
 
 
 def check_name(name: str) -> None:
