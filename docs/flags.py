@@ -23,8 +23,8 @@ from spikejax.experiment.cli import alternatives, field_texts, flag_name
 
 SCRIPTS = (
     *("digits", "cifar10", "cifar100", "imagenet", "tinyimagenet", "general"),
-    *("convert", "convert_imagenet", "hybrid", "dvs_cifar10", "evaluate", "predict"),
-    *("release", "selfcheck"),
+    *("convert", "convert_imagenet", "hybrid", "dvs_cifar10", "speech", "evaluate"),
+    *("predict", "release", "selfcheck"),
 )
 OPTIONS = get_args(NetworkOptions) + get_args(ActivationOptions)
 HEAD = """# Flags

@@ -20,8 +20,9 @@ from experiments import (
     dvs_cifar10,
     general,
     imagenet,
+    speech,
 )
-from spikejax.data import events, images
+from spikejax.data import events, images, sequences
 from spikejax.experiment import build, config
 from spikejax.experiment.cli import flag_name, flatten
 from spikejax.train import TrainConfig, processes
@@ -79,6 +80,16 @@ TURNED = {
     "--side": "5",
     "--window-ms": "20",
     "--stream": "RECORDINGS/left.npz --frames duration",
+    "--layers": "3 --model dense",
+    "--hidden": "16 --model dense",
+    "--recurrent": " --model dense",
+    "--delays": "4 --model dense",
+    "--tau": "3 --model dense",
+    "--readout": "max --model dense",
+    "--hold-out": "jackson",
+    "--coding": "delta",
+    "--step-ms": "10",
+    "--validation": "",
     "--relu": "elsewhere",
     "--bits": "3",
     "--quant-epochs": "3",
@@ -88,7 +99,9 @@ TURNED = {
 ALWAYS = {  # cifar100 and tinyimagenet are cifar10 with other defaults
     script: "--data fake --batch-size 16"
     for script in (cifar10, convert, digits, general, imagenet)
-} | {dvs_cifar10: "--data RECORDINGS --batch-size 16 --side 8 --time-steps 2"}
+}
+ALWAYS[dvs_cifar10] = "--data RECORDINGS --batch-size 16 --side 8 --time-steps 2"
+ALWAYS[speech] = "--batch-size 16"
 # They choose what is evaluated of a trained network: test_convert_script.py.
 EVALUATION = {"--max-steps", "--test-images"}
 
@@ -164,6 +177,13 @@ def effect(monkeypatch, recordings, tmp_path, capsys):
         found.extend((data_dir, framing.sort))  # these recordings are in order
         return events.load(name, framing, None, **cache)
 
+    def load_sequences(*args, **options):
+        found.append((args, options))
+        split = sequences.Sequences(
+            np.ones((16, 2, 3), "f4"), np.full(16, 2, "i4"), np.arange(16, dtype="i4")
+        )
+        return sequences.SequenceSet(split, split, ("", ""), "")
+
     original = images.train_batches
     for owner, name, new in (
         (config, "fit", fit),
@@ -176,6 +196,8 @@ def effect(monkeypatch, recordings, tmp_path, capsys):
         (dvs_cifar10, "by_class", lambda *_: {}),
         (dvs_cifar10, "report", lambda *_, **more: RESULT),
         (dvs_cifar10, "run_stream", lambda *_: found.append("streamed")),
+        (speech.speech, "spoken_digit", load_sequences),
+        (speech, "report", lambda *_, **more: RESULT | more | {"parameters": 1}),
         (convert, "calibrate", lambda *_, **more: SimpleNamespace(model=None)),
         (convert.Conversions, "row", lambda self, *args: found.append(args) or ROW),
         (convert, "figure", lambda _: SimpleNamespace(savefig=lambda *_, **more: None)),
@@ -234,9 +256,17 @@ def options():
         build.VGGOptions("convnet"),
         build.GeneralOptions(**small),
         build.TransformerOptions(),
+        build.SequenceOptions(),
+        build.BaselineOptions(),
     )
     other = {
-        "model": "resnet18|vgg11|general-lstm|sdt-2-256",
+        "model": "resnet18|vgg11|general-lstm|sdt-2-256|dense|linear",
+        "layers": 3,
+        "hidden": 16,
+        "recurrent": True,
+        "delays": 4,
+        "tau": 3.0,
+        "readout": "max",
         "residual": "plain",
         "width": 0.2,
         "remat": "blocks",
@@ -244,7 +274,10 @@ def options():
         "pool": "avg",
         "binarise": "straight-through",
     }
-    return [(n, f.name, other[f.name]) for n in networks for f in dataclasses.fields(n)]
+    found = [(n, f.name) for n in networks for f in dataclasses.fields(n)]
+    # The readout is part of the loss, and there is one network of dense layers.
+    kept = [(n, f) for n, f in found if f != "readout" and getattr(n, f) != "dense"]
+    return [(n, f, other[f]) for n, f in kept]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +286,7 @@ def options():
 def test_every_option_changes_the_network(network, name, value):
     lif = build.SingleOptions("lif")
     if name == "model":
-        place = ("resnet", "vgg", "general", "transformer")
+        place = ("resnet", "vgg", "general", "transformer", "sequence", "baseline")
         kind = type(network).__name__.removesuffix("Options").lower()
         value = value.split("|")[place.index(kind)]
     if name == "pool" and network.model == "resnet20":  # which has no pooling
@@ -263,7 +296,8 @@ def test_every_option_changes_the_network(network, name, value):
 
 
 def test_every_neuron_is_another():
-    options = [build.SingleOptions(name) for name in ("lif", "plif", "if", "relu")]
+    options = [build.SingleOptions(name) for name in ("lif", "plif", "if", "alif")]
+    options += [build.SingleOptions("relu")]
     several = build.MultiThresholdOptions
     options += [several(), several(num_thresholds=3), several("mt-cascade")]
     options += [several("i-lif"), several(surrogate="rectangle")]

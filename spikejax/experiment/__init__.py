@@ -1,9 +1,11 @@
 """Experiments, from command line to result.json: the parts that the scripts share."""
 
+from spikejax.experiment.build import BaselineOptions as BaselineOptions
 from spikejax.experiment.build import EfficientNetOptions as EfficientNetOptions
 from spikejax.experiment.build import GeneralOptions as GeneralOptions
 from spikejax.experiment.build import MultiThresholdOptions as MultiThresholdOptions
 from spikejax.experiment.build import ResNetOptions as ResNetOptions
+from spikejax.experiment.build import SequenceOptions as SequenceOptions
 from spikejax.experiment.build import SingleOptions as SingleOptions
 from spikejax.experiment.build import TransformerOptions as TransformerOptions
 from spikejax.experiment.build import VGGOptions as VGGOptions

@@ -14,15 +14,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax import neurons, surrogate
-from spikejax.layers import IF, LIF, PLIF, MultiThreshold, Neuron
-from spikejax.models import MODELS, resnet
+from spikejax.layers import IF, LI, LIF, PLIF, MultiThreshold, Neuron
+from spikejax.models import MODELS, recurrent, resnet
 from spikejax.nn import cpu, tpu, windowed
+from spikejax.nn.cells import ALIF
+from spikejax.nn.delay import DelayedLinear
 from spikejax.train.recipe import Ranges, check_settings
 
 NeuronFactory = Callable[[], Callable[[jax.Array], jax.Array]]
 WIDTH: Ranges = {"width": ("more than 0, at most 100", lambda w: 0 < w <= 100)}
 # The cells are unrolled over their thresholds: more would compile for minutes.
 THRESHOLDS = "1 to 64", lambda n: 1 <= n <= 64
+ADAPTATION = {"tau_adaptation": 20.0, "strength": 1.0}  # of alif, our choice
+TAU = 4.0  # of networks over sequences, in time steps, chosen on spoken digits
+HIDDEN = 128  # units of the GRU, as many as SequenceOptions has neurons
 
 
 @dataclass(frozen=True)
@@ -178,11 +183,95 @@ class TransformerOptions:
 
 
 @dataclass(frozen=True)
+class SequenceOptions:
+    """Spiking networks over sequences of vectors (spikejax.models.recurrent)."""
+
+    model: Literal["dense"] = "dense"
+    """Dense layers, and a readout of leaky integrators."""
+    layers: int = 2
+    """Hidden layers."""
+    hidden: int = 128
+    """Neurons of each of them."""
+    recurrent: bool = False
+    """Feed the spikes of a layer back to it, one time step later."""
+    delays: int = 0
+    """Largest delay of a synapse in time steps, which are learned; 0 for none."""
+    tau: float = TAU
+    """Time constant of neurons and readout in time steps, >= 1."""
+    readout: Literal["mean", "max"] = "mean"
+    """Logits: the mean or the maximum of the readout over time."""
+
+    def __post_init__(self):
+        ranges: Ranges = {
+            "layers": ("1 to 100", lambda n: 1 <= n <= 100),
+            "hidden": ("1 to 100000", lambda n: 1 <= n <= 100000),
+            "delays": ("0 to 1000", lambda n: 0 <= n <= 1000),
+            "tau": ("at least 1", lambda tau: tau >= 1),
+        }
+        check_settings(self, ranges)
+
+    def build(
+        self,
+        *,
+        num_classes: int,
+        in_channels: int,
+        neuron: NeuronFactory,
+        rngs: nnx.Rngs,
+        **_: Any,
+    ) -> nnx.Module:
+        """Return the network; see ``build_model``."""
+        kind = recurrent.feedback if self.recurrent else recurrent.dense
+        if self.delays:
+            kind = partial(kind, linear=partial(DelayedLinear, max_delay=self.delays))
+        return recurrent.RecurrentSNN(
+            in_channels,
+            [self.hidden] * self.layers,
+            num_classes,
+            neuron=neuron,
+            kind=kind,
+            readout=LI(self.tau),
+            rngs=rngs,
+        )
+
+
+@dataclass(frozen=True)
+class BaselineOptions:
+    """Networks over sequences without spikes, for comparison."""
+
+    model: Literal["gru", "linear"] = "gru"
+    """One layer of gated recurrent units, or a linear classifier."""
+    readout: Literal["mean", "max"] = "mean"
+    """Logits: the mean or the maximum over time of the readout of dense."""
+
+    def build(
+        self,
+        *,
+        num_classes: int,
+        in_channels: int,
+        neuron: NeuronFactory,
+        rngs: nnx.Rngs,
+        **_: Any,
+    ) -> nnx.Module:
+        """Return the network; see ``build_model``."""
+        widths = [HIDDEN] if self.model == "gru" else []
+        return recurrent.RecurrentSNN(
+            in_channels,
+            widths,
+            num_classes,
+            neuron=neuron,
+            kind=recurrent.gru,
+            readout=LI(TAU),
+            rngs=rngs,
+        )
+
+
+@dataclass(frozen=True)
 class SingleOptions:
     """Neurons with one threshold, or ReLU."""
 
-    neuron: Literal["lif", "plif", "if", "relu"] = "lif"
-    """Activation: lif with fixed tau, plif learns one tau per layer; if has no leak."""
+    neuron: Literal["lif", "plif", "if", "alif", "relu"] = "lif"
+    """Activation: lif with fixed tau, plif learns one tau per layer; if has no leak;
+    alif has a threshold that adapts."""
     surrogate: Literal["atan", "rectangle"] = "atan"
     """Derivative of a spike; rectangle is as wide as the threshold is high."""
 
@@ -204,13 +293,14 @@ class MultiThresholdOptions:
         check_settings(self, {"num_thresholds": THRESHOLDS})
 
 
-NetworkOptions = (
+ImageOptions = (
     ResNetOptions
     | VGGOptions
     | EfficientNetOptions
     | TransformerOptions
     | GeneralOptions
 )
+NetworkOptions = ImageOptions | SequenceOptions | BaselineOptions
 ActivationOptions = MultiThresholdOptions | SingleOptions
 
 
@@ -220,8 +310,9 @@ def neuron_factory(
     """Return the factory of the activation, as models take it.
 
     Neurons have soft reset, which passes no gradient (``detach_reset``), and do not
-    scale their input by the leak. All but plif, which learns it, keep tau at 2. In a
-    General SNN, tau, the threshold and the surrogate are its authors'.
+    scale their input by the leak. All but plif, which learns it, keep tau at 2, or at
+    that of the flags of a sequence network. In a General SNN, tau, the threshold and
+    the surrogate are its authors'.
     """
     count = getattr(activation, "num_thresholds", 1)
     # Normalised inputs have a standard deviation of 1. One threshold there is tdBN's
@@ -235,11 +326,14 @@ def neuron_factory(
     if isinstance(network, GeneralOptions):
         options |= windowed.FIRING
         tau["tau"] = windowed.TAU
+    if isinstance(network, SequenceOptions):
+        tau["tau"] = network.tau
     several = partial(MultiThreshold, count, **options, **tau)
     return {
         "lif": partial(LIF, **options, **tau),
         "plif": partial(PLIF, **options, **tau),
         "if": partial(IF, **options),
+        "alif": partial(ALIF, **options, **tau, **ADAPTATION),
         "mt-parallel": several,
         "mt-cascade": partial(several, neurons.cascade),
         "i-lif": lambda: _i_lif(several()),
@@ -264,7 +358,7 @@ def build_model(
     in_channels: int,
     seed: int,
     platform: str | None = None,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, ...] | None = None,
 ) -> nnx.Module:
     """Return the network of the options, with initial weights from the seed.
 
@@ -275,10 +369,11 @@ def build_model(
         seed: of the weights.
         platform: backend for which it is built, by default the one in use. On a CPU,
             networks take the kernels of ``nn.cpu``, on a TPU those of ``nn.tpu``.
-        size: height and width of the images, which the network is checked to take.
+        size: height and width of the images, or () of sequences of vectors, which the
+            network is checked to take.
 
     Raises:
-        ValueError: the network does not take images of that size.
+        ValueError: the network does not take such inputs.
     """
     parts: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
     platform = platform or jax.default_backend()
@@ -293,9 +388,8 @@ def build_model(
         return network.build(**parts, rngs=nnx.Rngs(seed))
 
     # These take any size, and the largest of them take seconds to trace.
-    if size and not isinstance(
-        network, ResNetOptions | EfficientNetOptions | TransformerOptions
-    ):
+    any_size = ResNetOptions | EfficientNetOptions | TransformerOptions
+    if size is not None and not (size and isinstance(network, any_size)):
         xs = jax.ShapeDtypeStruct((1, 1, *size, in_channels), jnp.float32)
         jax.eval_shape(lambda xs: make()(xs), xs)
     # Compiled as a whole: layer by layer, each initialiser would be dispatched alone.

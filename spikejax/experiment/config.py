@@ -27,8 +27,10 @@ from spikejax.encode import direct
 from spikejax.experiment import trained
 from spikejax.experiment.build import (
     ActivationOptions,
+    BaselineOptions,
     MultiThresholdOptions,
     NetworkOptions,
+    SequenceOptions,
     VGGOptions,
     build_model,
 )
@@ -39,7 +41,7 @@ from spikejax.train import processes, sharding, workdir
 from spikejax.train.loop import Fitted, fit
 from spikejax.train.processes import Processes
 from spikejax.train.recipe import Ranges, TrainConfig, check_settings
-from spikejax.train.step import Encode, Loss
+from spikejax.train.step import Encode, Loss, Readout
 
 ENERGY_IMAGES = 256  # test images over which spikes and energy are measured
 ENERGY_VALUES = 2**24  # or as many large ones as have so many numbers together
@@ -129,10 +131,15 @@ class Experiment:
         check_settings(self.activation)
         relu = self.activation.neuron == "relu"
         general = self.network.model.startswith("general")
-        once, flags = self.time_steps == 1, flatten(self)
+        plain = isinstance(self.network, BaselineOptions)
+        vectors = plain or isinstance(self.network, SequenceOptions)
+        once, flags, static = self.time_steps == 1, flatten(self), relu and not vectors
         for name, default, useless, why in (
             # Values that would do nothing, and on which a comparison could rest.
-            ("time_steps", 1, relu, "for --neuron relu: it has no state"),
+            ("neuron", "relu", plain, "for a network without neurons"),
+            ("loss", "rate", flags.get("readout") == "max", "for --readout max"),
+            ("norm_groups", 1, vectors, "for a network without norms"),
+            ("time_steps", 1, static, "for --neuron relu: it has no state"),
             ("loss", "rate", once, "for one time step, where losses are equal"),
             ("norm_groups", 1, general, "for a General SNN, which has no norms"),
             ("binarise", "bernoulli", relu, "for --neuron relu: it needs no spikes"),
@@ -175,7 +182,15 @@ def make_encode(experiment: Experiment, image_set: ImageSet) -> Encode:
 def make_loss(experiment: Experiment) -> Loss:
     """Return the loss of the flags, (logits [B, T, K], labels [B]) -> [B]."""
     loss = losses.tet if experiment.loss == "tet" else losses.rate_cross_entropy
+    if make_readout(experiment) is losses.max_over_time:
+        loss = losses.max_cross_entropy
     return partial(loss, label_smoothing=experiment.label_smoothing)
+
+
+def make_readout(experiment: Experiment) -> Readout:
+    """Return the readout of the flags, (logits [B, T, K], lengths) -> [B, K]."""
+    kind = getattr(experiment.network, "readout", "mean")
+    return losses.max_over_time if kind == "max" else losses.mean_over_time
 
 
 def make_augment(inputs: Images) -> Augment | None:
@@ -257,6 +272,7 @@ def train(
         encode=task.encode,
         steps_per_epoch=max(1, len(data.train) // recipe.batch_size),
         workdir=workdir.claim(experiment.workdir, settings, defaults(experiment)),
+        readout=make_readout(experiment),
         mesh=mesh,
         profile=experiment.profile,
     )
@@ -274,7 +290,7 @@ def _build(experiment: Experiment, data: ImageSet | EventSet) -> nnx.Module:
         num_classes=data.num_classes,
         in_channels=cast(int, data.shape[-1]),
         seed=experiment.train.seed,
-        size=(side, side) if side else cast(Any, data.shape[:2]),
+        size=(side, side) if side else cast(Any, data.shape[:-1]),
     )
     if experiment.from_ is not None:
         fresh = start_from(model, experiment.from_, data.num_classes)
@@ -313,8 +329,9 @@ def report(
     # 111 photographs of 224x224x3, but all 256 images of Tiny-ImageNet.
     most = ENERGY_VALUES // test.take([0], crop)["image"].size
     count = min(ENERGY_IMAGES, len(test), most)
-    sample = jnp.asarray(test.take(range(count), crop)["image"])
-    spent = energy.measure(fitted.model, task.encode(sample, jax.random.key(0)))
+    sample = test.take(range(count), crop)
+    xs = task.encode(jnp.asarray(sample["image"]), jax.random.key(0))
+    spent = energy.measure(fitted.model, xs, sample.get("length"))
     result = fitted.metrics | {
         "spikes_per_image": spent.spikes_per_image,
         "energy_nj": spent.energy_nj,
@@ -382,9 +399,10 @@ def identity(experiment: Experiment) -> dict[str, Any]:
 
 def defaults(experiment: Experiment) -> dict[str, Any]:
     """Return {flag: default} of those flags, for folders that are older than a flag."""
-    groups = ("inputs", "network", "activation")
-    made = {name: type(getattr(experiment, name))() for name in groups}
-    return identity(Experiment(Path(), **made))
+    found = flatten(Experiment(Path()))
+    for name in ("inputs", "network", "activation"):  # those may not fit together
+        found |= flatten(type(getattr(experiment, name))())
+    return {name: found[name] for name in identity(experiment)}
 
 
 def main(experiment: Experiment) -> None:

@@ -42,9 +42,9 @@ class Card:
 
     flags: of its run, as in config.json.
     class_names: of its logits, in order.
-    shape: [H, W, C] of an image, None where sizes differ.
+    shape: [H, W, C] of an image, None where sizes differ; [F] of a step of a sequence.
     mean, std: of the channels of the training images, where white is 1; None for
-        frames of events, which are not normalised.
+        frames of events and for sequences, which are not normalised here.
     result: content of result.json: accuracy, spikes and energy, versions.
     notes: what else is known of a network of the package, such as its command.
     """
@@ -61,15 +61,17 @@ class Card:
         """Return the input of the network, [B, T, ...], for raw images.
 
         Args:
-            images: uint8 [B, H, W, C], or frames of events [B, T, H, W, C].
+            images: uint8 [B, H, W, C], frames of events [B, T, H, W, C], or sequences
+                [B, T, F] of any type.
 
         Raises:
             ValueError: they are of another type, or have other channels.
         """
-        rank, channels = 4 if self.mean else 5, self.shape[-1]
-        images = jnp.asarray(images)
+        rank = 4 if self.mean else len(self.shape) + 2
+        channels, images = self.shape[-1], jnp.asarray(images)
         dtype, shape = images.dtype, images.shape
-        if dtype != jnp.uint8 or len(shape) != rank or shape[-1] != channels:
+        is_kind = dtype == jnp.uint8 or len(self.shape) == 1
+        if not is_kind or len(shape) != rank or shape[-1] != channels:
             raise ValueError(
                 f"encode: expected uint8 images of {rank} axes and {channels} channels,"
                 f" as files have them, got {dtype} {shape}. For one image: image[None]."
