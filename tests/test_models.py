@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spikejax import LIF, MultiThreshold
+from spikejax import IF, LIF, MultiThreshold
 from spikejax.models import MODELS, efficientnet, general, resnet, spikformer, vgg
 from spikejax.models.transformer import Transformer
 from spikejax.models.whitened import WhitenedCNN
@@ -104,7 +104,7 @@ def is_key(x):
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-SIZES = {"norm": partial(td_batch_norm, v_threshold=3.0), "rngs": nnx.Rngs(0)}
+SIZES = {"norm": partial(td_batch_norm, v_threshold=3.0)}
 TINY = {
     "vgg": partial(vgg.VGG, (4, vgg.POOL, 6), 3, hidden=(8,), **SIZES),
     "efficientnet": partial(efficientnet.EfficientNet, 0.01, 0.1, 3, **SIZES),
@@ -116,9 +116,7 @@ TINY = {
         for residual in (resnet.plain, resnet.sew, resnet.ms)
     },
     **{
-        f"general-{make.__name__}": partial(
-            make, 3, depths=(2,), width=1 / 12, rngs=nnx.Rngs(0, spikes=1)
-        )
+        f"general-{make.__name__}": partial(make, 3, depths=(2,), width=1 / 12)
         for make in (general.cnn, general.lstm, general.plain)
     },
     **{
@@ -139,7 +137,12 @@ TINY = {
 
 @pytest.mark.parametrize("name", TINY)
 def test_logits_depend_on_their_own_image_and_its_past_alone(name):
-    model = TINY[name](neuron=partial(LIF, 2.0, 0.5, decay_input=False))
+    # Without a leak, membranes that should not meet would differ for long; but so tiny,
+    # these fall silent.
+    leaky = name in ("efficientnet", "whitened", "e-spikeformer")
+    lif = partial(LIF, 2.0, 0.5, decay_input=False)
+    neuron = lif if leaky else partial(IF, 0.5)
+    model = TINY[name](neuron=neuron, rngs=nnx.Rngs(0))
     model.eval()
     graphdef, state = nnx.split(model)
     rng = np.random.default_rng(0)
@@ -150,13 +153,16 @@ def test_logits_depend_on_their_own_image_and_its_past_alone(name):
 
     state = jax.tree_util.tree_map_with_path(alive, nnx.to_pure_dict(state))
     run = jax.jit(lambda xs: nnx.merge(graphdef, state)(xs))
-    xs = jax.random.normal(jax.random.key(0), (2, 3, 8, 8, 3))
+    side = 32 if name == "e-spikeformer" else 8  # which halves it four times
+    xs = jax.random.normal(jax.random.key(0), (2, 3, side, side, 3))
     logits = run(xs)
-    # Another second image, from its second step on.
-    other = run(xs.at[1, 1:].multiply(-2))
-    np.testing.assert_array_equal(other[0], logits[0])
-    np.testing.assert_array_equal(other[1, 0], logits[1, 0])
-    assert jnp.any(other[1, 1:] != logits[1, 1:])
+    changed = False
+    for image, mate in ((0, 1), (1, 0)):  # another image, from its second step on
+        other = run(xs.at[image, 1:].multiply(-2))
+        np.testing.assert_array_equal(other[mate], logits[mate])
+        np.testing.assert_array_equal(other[image, 0], logits[image, 0])
+        changed |= bool(jnp.any(other[image, 1:] != logits[image, 1:]))
+    assert changed
 
 
 def test_every_model_has_a_tiny_one_of_its_code():
