@@ -11,6 +11,7 @@ the strongest input covers the spikes of the others.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -396,8 +397,8 @@ def calibrate(
             your own, ``trace.Function(net.apply, variables)``. A QuantReLU in it gets a
             new scale. Not modified.
         xs: input [B, T, ...] as the model takes it.
-        rule: from the activations of a layer to its threshold: maximum,
-            percentile(99.9), least_error, least_squares.
+        rule: from activations to a threshold, as a function that ``jax.jit`` takes:
+            maximum, percentile(99.9), least_error, least_squares.
         neuron: makes the QuantReLU in the place of a ReLU.
         per_channel: whether each channel, the last axis, has a threshold.
         correct: whether each channel gets a bias, layer by layer, with which its
@@ -423,11 +424,11 @@ def calibrate(
     model, traced, found = _sites("calibrate", model, xs, plain=True, currents=currents)
     quants = [quant or neuron() for quant in found]
     for quant, site in zip(quants, traced.sites, strict=True):
-        quant.signed = site.kind == SIGNED
-        quant.deterministic = True  # a new QuantReLU is in training mode
+        quant.signed, quant.deterministic = site.kind == SIGNED, True
     handler = _calibrating(quants, rule, per_channel, correct)
-    _, params = trace.functional(model)
-    _, kept = trace.run(traced, params, xs, handler)
+    # Compiled as a whole, or the activations of all layers would be held.
+    run = jax.jit(partial(trace.run, traced, handler=handler))
+    _, kept = run(trace.functional(model)[1], xs)
     swaps, made = [], Replaced(model, quants, traced.sites)
     for n, (quant, site) in enumerate(zip(quants, traced.sites, strict=True)):
         threshold, bias = kept[n]
