@@ -10,7 +10,7 @@ from flax import nnx
 
 from spikejax import energy
 from spikejax.experiment.build import ResNetOptions, SingleOptions, build_model
-from spikejax.nn import tpu
+from spikejax.nn import norm, tpu
 
 XS = jax.random.normal(jax.random.key(0), (2, 3, 7, 6, 4))
 
@@ -81,6 +81,7 @@ def test_networks_for_a_tpu_have_it_and_the_same_parameters_and_energy():
     )
     flax, chip = made(platform="gpu"), made(platform="tpu")
     assert isinstance(chip.stem_conv, tpu.Conv)
+    assert isinstance(chip.stem_norm, norm.BatchNorm)
     leaves = [jax.tree.leaves(nnx.state(model)) for model in (flax, chip)]
     jax.tree.map(np.testing.assert_array_equal, *leaves)
     xs = jax.random.uniform(jax.random.key(1), (2, 3, 8, 8, 3))

@@ -381,7 +381,7 @@ def build_model(
     if platform == "cpu":
         parts |= {"conv": cpu.Conv, "norm": cpu.td_batch_norm, "pool": cpu.max_pool}
     elif platform == "tpu":
-        parts["conv"] = tpu.Conv
+        parts |= {"conv": tpu.Conv, "norm": tpu.td_batch_norm}
     parts["neuron"] = neuron_factory(activation, network)
 
     def make() -> nnx.Module:

@@ -1,17 +1,22 @@
-"""Convolution over time that keeps the layout of a TPU.
+"""Convolution and batch norm that are fast on a TPU.
 
-    model = resnet18(10, neuron=LIF, conv=tpu.Conv, rngs=rngs)
+    kernels = {"conv": tpu.Conv, "norm": tpu.td_batch_norm}
+    model = resnet18(10, neuron=LIF, **kernels, rngs=rngs)
 
 XLA puts the batch of an image into the lanes of a TPU. nnx.Conv folds [B, T, H, W, C]
-to [B T, H, W, C], whose layout is another one, so that copies surround it.
+to [B T, H, W, C], whose layout is another one, so that copies surround it. Values and
+gradients equal those of Flax; ``jax.jvp`` does not work.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
 from jax import lax
+
+from spikejax.nn import norm
 
 SEQUENCES = ("NDHWC", "DHWIO", "NDHWC")
 
@@ -56,3 +61,9 @@ class Conv(nnx.Conv):
 
 def _pair(value: int | Sequence[int] | None) -> Sequence[int]:
     return (value or 1,) * 2 if value is None or isinstance(value, int) else value
+
+
+td_batch_norm: Callable[..., nnx.BatchNorm] = partial(
+    norm.td_batch_norm, layer=norm.BatchNorm
+)
+"""``spikejax.nn.norm.td_batch_norm`` with the layer ``norm.BatchNorm``."""
