@@ -16,6 +16,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import (
@@ -108,7 +109,7 @@ def _plain(config: "DataclassInstance", kinds: tuple[type, ...] = ()) -> Any:
         kinds: those that may be in its place.
     """
     kind, fields, values = type(config), [], {}
-    hints, texts = get_type_hints(kind, include_extras=True), field_texts(kind)
+    hints, texts = get_type_hints(kind, include_extras=True), dict(field_texts(kind))
     if kinds:  # the help of the flag that selects one names all
         first, kind_of = alternatives(kinds)
         hints[first] = Literal[tuple(kind_of)]
@@ -119,11 +120,11 @@ def _plain(config: "DataclassInstance", kinds: tuple[type, ...] = ()) -> Any:
         value = getattr(config, name)
         if is_group(value):
             value = _plain(value, get_args(hint))
+            arg = tyro.conf.arg(help=type(value).__doc__)
             hint = type(value)
         else:
             arg = tyro.conf.arg(name=flag_name(name)[2:], help=texts[name])
-            hint = Annotated[hint, arg]
-        fields.append((name, hint))
+        fields.append((name, Annotated[hint, arg]))
         values[name] = value
     doc = {"__doc__": kind.__doc__}
     return dataclasses.make_dataclass(kind.__name__, fields, namespace=doc)(**values)
@@ -138,6 +139,7 @@ def _typed(config: T, plain: "DataclassInstance") -> T:
     return made
 
 
+@cache
 def field_texts(kind: type) -> dict[str, str]:
     """Return {field of a dataclass or its bases: the string under it}."""
     texts: dict[str, str] = {}
