@@ -57,3 +57,4 @@ MODELS: dict[str, Callable] = {
     "general-plain": general.plain,
     **{name: partial(Transformer, design) for name, design in _DESIGNS.items()},
 }
+"""Networks by name, called with num_classes and rngs, most of them with neuron too."""
