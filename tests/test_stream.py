@@ -138,7 +138,7 @@ def test_the_three_errors_of_known_values():
     z = jnp.array([1.5, 0.6, 0.5, 0.0])
     rate = jnp.array([1.0, 0.5, 0.75, 0.25])
     activation = jnp.array([1.0, 0.5, 0.5, 0.0])
-    parts = stream._errors(z, rate, activation, 1.0, 4)
+    parts = stream._errors(z, rate, activation, 1.0, 4, 0)
     expected = [0.5 / 4, 0.5 / 4, 0.1 / 4, 0.5 / 4, 0.25 / 2.5]
     np.testing.assert_allclose(parts, expected, rtol=1e-5)
 

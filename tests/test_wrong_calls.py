@@ -379,7 +379,7 @@ CALLS = {
     "time_steps: expected 1 for --neuron relu: it has no state": [
         lambda: Experiment("r", activation=SingleOptions("relu"), time_steps=4),
     ],
-    "neuron: expected one of lif, plif, if, relu": [
+    "neuron: expected one of lif, plif, if, alif, relu": [
         lambda: Experiment("r", activation=SingleOptions("lfi")),
     ],
     "num_thresholds: expected 1 to 64": [

@@ -125,7 +125,7 @@ digits --model resnet20 --dtype float16
 digits --model general-cnn --binarise straight-through --neuron relu
     binarise: expected bernoulli for --neuron relu: it needs no spikes, got
 digits --neuron lfi
-    flags: expected --neuron mt-parallel, mt-cascade, i-lif, lif, plif, if, relu, got
+    flags: expected --neuron mt-parallel, mt-cascade, i-lif, lif, plif, if, alif, relu
 digits --neuron lif --num-thresholds 3
     flags: expected a flag of --neuron lif (--surrogate), got --num-thresholds.
 digits --neuron relu --time-steps 4
