@@ -22,6 +22,7 @@ AREA = (0.08, 1.0)
 ASPECT = (3 / 4, 4 / 3)
 TRIES = 10  # a drawn box can exceed the image; torchvision and timm stop after 10 too
 BICUBIC = Image.Resampling.BICUBIC
+"""Pillow's, for ``center_crop``."""
 CENTER = 224 / 232  # fraction of the short side that evaluation sees
 
 
