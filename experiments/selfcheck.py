@@ -4,10 +4,11 @@
     python -m experiments.selfcheck --topology v5e:2x4 --batch-size 512
     python -m experiments.selfcheck --model resnet20 --image-size 32 --dtype float32
 
-Takes flags of experiments.imagenet and random images, so no data. It compiles the
-training step, runs a few, saves and restores a checkpoint, and prints pass or fail for
-each thing that a run needs. Exits with code 1 if one fails. On a pod start it on every
-machine, as a training (docs/tpu.md).
+Takes flags of experiments.imagenet; those of the data and of the length of a training
+have no effect, as it shows random images and runs a few steps. It compiles the step,
+times it, saves and restores a checkpoint, and prints pass or fail for each thing that a
+run needs. Exits with code 1 if one fails. On a pod start it on every machine, as a
+training (docs/tpu.md).
 """
 
 import copy

@@ -68,7 +68,8 @@ class Speech(Inputs):
         ):
             if useless and (value := getattr(self, name)) != default:
                 raise ValueError(
-                    f"{name}: expected no such flag for --data {self.data}, got {value}"
+                    f"{name}: expected no such flag for --data {self.data}, got "
+                    f"{value}. Leave it out."
                 )
 
 

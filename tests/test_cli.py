@@ -289,6 +289,7 @@ def test_help_has_a_group_per_part_with_all_that_a_flag_selects(monkeypatch, cap
     groups = re.findall(r"(\w+) options ", text)
     assert groups == ["inputs", "network", "activation", "train", "processes"]
     network = text[text.index("network options") : text.index("activation options")]
+    assert "18, 19 and 20 are those for CIFAR" in " ".join(network.split())
     for words in ("resnet152", "general-lstm", "vggsnn", "--model VALUE --help has"):
         assert words in network
     assert "--pool" in network and "--residual" not in network

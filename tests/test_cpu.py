@@ -287,67 +287,6 @@ def test_max_pooling_of_devices_exchanges_nothing_and_scatters_nothing():
 
 # Batch norm
 
-XS = jax.random.normal(jax.random.key(0), (3, 4, 5, 5, 2)) * jnp.array([2.0, 0.1])
-XS = XS + jnp.array([1.0, -3.0]) + jnp.arange(4.0)[:, None, None, None]
-
-
-def norms(dtype=None):
-    """Our layer and Flax's own, with the same numbers."""
-    made = (
-        cpu.td_batch_norm(2, dtype=dtype, rngs=nnx.Rngs(0)),
-        nnx.BatchNorm(2, momentum=0.9, dtype=dtype, rngs=nnx.Rngs(0)),
-    )
-    for norm in made:
-        norm.scale[...] = jnp.array([1.5, -0.5])
-        norm.bias[...] = jnp.array([0.25, -1.0])
-    return made
-
-
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
-def test_values_and_types_of_the_norm_equal_flax(dtype):
-    ours, theirs = norms(dtype)
-    near = 2e-2 if dtype else 1e-5
-    for x in (XS, XS.astype(jnp.bfloat16)):
-        y, expected = ours(x), theirs(x)
-        assert y.dtype == expected.dtype and ours.mean[...].dtype == jnp.float32
-        wide = y.astype(jnp.float32), expected.astype(jnp.float32)
-        np.testing.assert_allclose(*wide, rtol=near, atol=near)
-        np.testing.assert_allclose(ours.mean[...], theirs.mean[...], rtol=near)
-        np.testing.assert_allclose(ours.var[...], theirs.var[...], rtol=near)
-
-
-def pulled(norm, x, scale, bias):
-    """A scalar that depends on every y in its own way."""
-    norm = nnx.clone(norm)
-    norm.scale, norm.bias = nnx.Param(scale), nnx.Param(bias)
-    return (jnp.sin(norm(x)) * jnp.arange(x.size).reshape(x.shape) / x.size).sum()
-
-
-def test_gradients_of_both_orders_equal_flax():
-    def length(norm, *arguments):
-        gradients = jax.grad(pulled, (1, 2, 3))(norm, *arguments)
-        return sum((g * g).sum() for g in gradients), gradients
-
-    found = []
-    for norm in norms():
-        arguments = XS, norm.scale[...], norm.bias[...]
-        gradient = jax.grad(partial(length, norm), (0, 1, 2), has_aux=True)
-        second, first = jax.jit(gradient)(*arguments)
-        found.append([*first, *second])
-    for one, other in zip(*found, strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-4 * abs(other).max())
-
-
-@pytest.mark.parametrize("mask", [None, jnp.arange(4)[:, None, None, None] < 2])
-def test_evaluation_and_masks_of_the_norm_are_those_of_flax(mask):
-    ours, theirs = norms()
-    ours.eval()
-    theirs.eval()
-    np.testing.assert_array_equal(ours(XS), theirs(XS))
-    ys = ours(XS, use_running_average=False, mask=mask)
-    np.testing.assert_allclose(ys, theirs(XS, False, mask=mask), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(ours.mean[...], theirs.mean[...], rtol=1e-6)
-
 
 def scratch(blocks):
     """Memory of a gradient with recomputed blocks, in arrays of a block's output."""

@@ -3,12 +3,13 @@
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import selfcheck
 from spikejax.experiment.cli import override
-from spikejax.train.sharding import data_mesh
+from spikejax.train.sharding import data_mesh, place_state
 
 SMALL = {
     "model": "convnet",
@@ -92,3 +93,21 @@ def test_copies_that_differ_are_noticed():
     for parts, passed in ((one, True), (other, False)):
         row = selfcheck.check_copies({"kernel": make((), everywhere, list(parts))})
         assert row.passed == passed and row.found == "2 here, 1 process(es)"
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_position_in_the_data_that_is_not_restored_is_noticed(
+    moves, monkeypatch, tmp_path
+):
+    def step(state, batch):
+        kernel = state["params"]["kernel"] + batch["image"].sum()
+        return {"params": {"kernel": kernel}}, {}
+
+    if not moves:
+        monkeypatch.setattr(selfcheck._Images, "set_state", lambda self, state: None)
+    experiment = override(selfcheck.DEFAULT.experiment, SMALL)
+    images = selfcheck._Images(experiment, mesh := data_mesh())
+    next(images)
+    state = place_state({"params": {"kernel": jnp.ones(3)}}, mesh)
+    row = selfcheck.check_resume(tmp_path, step, state, images)
+    assert row.passed == moves

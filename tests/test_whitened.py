@@ -143,6 +143,9 @@ def test_pooling_of_currents_is_pooling_of_spikes_in_one_step():
     currents = layer(norm(pool(conv(xs))))
     assert len(jnp.unique(currents)) == 3
     np.testing.assert_array_equal(currents, pool(layer(norm(conv(xs)))))
+    logits = model(XS[:, :1])
+    model.pool_spikes = True
+    np.testing.assert_array_equal(model(XS[:, :1]), logits)
 
 
 def test_only_the_filters_multiply():

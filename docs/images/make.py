@@ -91,7 +91,7 @@ def raster() -> Figure:
 
 
 def kinds() -> Figure:
-    """What each kind of neuron answers to the same current."""
+    """Draw the answers of each kind of neuron to the same current."""
     halving = neurons.dyadic_thresholds(3)
     made = {
         "IF": IF(),

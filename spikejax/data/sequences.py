@@ -153,16 +153,14 @@ def _counts(
             for when, where in zip(times, places, strict=True):
                 # In float16, a product with 1000 would be off by steps.
                 step = (when.astype(np.float64) * 1000 / step_ms).astype(int)
-                last = min(int(step.max(initial=0)) + 1, time_steps)
-                kept = step < last
-                at = step[kept] * size + where[kept].astype(int) // units
-                found = np.bincount(at, minlength=last * size)
+                at = step * size + where.astype(int) // units
+                found = np.bincount(at, minlength=(step.max(initial=0) + 1) * size)
                 counts.append(np.minimum(found, 255).astype(np.uint8))
     except (OSError, KeyError, ValueError) as error:
+        got = " ".join(str(error).split())[:200] if path.exists() else "no such file"
         raise ValueError(
             f"{path.stem}: expected {path} with labels, spikes/times, spikes/units and "
-            f"extra, got: {' '.join(str(error).split())[:200]}. Give --data-dir, and "
-            f"download it: {ADDRESS}"
+            f"extra, got: {got}. Give --data-dir, and download it: {ADDRESS}"
         ) from error
     names = names or [str(k) for k in range(int(labels.max()) + 1)]
     rows = [row.reshape(-1, size) for row in counts]

@@ -4,7 +4,7 @@ Each family has its own options, so a flag that a network does not use does not 
 for it: see ``cli.parse``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -210,28 +210,12 @@ class SequenceOptions:
         }
         check_settings(self, ranges)
 
-    def build(
-        self,
-        *,
-        num_classes: int,
-        in_channels: int,
-        neuron: NeuronFactory,
-        rngs: nnx.Rngs,
-        **_: Any,
-    ) -> nnx.Module:
+    def build(self, **parts: Any) -> nnx.Module:
         """Return the network; see ``build_model``."""
         kind = recurrent.feedback if self.recurrent else recurrent.dense
         if self.delays:
             kind = partial(kind, linear=partial(DelayedLinear, max_delay=self.delays))
-        return recurrent.RecurrentSNN(
-            in_channels,
-            [self.hidden] * self.layers,
-            num_classes,
-            neuron=neuron,
-            kind=kind,
-            readout=LI(self.tau),
-            rngs=rngs,
-        )
+        return _over_vectors([self.hidden] * self.layers, kind, self.tau, **parts)
 
 
 @dataclass(frozen=True)
@@ -243,26 +227,26 @@ class BaselineOptions:
     readout: Literal["mean", "max"] = "mean"
     """Logits: the mean or the maximum over time of the readout of dense."""
 
-    def build(
-        self,
-        *,
-        num_classes: int,
-        in_channels: int,
-        neuron: NeuronFactory,
-        rngs: nnx.Rngs,
-        **_: Any,
-    ) -> nnx.Module:
+    def build(self, **parts: Any) -> nnx.Module:
         """Return the network; see ``build_model``."""
         widths = [HIDDEN] if self.model == "gru" else []
-        return recurrent.RecurrentSNN(
-            in_channels,
-            widths,
-            num_classes,
-            neuron=neuron,
-            kind=recurrent.gru,
-            readout=LI(TAU),
-            rngs=rngs,
-        )
+        return _over_vectors(widths, recurrent.gru, TAU, **parts)
+
+
+def _over_vectors(
+    widths: Sequence[int],
+    kind: Callable,
+    tau: float,
+    *,
+    num_classes: int,
+    in_channels: int,
+    neuron: NeuronFactory,
+    rngs: nnx.Rngs,
+    **_: Any,
+) -> nnx.Module:
+    """Return hidden layers of a kind, and leaky integrators; no other part is used."""
+    parts = {"neuron": neuron, "kind": kind, "readout": LI(tau), "rngs": rngs}
+    return recurrent.RecurrentSNN(in_channels, widths, num_classes, **parts)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import re
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -194,7 +194,8 @@ def override(config: T, flags: dict[str, Any], *options: Any) -> T:
                 name, kind_of = alternatives(kinds)
                 if (choice := flags.get(name, getattr(value, name))) not in kind_of:
                     known = f"{flag_name(name)} {', '.join(kind_of)}"
-                    raise ValueError(f"flags: expected {known}, got {choice!r}.")
+                    text = f"flags: expected {known}, got {choice!r}."
+                    raise ValueError(f"{text} {_nearest(str(choice), kind_of)}".strip())
                 kind = kind_of[choice]
                 value = next(g for g in (value, *options, kind()) if type(g) is kind)
             value = override(value, flags, *options)
@@ -264,11 +265,16 @@ def _explain(config: "DataclassInstance", unknown: str) -> str:
     known = dict.fromkeys(
         map(flag_name, [*flags, *(n for k in kinds for n in flatten(k()))])
     )
-    near = [k for k in known if k.startswith(flag)]
-    near = near or sorted(known, key=lambda known: _edits(flag, known))
-    close = near[0].startswith(flag) or _edits(flag, near[0]) <= (len(flag) - 2) / 3
-    hint = f"Did you mean {near[0]}?" if close else "--help lists them."
+    hint = _nearest(flag, known) or "--help lists them."
     return f"expected those of this script, got {unknown}. {hint}"
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """Return a question for the known word that is close to this one, if one is."""
+    near = [k for k in known if k.startswith(word)]
+    near = near or sorted(known, key=lambda known: _edits(word, known))
+    close = near[0].startswith(word) or _edits(word, near[0]) <= (len(word) - 2) / 3
+    return f"Did you mean {near[0]}?" if close else ""
 
 
 def _edits(a: str, b: str) -> int:
