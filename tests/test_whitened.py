@@ -9,12 +9,13 @@ import pytest
 from flax import nnx
 from sklearn.datasets import load_sample_images
 
-from spikejax import energy
+from spikejax import calibrate, convert, energy
 from spikejax.encode import direct
 from spikejax.layers import MultiThreshold
 from spikejax.models.whitened import WhitenedCNN, patch_basis
 from spikejax.nn.memory import keep_membranes
 from spikejax.nn.norm import td_batch_norm
+from spikejax.nn.quant import QuantReLU
 
 # One image at both steps: what differs between them is the membranes' doing.
 XS = direct(jax.random.normal(jax.random.key(1), (2, 9, 9, 3)), 2)
@@ -154,3 +155,25 @@ def test_only_the_filters_multiply():
     # against blue, whose weight for green is 0.
     assert report.mac_nj == pytest.approx(8 * 8 * (12 * 12 - 4 * 4) * 4.6e-3)
     assert report.energy_nj > report.mac_nj
+
+
+def test_with_average_pooling_it_converts_exactly():
+    def build(neuron):
+        return WhitenedCNN(
+            (4, 6), 5, neuron=neuron, pool=nnx.avg_pool, rngs=nnx.Rngs(0)
+        )
+
+    xs = XS[:, :1]
+    relu = build(lambda: nnx.relu)
+    ann = calibrate(relu, xs, neuron=partial(QuantReLU, 2)).model
+    snn, _ = convert(ann, xs, 3)
+    ann.eval()
+    np.testing.assert_allclose(snn(xs), ann(xs), atol=1e-5)
+    # All is linear between the neurons, the mean before the head too.
+    relu.eval()
+    relu.neurons[-1] = lambda x: x
+    maps = jax.random.normal(jax.random.key(2), (2, 1, 2, 2, 6))
+    relu.convs[3] = lambda xs: maps
+    np.testing.assert_allclose(
+        relu(xs), relu.head(relu.norms[-1](maps).mean((2, 3))) / 9, atol=1e-6
+    )

@@ -43,6 +43,7 @@ MODELS: dict[str, Callable] = {
     "plifnet": vgg.plif_net,
     "eventnet": partial(vgg.VGG, (16, vgg.POOL, 32, vgg.POOL, 64, vgg.POOL, 64)),
     "whitened": partial(whitened.WhitenedCNN, (64, 256, 256)),
+    "whitened-small": partial(whitened.WhitenedCNN, (32, 128, 128)),
     "resnet18": resnet.cifar_resnet18,
     "resnet19": resnet.resnet19,
     "resnet20": resnet.resnet20,

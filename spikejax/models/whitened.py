@@ -19,7 +19,8 @@ class WhitenedCNN(nnx.Module):
 
     A stage is convolution, pooling, norm, neuron, then convolution, norm, neuron.
     Filters have both signs, as the neurons after them answer to one. The head gets the
-    maximum of the last map.
+    maximum of the last map, or its mean where ``pool`` is nnx.avg_pool: then all is
+    linear between the neurons, as ``convert`` needs it.
 
     Pooling acts on currents, so all convolutions after the filters get spikes, and the
     neurons are a quarter as many. In one step from rest it equals pooling of spikes
@@ -86,8 +87,10 @@ class WhitenedCNN(nnx.Module):
             xs = self.neurons[i + 1](self.norms[i + 1](xs))
             if i % 2 == 0 and self.pool_spikes:
                 xs = self.pool(xs, (2, 2), (2, 2))
+        averages = self.pool is nnx.avg_pool
+        xs = xs.mean((2, 3)) if averages else xs.max((2, 3))
         # A ninth is Jordan's: from 1 on, the logits of the first steps are too sure.
-        return self.head(xs.max((2, 3))) / 9
+        return self.head(xs) / 9
 
 
 def patch_basis(channels: int, side: int = 2) -> jax.Array:
