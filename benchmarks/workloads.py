@@ -30,7 +30,7 @@ class Sizes:
     """Sizes of a workload, for a side."""
 
     network: str
-    """convolutions, linear, pooled or resnet18."""
+    """convolutions, linear, pooled, resnet18 or whitened."""
     batch_size: int
     time_steps: int
     side: int
@@ -119,6 +119,16 @@ WORKLOADS = {
         pairs=((MULTI, RELU),),
         peak=True,
     ),
+    "whitened": Workload(
+        "Training step of CIFAR-10's fast recipe, batch 256 of 32x32x3",
+        Sizes("whitened", 256, 4, 32, (64, 256, 256)),
+        _runs(
+            ("spikejax", (_OURS[1], _OURS[3], _OURS[0])),
+            ("SpikingJelly", (("multi-step", 4), ("compiled", 4))),
+        ),
+        repeats=5,
+        pairs=((MULTI, RELU),),
+    ),
     "latency": Workload(
         "Answer to one image of 32x32x3: 3 convolutions",
         dataclasses.replace(_SMALL, batch_size=1, trains=False),
@@ -151,6 +161,18 @@ class Prepared:
 
 STRIDES = (1, 2, 2)  # of the three convolutions
 CLASSES = 10
+
+
+def filters() -> np.ndarray:
+    """The products of cosines before the first layer of ``whitened``, [12, 3, 2, 2]."""
+
+    def cosines(n: int) -> np.ndarray:
+        k, place = np.arange(n)[:, None], np.arange(n)
+        rows = np.cos(np.pi * k * (2 * place + 1) / (2 * n))
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    rows = np.kron(np.kron(cosines(2), cosines(2)), cosines(3))  # over (y, x, colour)
+    return rows.reshape(12, 2, 2, 3).transpose(0, 3, 1, 2).astype(np.float32)
 
 
 def weights(index: int, shape: tuple[int, ...]) -> np.ndarray:

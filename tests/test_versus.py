@@ -27,6 +27,8 @@ TINY = {
     "linear": Sizes("linear", 3, 7, 0, (12,)),
     "pooled": Sizes("pooled", 4, 3, 8, (4, 6, 24)),
     "resnet18": Sizes("resnet18", 4, 2, 8, (4, 6, 8, 10)),
+    # One step: of more, one spike that rounding decides changes all behind it.
+    "whitened": Sizes("whitened", 4, 1, 8, (4, 6)),
 }
 ONE, TWO = Run("spikejax", "LIF", 4), Run("SpikingJelly", "multi-step", 4)
 

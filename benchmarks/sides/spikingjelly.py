@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.sides import pytorch
 from benchmarks.trainer import Recipe
-from benchmarks.workloads import CLASSES, Prepared, Sizes
+from benchmarks.workloads import CLASSES, Prepared, Sizes, filters
 
 VERSIONS = {"spikingjelly": importlib.metadata.version("spikingjelly")}
 LIF = {
@@ -183,9 +183,46 @@ def _resnet18(sizes):
     )
 
 
+class Filters(nn.Module):
+    """The fixed filters before the first layer, with both signs, at each time step."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("kernel", torch.from_numpy(filters()))
+
+    def forward(self, xs):
+        ys = nn.functional.conv2d(xs.flatten(0, -4), self.kernel)
+        return torch.cat([ys, -ys], 1).unflatten(0, xs.shape[:-3])
+
+
+class Ninth(nn.Module):
+    """A ninth of the logits."""
+
+    def forward(self, xs):
+        return xs / 9
+
+
+def _whitened(sizes):
+    inputs = 24
+    modules = [Filters(), layer.BatchNorm2d(inputs), neuron.LIFNode(**LIF)]
+    for outputs in sizes.channels:
+        for before, pool in ((inputs, [layer.MaxPool2d(2)]), (outputs, [])):
+            modules += [
+                layer.Conv2d(before, outputs, 3, padding=1, bias=False),
+                *pool,
+                layer.BatchNorm2d(outputs),
+                neuron.LIFNode(**LIF),
+            ]
+        inputs = outputs
+    left = (sizes.side - 1) // 2 ** len(sizes.channels)
+    modules += [layer.MaxPool2d(left), layer.Flatten()]
+    return nn.Sequential(*modules, layer.Linear(inputs, CLASSES, bias=False), Ninth())
+
+
 NETWORKS = {
     "convolutions": _convolutions,
     "linear": _linear,
     "pooled": _pooled,
     "resnet18": _resnet18,
+    "whitened": _whitened,
 }
