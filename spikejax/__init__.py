@@ -9,7 +9,6 @@ from spikejax.layers import IF, LI, LIF, PLIF, MultiThreshold, neuron_layers
 from spikejax.neurons import NeuronParams, cascade, independent, lif, parallel
 from spikejax.nn import online
 from spikejax.nn.cells import ALIF, ILIF, CubaLIF, RefractoryLIF
-from spikejax.nn.cpu import convolve, max_pool
 from spikejax.nn.delay import Delay, DelayedLinear
 from spikejax.nn.driven import spike_driven
 from spikejax.nn.memory import drop_membranes, keep_membranes, stepper
@@ -50,7 +49,6 @@ __all__ = [
     "calibrate",
     "cascade",
     "convert",
-    "convolve",
     "drop_membranes",
     "encode",
     "fold_norms",
@@ -58,7 +56,6 @@ __all__ = [
     "keep_membranes",
     "lif",
     "losses",
-    "max_pool",
     "neuron_layers",
     "neurons",
     "online",

@@ -27,9 +27,10 @@ from spikejax.neurons import (
     State,
     Step,
 )
-from spikejax.surrogate import Spike, Surrogate
+from spikejax.surrogate import Surrogate
 from spikejax.unroll import unroll_compiled
 
+Layer = Callable[[jax.Array], jax.Array]  # xs -> ys, a module or a function
 # A number, an array, a sequence of those, or a variable.
 Parameter = Any
 
@@ -74,6 +75,16 @@ class Memory(nnx.Module):
         if self.held is not None:
             for leaf, value in zip(self.held, jax.tree.leaves(state), strict=True):
                 leaf[...] = value
+
+    def extend(self, xs: jax.Array, steps: int) -> jax.Array:
+        """Return xs [B, T, ...] after the steps before it, which are zeros at rest.
+
+        Keep the last ones for the next call, in float32.
+        """
+        start = jnp.zeros((xs.shape[0], steps, *xs.shape[2:]), jnp.float32)
+        seen = jnp.concatenate([self.load(start).astype(xs.dtype), xs], 1)
+        self.save(seen[:, xs.shape[1] :].astype(jnp.float32))
+        return seen
 
 
 class Neuron(nnx.Module):
@@ -177,10 +188,8 @@ class Neuron(nnx.Module):
 
     def charge(self, v: jax.Array, x: jax.Array) -> jax.Array:
         """Return the membranes of such a step after charging, before it fires."""
-        current = x.astype(jnp.float32)
-        if self.unit is not None:
-            current = current / _read(self.unit)
-        return neurons.charge(self.params.leak, v, current, self.options)
+        step, params = self.bind()
+        return step.charge(params, v, x.astype(jnp.float32))
 
     def __call__(self, xs: jax.Array, *, trains: bool = False) -> jax.Array:
         """Return the spikes of the currents xs.
@@ -252,7 +261,7 @@ def _check(who: str, cell: Cell, params: NeuronParams, options: NeuronOptions) -
     if not isinstance(options.surrogate, Surrogate):
         raise ValueError(
             f"{who}: expected a surrogate such as surrogate.ATAN or surrogate."
-            f"heaviside(derivative), got a {type(options.surrogate).__name__}."
+            f"Surrogate(derivative), got a {type(options.surrogate).__name__}."
         )
     if cell is neurons.integrate or isinstance(params.thresholds, nnx.Variable):
         return
@@ -334,7 +343,7 @@ class LIF(Neuron):
         v_reset: float | None = None,
         decay_input: bool = True,
         detach_reset: bool = False,
-        surrogate: Spike = surrogate.ATAN,
+        surrogate: Surrogate = surrogate.ATAN,
         v_start: Number | None = None,
         learn_tau: bool = False,
         learn_thresholds: bool = False,
@@ -420,7 +429,7 @@ class MultiThreshold(Neuron):
         v_reset: float | None = None,
         decay_input: bool = True,
         detach_reset: bool = False,
-        surrogate: Spike = surrogate.ATAN,
+        surrogate: Surrogate = surrogate.ATAN,
         v_start: Number | None = None,
         learn_tau: bool = False,
         learn_thresholds: bool = False,

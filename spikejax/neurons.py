@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spikejax import surrogate
-from spikejax.surrogate import Spike
+from spikejax.surrogate import Surrogate
 
 Number = float | jax.Array  # arrays broadcast against the membrane
 State = Any  # a pytree of arrays
@@ -53,7 +53,7 @@ class NeuronOptions(NamedTuple):
     v_reset: float | None = None
     decay_input: bool = True
     detach_reset: bool = False
-    surrogate: Spike = surrogate.ATAN
+    surrogate: Surrogate = surrogate.ATAN
 
 
 DEFAULT = NeuronOptions()
@@ -290,6 +290,13 @@ def rest_each(
     return rest(params, (len(params.thresholds), *shape), v_start)
 
 
+def rest_both(
+    params: Params, shape: tuple[int, ...], v_start: Number
+) -> tuple[jax.Array, jax.Array]:
+    """Return membranes before the first step, and a second state of zeros."""
+    return rest(params, shape, v_start), jnp.zeros(shape, jnp.float32)
+
+
 # The tracer finds spikes in a jaxpr by this name: a jit of a function is one equation.
 @jax.jit
 def spiking_output(y: jax.Array, count: jax.Array, *v: jax.Array) -> jax.Array:
@@ -369,7 +376,7 @@ class Step(NamedTuple):
         is_count = y is count  # then both operands are one array, not two to write
         y = y.astype(dtype)
         v = jax.tree.leaves(state)[:1] if self.name else []  # who names it asks for it
-        with jax.named_scope(self.name or "neuron"):
+        with jax.named_scope(self.name.replace("/", "|") or "neuron"):
             return state, spiking_output(y, y if is_count else count, *v)
 
 

@@ -23,14 +23,17 @@ class Surrogate:
     """Heaviside step H(x) = [x >= 0] with a surrogate derivative.
 
     Two surrogates of the same derivative and width are equal, so a function that takes
-    one as a static argument compiles once for both. They pickle where the derivative is
-    a function of a module.
+    one as a static argument compiles once for both. A new lambda is another derivative,
+    and compiles again. They pickle where the derivative is a function of a module.
 
-    derivative: elementwise, (x, alpha) -> H'(x), or x -> H'(x) where alpha is None.
-    alpha: inverse width, > 0 and finite.
+    Args:
+        derivative: elementwise, (x, alpha) -> H'(x), or x -> H'(x) where alpha is None.
+        alpha: inverse width, > 0 and finite.
 
     Raises:
         ValueError: derivative is no function, or alpha is out of its range.
+
+    Reference: Neftci, Mostafa, Zenke 2019, arXiv:1901.09948.
     """
 
     derivative: Callable[..., jax.Array]
@@ -48,9 +51,6 @@ class Surrogate:
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return [x >= 0] in the shape and dtype of x."""
         return _heaviside(self, x)
-
-
-Spike = Callable[[jax.Array], jax.Array]
 
 
 # One rule for every surrogate, defined once: a custom_vjp made per surrogate is a new
@@ -71,18 +71,6 @@ def _backward(surrogate: Surrogate, x: jax.Array, g: jax.Array) -> tuple[jax.Arr
 
 
 _heaviside.defvjp(_forward, _backward)
-
-
-def heaviside(derivative: Callable[[jax.Array], jax.Array]) -> Surrogate:
-    """Return a step H(x) = [x >= 0] whose gradient is ``derivative(x)``.
-
-    Args:
-        derivative: elementwise function, keeps the shape. Pass the same function each
-            time: a new lambda is a new function to ``jax.jit`` and compiles again.
-
-    Reference: Neftci, Mostafa, Zenke 2019, arXiv:1901.09948.
-    """
-    return Surrogate(derivative)
 
 
 # H'(x) at inverse width a: functions of the module, so that they pickle by name.
@@ -118,12 +106,15 @@ def _erf(x: jax.Array, a: float) -> jax.Array:
 
 
 def atan(alpha: float = 2.0) -> Surrogate:
-    """Return alpha/2 / (1 + (pi/2 alpha x)^2). Fang et al. 2021, arXiv:2007.05785."""
+    """Return H with H'(x) = alpha/2 / (1 + (pi/2 alpha x)^2).
+
+    Reference: Fang et al. 2021, arXiv:2007.05785.
+    """
     return Surrogate(_atan, float(alpha))  # float: 2 and 2.0 are one surrogate
 
 
 def sigmoid(alpha: float = 4.0) -> Surrogate:
-    """Return alpha s(alpha x) (1 - s(alpha x)), s the logistic function.
+    """Return H with H'(x) = alpha s(alpha x) (1 - s(alpha x)), s the logistic function.
 
     Reference: Zenke and Vogels 2021, doi:10.1162/neco_a_01367.
     """
@@ -131,30 +122,44 @@ def sigmoid(alpha: float = 4.0) -> Surrogate:
 
 
 def triangle(alpha: float = 1.0) -> Surrogate:
-    """Return alpha max(0, 1 - alpha |x|). Bellec et al. 2018, arXiv:1803.09574."""
+    """Return H with H'(x) = alpha max(0, 1 - alpha |x|).
+
+    Reference: Bellec et al. 2018, arXiv:1803.09574.
+    """
     return Surrogate(_triangle, float(alpha))
 
 
 def rectangle(alpha: float = 1.0) -> Surrogate:
-    """Return alpha where |x| < 1 / (2 alpha). Wu et al. 2018, arXiv:1706.02609."""
+    """Return H with H'(x) = alpha [|x| < 1 / (2 alpha)].
+
+    Reference: Wu et al. 2018, arXiv:1706.02609.
+    """
     return Surrogate(_rectangle, float(alpha))
 
 
 def fast_sigmoid(alpha: float = 10.0) -> Surrogate:
-    """Return 1 / (1 + alpha |x|)^2. Zenke and Ganguli 2018, arXiv:1705.11146.
+    """Return H with H'(x) = 1 / (1 + alpha |x|)^2.
 
     Its integral is 2 / alpha where that of the others is 1: its height at zero stays 1.
+
+    Reference: Zenke and Ganguli 2018, arXiv:1705.11146.
     """
     return Surrogate(_fast_sigmoid, float(alpha))
 
 
 def piecewise_exponential(alpha: float = 1.0) -> Surrogate:
-    """Return alpha/2 exp(-alpha |x|). Shrestha and Orchard 2018, arXiv:1810.08646."""
+    """Return H with H'(x) = alpha/2 exp(-alpha |x|).
+
+    Reference: Shrestha and Orchard 2018, arXiv:1810.08646.
+    """
     return Surrogate(_piecewise_exponential, float(alpha))
 
 
 def erf(alpha: float = 2.0) -> Surrogate:
-    """Return alpha / sqrt(pi) exp(-(alpha x)^2). Yin et al. 2020, arXiv:2005.11633."""
+    """Return H with H'(x) = alpha / sqrt(pi) exp(-(alpha x)^2).
+
+    Reference: Yin et al. 2020, arXiv:2005.11633.
+    """
     return Surrogate(_erf, float(alpha))
 
 

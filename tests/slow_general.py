@@ -40,12 +40,12 @@ def sigmoid(x):
 
 
 def lstm(xs, p):
-    """p: {"inputs": {kernel, bias}, "recurrent": {kernel}, "bias"}; gates i f g o."""
+    """p: {"inputs": {kernel, bias}, "recurrent": {kernel, bias}}; gates i f g o."""
     size = p["recurrent"]["kernel"].shape[0]
     c, h, hs = np.zeros(size), np.zeros(size), []
     for x in xs:
         gates = x @ p["inputs"]["kernel"] + p["inputs"]["bias"]
-        gates = gates + h @ p["recurrent"]["kernel"] + p["bias"]
+        gates = gates + h @ p["recurrent"]["kernel"] + p["recurrent"]["bias"]
         i, f, g, o = (gates[k * size : (k + 1) * size] for k in range(4))
         c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
         h = sigmoid(o) * np.tanh(c)

@@ -22,10 +22,10 @@ from spikejax.experiment.build import (
     neuron_factory,
 )
 from spikejax.experiment.cli import alternatives
-from spikejax.layers import IF, LIF, PLIF, MultiThreshold, Neuron
+from spikejax.layers import IF, LIF, PLIF, MultiThreshold
 from spikejax.models import MODELS
 from spikejax.nn import windowed
-from spikejax.nn.cells import ALIF, adaptive
+from spikejax.nn.cells import ALIF, ILIF, adaptive
 from spikejax.nn.quant import half_up, quantise
 from spikejax.train.checksum import by_path
 
@@ -46,7 +46,7 @@ def made(name, network=CONVNET, **options):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_neuron_has_its_layer(name):
     layer = made(name)
-    kinds = {"lif": LIF, "plif": PLIF, "if": IF, "i-lif": Neuron, "alif": ALIF}
+    kinds = {"lif": LIF, "plif": PLIF, "if": IF, "i-lif": ILIF, "alif": ALIF}
     if name == "relu":
         assert layer is nnx.relu
         return

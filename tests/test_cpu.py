@@ -17,6 +17,7 @@ from spikejax.losses import rate_cross_entropy
 from spikejax.models.resnet import ResNet
 from spikejax.nn import cpu
 from spikejax.nn.cpu import compiler_options, convolve, max_pool
+from spikejax.nn.norm import fast_td_batch_norm
 from spikejax.train import TrainConfig
 from spikejax.train.recipe import make_optimizer
 from spikejax.train.step import initial_state, make_train_step
@@ -24,7 +25,7 @@ from spikejax.train.step import initial_state, make_train_step
 NUMBERS = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 OPTIONS = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "precision": None}
 OPTIONS |= {"dimension_numbers": NUMBERS, "feature_group_count": 1}
-FAST = {"conv": cpu.Conv, "norm": cpu.td_batch_norm, "pool": cpu.max_pool}
+FAST = {"conv": cpu.Conv, "norm": fast_td_batch_norm, "pool": cpu.max_pool}
 
 
 def some(seed, *shape):

@@ -23,6 +23,7 @@ from spikejax.models.vgg import POOL, VGG
 from spikejax.models.whitened import WhitenedCNN
 from spikejax.neurons import NeuronParams
 from spikejax.nn import cpu
+from spikejax.nn.norm import fast_td_batch_norm
 from spikejax.nn.recurrent import Recurrent
 
 R = nnx.Rngs
@@ -43,7 +44,7 @@ def noise(*shape):
 
 vgg = partial(VGG, (4, POOL, 6, 5), 3, rngs=R(0))
 block = partial(resnet.ResNet, (1, 1), (4, 6), 3, neuron=mt, rngs=R(0))
-fast = {"conv": cpu.Conv, "norm": cpu.td_batch_norm, "pool": cpu.max_pool}
+fast = {"conv": cpu.Conv, "norm": fast_td_batch_norm, "pool": cpu.max_pool}
 IMAGES = noise(2, 1, 8, 8, 3)
 
 # Network, input, trains of the layers with weights; 0 for analog values.

@@ -19,7 +19,7 @@ from spikejax.neurons import NeuronOptions, NeuronParams
 from spikejax.nir.neurons import EXPONENTIAL, Dialect, loop, node
 from spikejax.nir.read import from_nir
 from spikejax.nir.write import to_nir
-from spikejax.nn.cells import CubaLIF, SynapticParams, rest_both, synaptic
+from spikejax.nn.cells import CubaLIF, SynapticParams, synaptic
 from spikejax.nn.recurrent import Recurrent
 
 DT = 1e-3
@@ -268,7 +268,7 @@ def test_synaptic_currents_are_in_one_node_or_a_node_before():
         CubaLIF(taus, taus / 4, tau_synapse=taus[::-1]),
         CubaLIF(np.inf, decay_input=False),  # IF behind an LI
         CubaLIF(3.0, v_reset=0.0, tau_synapse=np.inf),  # LIF behind an I
-        Neuron(synaptic, several, start=rest_both),
+        Neuron(synaptic, several, start=neurons.rest_both),
     )
     layer = Recurrent(CubaLIF(3.0, 0.4, v_reset=0.0), 3, rngs=nnx.Rngs(0))
     check_neurons(layer)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spikejax.nn import cpu
-from spikejax.nn.norm import BatchNorm, td_batch_norm
+from spikejax.nn.norm import BatchNorm, fast_td_batch_norm, td_batch_norm
 
 # [B, T, H, W, C]; mean and spread differ from channel to channel, and over time
 XS = jax.random.normal(jax.random.key(0), (3, 4, 5, 5, 2)) * jnp.array([2.0, 0.1])
@@ -61,7 +60,7 @@ def test_evaluation_of_one_step_is_that_of_the_sequence():
 
 def test_it_is_the_layer_of_flax_or_the_one_given():
     assert type(td_batch_norm(2, rngs=nnx.Rngs(0))) is nnx.BatchNorm
-    fast = cpu.td_batch_norm(2, alpha=0.5, v_threshold=3.0, rngs=nnx.Rngs(0))
+    fast = fast_td_batch_norm(2, alpha=0.5, v_threshold=3.0, rngs=nnx.Rngs(0))
     assert type(fast) is BatchNorm
     np.testing.assert_allclose(fast.scale[...], 1.5)
 

@@ -152,8 +152,8 @@ def test_gradient_obeys_the_chain_rule_under_jit_and_vmap():
     np.testing.assert_allclose(gradient, 3 * x * jnp.array([0.5, 0.75, 0.0]))
 
 
-def test_heaviside_takes_a_derivative_of_your_own():
-    spike = surrogate.heaviside(lambda x: jnp.where(x < 0, 2, jnp.float32(5)))
+def test_surrogate_takes_a_derivative_of_your_own():
+    spike = surrogate.Surrogate(lambda x: jnp.where(x < 0, 2, jnp.float32(5)))
     for dtype in (jnp.float32, jnp.bfloat16):
         x = jnp.array([-1.0, 0.0, 1.0], dtype)
         assert spike(x).tolist() == [0, 1, 1]
@@ -176,7 +176,7 @@ def test_alpha_must_be_positive(name, alpha):
     ids=["a derivative", "not built", "a name"],
 )
 def test_what_does_not_fire_like_a_neuron_is_an_error(wrong):
-    message = "LIF: expected a surrogate such as surrogate.ATAN or surrogate.heaviside"
+    message = "LIF: expected a surrogate such as surrogate.ATAN or surrogate.Surrogate"
     with pytest.raises(ValueError, match=message):
         LIF(surrogate=wrong)
 

@@ -205,7 +205,7 @@ def test_a_membrane_needs_no_memory_beside_the_arrays_that_go_in_and_out():
 SURROGATES = [
     *(surrogate.atan(), surrogate.sigmoid(), surrogate.triangle(), surrogate.erf()),
     *(surrogate.rectangle(), surrogate.fast_sigmoid()),
-    *(surrogate.piecewise_exponential(), surrogate.heaviside(jnp.cos)),
+    *(surrogate.piecewise_exponential(), surrogate.Surrogate(jnp.cos)),
 ]
 
 

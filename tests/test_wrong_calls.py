@@ -179,8 +179,8 @@ CALLS = {
     ],
     "surrogate: expected a function for the derivative and a finite alpha > 0": [
         lambda: surrogate.atan(math.inf),
-        lambda: surrogate.heaviside(None),
-        lambda: LIF(surrogate=surrogate.heaviside(3))(XS),
+        lambda: surrogate.Surrogate(None),
+        lambda: LIF(surrogate=surrogate.Surrogate(3))(XS),
     ],
     "keep_membranes: expected a model with spiking neurons": [
         lambda: keep_membranes(relu_net, XS),

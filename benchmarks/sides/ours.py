@@ -22,7 +22,7 @@ from spikejax._compat import List
 from spikejax.models import resnet
 from spikejax.models.whitened import WhitenedCNN
 from spikejax.nn import cpu
-from spikejax.nn.norm import td_batch_norm
+from spikejax.nn.norm import fast_td_batch_norm, td_batch_norm
 from spikejax.train import TrainConfig
 from spikejax.train.loop import graphs
 from spikejax.train.recipe import make_optimizer
@@ -38,7 +38,7 @@ NEURONS = {
 # What an experiment passes too: the kernels for a CPU, else those of Flax.
 IS_CPU = jax.default_backend() == "cpu"
 Conv = cpu.Conv if IS_CPU else nnx.Conv
-batch_norm = cpu.td_batch_norm if IS_CPU else td_batch_norm
+batch_norm = fast_td_batch_norm if IS_CPU else td_batch_norm
 max_pool = cpu.max_pool if IS_CPU else nnx.max_pool
 # Those of SpikingJelly's own benchmark.
 OF_THEIRS = partial(LIF, v_reset=0.0, surrogate=surrogate.sigmoid(4.0))

@@ -14,14 +14,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax import neurons, surrogate
-from spikejax.layers import IF, LI, LIF, PLIF, MultiThreshold, Neuron
+from spikejax.layers import IF, LI, LIF, PLIF, Layer, MultiThreshold
 from spikejax.models import MODELS, recurrent, resnet
 from spikejax.nn import cpu, tpu, windowed
-from spikejax.nn.cells import ALIF
+from spikejax.nn.cells import ALIF, ILIF
 from spikejax.nn.delay import DelayedLinear
+from spikejax.nn.norm import fast_td_batch_norm
 from spikejax.train.recipe import Ranges, check_settings
 
-NeuronFactory = Callable[[], Callable[[jax.Array], jax.Array]]
+NeuronFactory = Callable[[], Layer]
 WIDTH: Ranges = {"width": ("more than 0, at most 100", lambda w: 0 < w <= 100)}
 # The cells are unrolled over their thresholds: more would compile for minutes.
 THRESHOLDS = "1 to 64", lambda n: 1 <= n <= 64
@@ -327,18 +328,9 @@ def neuron_factory(
         "alif": partial(ALIF, **options, **tau, **ADAPTATION),
         "mt-parallel": several,
         "mt-cascade": partial(several, neurons.cascade),
-        "i-lif": lambda: _i_lif(several()),
+        "i-lif": partial(ILIF, count, **options, tau=tau.get("tau", 2.0)),
         "relu": lambda: nnx.relu,
     }[activation.neuron]
-
-
-def _i_lif(layer: MultiThreshold) -> Neuron:
-    """Return the I-LIF neuron of Luo et al. 2024, arXiv:2407.20708."""
-    leak, thresholds, _ = layer.params
-    earlier = tuple(theta - thresholds[0] / 2 for theta in thresholds)
-    amounts = thresholds[:1] * len(thresholds)
-    params = neurons.NeuronParams(leak, earlier, amounts)
-    return Neuron(neurons.parallel, params, layer.options)
 
 
 def build_model(
@@ -370,9 +362,9 @@ def build_model(
     platform = platform or jax.default_backend()
     # Not elsewhere: nn/cpu.py says how much faster they are, without forward mode.
     if platform == "cpu":
-        parts |= {"conv": cpu.Conv, "norm": cpu.td_batch_norm, "pool": cpu.max_pool}
+        parts |= {"conv": cpu.Conv, "norm": fast_td_batch_norm, "pool": cpu.max_pool}
     elif platform == "tpu":
-        parts |= {"conv": tpu.Conv, "norm": tpu.td_batch_norm}
+        parts |= {"conv": tpu.Conv, "norm": fast_td_batch_norm}
     parts["neuron"] = neuron_factory(activation, network)
 
     def make() -> nnx.Module:

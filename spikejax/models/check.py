@@ -17,15 +17,12 @@ def check_factory(who: str, neuron: Callable[[], Any]) -> None:
     try:
         inspect.signature(neuron).bind()
     except TypeError as error:
+        name = getattr(neuron, "__name__", f"a {type(neuron).__name__}")
         raise ValueError(
             f"{who}: expected neuron=LIF, partial(LIF, 3.0), lambda: nnx.relu, or "
-            f"another factory without arguments, got {_name(neuron)}. Every layer "
+            f"another factory without arguments, got {name}. Every layer "
             "calls it for neurons of its own."
         ) from error
-
-
-def _name(value: Any) -> str:
-    return getattr(value, "__name__", f"a {type(value).__name__}")
 
 
 def check_images(who: str, xs: jax.Array, channels: int, side: int = 1) -> None:

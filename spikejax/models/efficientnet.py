@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax._compat import List
+from spikejax.layers import Layer
 from spikejax.models.check import check_factory, check_images
 from spikejax.nn.norm import td_batch_norm
-
-Layer = Callable[[jax.Array], jax.Array]
 
 STEM, HEAD = 32, 1280  # channels, whatever the width
 # Repeats, kernel size, stride, factor of the inner channels, channels.

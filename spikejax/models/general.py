@@ -13,12 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax._compat import List
-from spikejax.layers import Neuron
+from spikejax.layers import Layer, Neuron
 from spikejax.models.check import check_factory, check_images
 from spikejax.neurons import State
 from spikejax.nn.windowed import (
     Binarise,
-    Layer,
     Mixer,
     Network,
     Window,

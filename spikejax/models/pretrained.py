@@ -13,11 +13,11 @@ import numpy as np
 from flax import nnx
 
 from spikejax import neurons, surrogate
-from spikejax.layers import IF, LIF, Neuron
+from spikejax.layers import IF, LIF, Neuron, param
 from spikejax.models.efficientnet import EfficientNet
 from spikejax.models.resnet import ResNet, ms
 from spikejax.neurons import NeuronOptions, NeuronParams, Number
-from spikejax.surrogate import Spike
+from spikejax.surrogate import Surrogate
 
 SIGMOID = surrogate.sigmoid(4.0)  # SpikingJelly's default
 
@@ -26,7 +26,7 @@ def spikingjelly_neuron(
     *,
     tau: float | None = 2.0,
     v_reset: float | None = 0.0,
-    surrogate: Spike = SIGMOID,
+    surrogate: Surrogate = SIGMOID,
     **options: Any,
 ) -> LIF:
     """Return the layer that computes what SpikingJelly's LIFNode does by default.
@@ -230,7 +230,7 @@ def _set(name: str, neuron: Any, given: Mapping[str, Any]) -> None:
             f"{type(neuron).__name__}. Give neuron=PLIF."
         )
     if "w" in given:
-        neuron.leak_logit = nnx.Param(jnp.asarray(given["w"], jnp.float32))
+        neuron.leak_logit = param(given["w"])
     if "beta" in given:
         made: Any = snntorch_neuron(
             given["beta"],

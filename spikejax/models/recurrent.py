@@ -8,7 +8,7 @@ from flax import nnx
 
 from spikejax._compat import List
 from spikejax.layers import Neuron
-from spikejax.nn.recurrent import GRU, LSTM, Recurrent
+from spikejax.nn.recurrent import GRU, Recurrent
 
 Linear = Callable[..., nnx.Module]  # with the arguments of nnx.Linear
 # (inputs, width, factory of neurons, rngs) -> a layer of so many neurons
@@ -40,13 +40,6 @@ def feedback(
     return nnx.Sequential(weights, Recurrent(neuron(), width, rngs=rngs))
 
 
-def gated(
-    inputs: int, width: int, neuron: Callable[[], Neuron], rngs: nnx.Rngs
-) -> nnx.Sequential:
-    """Return an LSTM, and plain neurons whose currents are its outputs."""
-    return nnx.Sequential(LSTM(inputs, width, rngs=rngs), neuron())
-
-
 def gru(
     inputs: int, width: int, neuron: Callable[[], Any], rngs: nnx.Rngs
 ) -> nnx.Sequential:
@@ -58,16 +51,16 @@ class RecurrentSNN(nnx.Module):
     """Layers that remember, and a linear readout of their spikes at every step.
 
     Args:
-        inputs: features of the input.
+        in_features: size of the last axis of the input.
         widths: neurons of each layer; without any, it is a linear classifier.
         num_classes: logits.
         neuron: factory of the neurons, such as LIF or MultiThreshold.
-        kind: dense, feedback, gated or gru.
+        kind: dense, feedback or gru.
         readout: leaky integrators of the logits, such as LI(); None for none.
         rngs: source of the weights.
 
     Returns:
-        logits [B, T, num_classes] for a sequence [B, T, inputs].
+        logits [B, T, num_classes] for a sequence [B, T, in_features].
 
     Raises:
         ValueError: the input is no such sequence.
@@ -75,7 +68,7 @@ class RecurrentSNN(nnx.Module):
 
     def __init__(
         self,
-        inputs: int,
+        in_features: int,
         widths: Sequence[int],
         num_classes: int,
         *,
@@ -84,17 +77,17 @@ class RecurrentSNN(nnx.Module):
         readout: Neuron | None = None,
         rngs: nnx.Rngs,
     ):
-        self.inputs, sizes = inputs, [inputs, *widths]
+        self.in_features, sizes = in_features, [in_features, *widths]
         pairs = zip(sizes[:-1], widths, strict=True)
         self.layers = List(kind(a, b, neuron, rngs) for a, b in pairs)
         self.head = nnx.Linear(sizes[-1], num_classes, rngs=rngs)
         self.readout = readout
 
     def __call__(self, xs: jax.Array) -> jax.Array:
-        if xs.ndim != 3 or xs.shape[2] != self.inputs:
+        if xs.ndim != 3 or xs.shape[2] != self.in_features:
             raise ValueError(
-                f"RecurrentSNN: expected a sequence [B, T, {self.inputs}], got shape "
-                f"{xs.shape}. Without time, add the axis: xs[:, None]."
+                f"RecurrentSNN: expected a sequence [B, T, {self.in_features}], got "
+                f"shape {xs.shape}. Without time, add the axis: xs[:, None]."
             )
         for layer in self.layers:
             xs = layer(xs)

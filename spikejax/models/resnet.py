@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax._compat import List
+from spikejax.layers import Layer
 from spikejax.models.check import check_factory, check_images
 from spikejax.nn.norm import td_batch_norm
 
-Layer = Callable[[jax.Array], jax.Array]
 Residual = Callable[["Block", jax.Array], jax.Array]
 
 

@@ -7,11 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax._compat import List
-from spikejax.layers import Fixed
+from spikejax.layers import Fixed, Layer
 from spikejax.models.check import check_factory, check_images
 from spikejax.nn.norm import td_batch_norm
-
-Layer = Callable[[jax.Array], jax.Array]
 
 
 class WhitenedCNN(nnx.Module):

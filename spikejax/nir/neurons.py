@@ -36,7 +36,7 @@ from spikejax import neurons
 from spikejax.layers import IF, LI, LIF, Neuron
 from spikejax.neurons import Cell, NeuronOptions, NeuronParams
 from spikejax.nir.layers import Node, broadcastable
-from spikejax.nn.cells import CubaLIF, rest_both, synaptic
+from spikejax.nn.cells import CubaLIF, synaptic
 
 Numbers = Any  # a number, or an array that broadcasts with the features
 
@@ -422,7 +422,7 @@ def read_neurons(name: str, node: Node, dt: float, dialect: Dialect) -> Neuron |
     if plain is not None:
         return plain
     params = jax.tree.map(broadcastable, params)
-    state = None if params.synaptic_leak is None else rest_both
+    state = None if params.synaptic_leak is None else neurons.rest_both
     return Neuron(node_step, params, start=state, v_start=broadcastable(start))
 
 

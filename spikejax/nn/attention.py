@@ -4,13 +4,12 @@ Tokens are [B, T, tokens, channels]. Operands that are counts of spikes give sum
 are whole numbers, exact in float32 up to 2**24, of which a neuron makes spikes again.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-Neuron = Callable[[jax.Array], jax.Array]
+from spikejax.layers import Layer
 
 _einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -19,7 +18,7 @@ def self_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    neuron: Neuron,
+    neuron: Layer,
     *,
     heads: int,
     scale: float = 0.125,
@@ -64,7 +63,7 @@ def linear_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    neuron: Neuron,
+    neuron: Layer,
     *,
     heads: int,
     largest: float = 1.0,
@@ -92,7 +91,7 @@ def linear_attention(
 
 
 def driven_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, neuron: Neuron
+    q: jax.Array, k: jax.Array, v: jax.Array, neuron: Layer
 ) -> jax.Array:
     """Return the spikes of q in the channels where k and v fire together (SDSA).
 
@@ -115,7 +114,7 @@ def driven_attention(
 
 
 def token_attention(
-    q: jax.Array, k: jax.Array, neuron: Neuron, *, heads: int
+    q: jax.Array, k: jax.Array, neuron: Layer, *, heads: int
 ) -> jax.Array:
     """Return the spikes of k in the tokens where q fires (Q-K token attention).
 

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spikejax import neurons, surrogate
+from spikejax import neurons
 from spikejax.layers import LIF, Neuron, check_tau, hold, param
 from spikejax.neurons import NeuronOptions, NeuronParams, Number, Trains
+from spikejax.surrogate import Surrogate, rectangle
 
 Two = tuple[jax.Array, jax.Array]
 
@@ -133,11 +134,6 @@ def refractory(
     return (jnp.where(awake, after, v), left), (z,)
 
 
-def rest_both(params: Any, shape: tuple[int, ...], v_start: Number) -> Two:
-    """Return membranes before the first step, and a second state of zeros."""
-    return neurons.rest(params, shape, v_start), jnp.zeros(shape, jnp.float32)
-
-
 def _hold_leak(layer: LIF, field: str, tau: Number) -> None:
     """Give a layer one more leak, learned if that of its membrane is."""
     learned = layer.leak_logit is not None
@@ -181,7 +177,7 @@ class ALIF(LIF):
         super().__init__(tau, v_threshold, **options)
         if not np.all(np.asarray(strength) >= 0):
             raise ValueError(f"ALIF: expected strength >= 0, got {strength}.")
-        self.cell, self.kind, self.rest = adaptive, AdaptiveParams, rest_both
+        self.cell, self.kind, self.rest = adaptive, AdaptiveParams, neurons.rest_both
         _hold_leak(self, "adaptation_leak", tau_adaptation)
         self.strength = param(strength) if learn_strength else hold(strength)
 
@@ -216,7 +212,7 @@ class CubaLIF(LIF):
         **options: Any,
     ):
         super().__init__(tau, v_threshold, **options)
-        self.cell, self.kind, self.rest = synaptic, SynapticParams, rest_both
+        self.cell, self.kind, self.rest = synaptic, SynapticParams, neurons.rest_both
         _hold_leak(self, "synaptic_leak", tau_synapse)
 
 
@@ -246,7 +242,8 @@ class RefractoryLIF(LIF):
                 f"RefractoryLIF: expected a period of 0 or more time steps, got "
                 f"{period!r}."
             )
-        self.cell, self.kind, self.rest = refractory, RefractoryParams, rest_both
+        self.cell, self.kind = refractory, RefractoryParams
+        self.rest = neurons.rest_both
         self.period = float(period)
 
 
@@ -256,8 +253,8 @@ class ILIF(Neuron):
     u = (1 - 1 / tau) v + x,  o = round(clip(u / v_threshold, 0, D)),
     v' = u - v_threshold o
 
-    They are D thresholds at v_threshold (k - 1/2) with rectangles between them, so
-    ``trains=True`` gives D binary trains. In one time step after a norm,
+    They are D thresholds at v_threshold (k - 1/2), so ``trains=True`` gives D binary
+    trains. In one time step after a norm,
     ``MultiThreshold(D)`` differs by a shift of v_threshold / 2 alone.
 
     Args:
@@ -265,6 +262,8 @@ class ILIF(Neuron):
         v_threshold: size of a level, > 0.
         tau: membrane time constant in time steps, >= 1.
         detach_reset: whether no gradient flows through the reset.
+        surrogate: Heaviside step with a surrogate derivative; rectangles that fill the
+            space between the thresholds by default, as the authors'.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -280,6 +279,7 @@ class ILIF(Neuron):
         *,
         tau: Number = 4 / 3,
         detach_reset: bool = True,
+        surrogate: Surrogate | None = None,
     ):
         levels = neurons.equal_thresholds(num_thresholds, v_threshold)
         neurons.check_thresholds("ILIF", levels, rising=True)
@@ -288,6 +288,6 @@ class ILIF(Neuron):
             tuple(level - v_threshold / 2 for level in levels),
             (v_threshold,) * num_thresholds,
         )
-        kind = surrogate.rectangle(1 / v_threshold)
-        options = NeuronOptions(None, False, detach_reset, kind)
+        spike = surrogate or rectangle(1 / v_threshold)
+        options = NeuronOptions(None, False, detach_reset, spike)
         super().__init__(neurons.parallel, params, options)

@@ -1,6 +1,6 @@
-"""Convolution, max-pooling and batch norm that are fast on XLA:CPU.
+"""Convolution and max-pooling that are fast on XLA:CPU.
 
-    kernels = {"conv": cpu.Conv, "pool": cpu.max_pool, "norm": cpu.td_batch_norm}
+    kernels = {"conv": cpu.Conv, "pool": cpu.max_pool, "norm": fast_td_batch_norm}
     model = resnet18(10, neuron=LIF, **kernels, rngs=rngs)
     step = jax.jit(step, compiler_options=cpu.compiler_options("cpu"))
 
@@ -20,8 +20,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
-
-from spikejax.nn import norm
 
 Arrays = tuple[Array, ...]
 Padding = str | Sequence[tuple[int, int]]
@@ -296,11 +294,3 @@ def _pool_backward(
 
 
 max_pool.defvjp(lambda xs, *options: (max_pool(xs, *options), xs), _pool_backward)
-
-
-# Batch norm
-
-td_batch_norm: Callable[..., nnx.BatchNorm] = partial(
-    norm.td_batch_norm, layer=norm.BatchNorm
-)
-"""``spikejax.nn.norm.td_batch_norm`` with the layer ``norm.BatchNorm``."""

@@ -45,7 +45,6 @@ class _Delays(nnx.Module):
 
     def __init__(
         self,
-        who: str,
         shape: tuple[int, ...],
         max_delay: int,
         width: float | None,
@@ -53,8 +52,8 @@ class _Delays(nnx.Module):
     ):
         if max_delay < 1 or min(shape) < 1 or not (width is None or width > 0):
             raise ValueError(
-                f"{who}: expected max_delay and features of at least 1 and a positive "
-                f"width, got {max_delay}, {shape} and {width}."
+                f"{type(self).__name__}: expected max_delay and features of at least 1 "
+                f"and a positive width, got {max_delay}, {shape} and {width}."
             )
         self.max_delay = max_delay
         start = jax.random.uniform(rngs.params(), shape, maxval=float(max_delay))
@@ -78,15 +77,6 @@ class _Delays(nnx.Module):
         if self.deterministic or self.width is None:
             return place(self.places(), self.max_delay)
         return place(self.places(), self.max_delay, self.width[...])
-
-    def remember(self, who: str, xs: jax.Array) -> jax.Array:
-        """Return xs after the max_delay steps before them, and keep the last ones."""
-        check_sequence(who, xs)
-        size = self.max_delay
-        start = jnp.zeros((xs.shape[0], size, *xs.shape[2:]), jnp.float32)
-        seen = jnp.concatenate([self.memory.load(start).astype(xs.dtype), xs], 1)
-        self.memory.save(seen[:, -size:].astype(jnp.float32))
-        return seen
 
 
 class Delay(_Delays):
@@ -120,7 +110,7 @@ class Delay(_Delays):
         width: float | None = None,
         rngs: nnx.Rngs,
     ):
-        super().__init__("Delay", (features,), max_delay, width, rngs)
+        super().__init__((features,), max_delay, width, rngs)
 
     def __call__(self, xs: jax.Array) -> jax.Array:
         """Return the delayed input, in the shape and type of xs [B, T, ..., features].
@@ -134,7 +124,9 @@ class Delay(_Delays):
                 f"Delay: expected {features} features on the last axis, got shape "
                 f"{xs.shape}."
             )
-        seen, steps, size = self.remember("Delay", xs), xs.shape[1], self.max_delay
+        check_sequence("Delay", xs)
+        steps, size = xs.shape[1], self.max_delay
+        seen = self.memory.extend(xs, size)
         if self.deterministic:  # spikes are moved, and not multiplied
             places = size - self.places().astype(int) + jnp.arange(steps)[:, None]
             places = places.reshape(1, steps, *[1] * (xs.ndim - 3), features)
@@ -172,7 +164,7 @@ class DelayedLinear(_Delays):
         rngs: nnx.Rngs,
     ):
         shape = in_features, features
-        super().__init__("DelayedLinear", shape, max_delay, width, rngs)
+        super().__init__(shape, max_delay, width, rngs)
         self.weights = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
 
     def __call__(self, xs: jax.Array) -> jax.Array:
@@ -186,7 +178,8 @@ class DelayedLinear(_Delays):
             raise ValueError(
                 f"DelayedLinear: expected input [B, T, {inputs}], got shape {xs.shape}."
             )
-        seen = self.remember("DelayedLinear", xs)
+        check_sequence("DelayedLinear", xs)
+        seen = self.memory.extend(xs, self.max_delay)
         # A convolution counts taps forwards in time.
         kernel = (self.kernel() * self.weights[...])[::-1].astype(xs.dtype)
         return jax.lax.conv_general_dilated(

@@ -40,7 +40,7 @@ def evaluation_copy(who: str, model: Model) -> Model:
     return model
 
 
-def keep_membranes(model: nnx.Module, xs: jax.Array) -> nnx.Module:
+def keep_membranes(model: Model, xs: jax.Array) -> Model:
     """Keep the state of every neuron between calls from now on, starting from rest.
 
     Then a sequence may be fed in slices, ``model(xs[:, t : t + 1])``, with the result
@@ -82,7 +82,7 @@ def keep_membranes(model: nnx.Module, xs: jax.Array) -> nnx.Module:
     return model
 
 
-def drop_membranes(model: nnx.Module) -> nnx.Module:
+def drop_membranes(model: Model) -> Model:
     """Let every layer start from rest at each call again; changes the model."""
     for memory in _memories(model).values():
         if memory.held is not None:

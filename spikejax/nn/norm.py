@@ -1,6 +1,7 @@
 """Batch normalisation for spiking networks."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -126,3 +127,8 @@ def _normalise_backward(epsilon: float, saved: Arrays, gs: Arrays) -> Arrays:
 
 
 _normalise.defvjp(_normalise_forward, _normalise_backward)
+
+fast_td_batch_norm: Callable[..., nnx.BatchNorm] = partial(
+    td_batch_norm, layer=BatchNorm
+)
+"""``td_batch_norm`` with the layer ``BatchNorm``, for a CPU or a TPU."""

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from spikejax.layers import Layer
+
 
 class Penalty(nnx.Variable):
     """Cost of the last call of a layer in training, a number."""
@@ -27,7 +29,7 @@ class Penalised(nnx.Module):
 
     def __init__(
         self,
-        layer: Callable[[jax.Array], jax.Array],
+        layer: Layer,
         penalty: Callable[[jax.Array], jax.Array],
         weight: float = 1.0,
     ):

@@ -7,12 +7,12 @@ from flax import nnx
 from spikejax import surrogate
 from spikejax.layers import Fixed, Memory, check_sequence
 from spikejax.neurons import spiking_output
-from spikejax.surrogate import Spike
+from spikejax.surrogate import Surrogate
 
 START = -1.0  # of the biases: minus a threshold of 1
 
 
-def fire(u: jax.Array, spike: Spike, kind: jnp.dtype) -> jax.Array:
+def fire(u: jax.Array, spike: Surrogate, kind: jnp.dtype) -> jax.Array:
     """Return the spikes of membranes u in a type, marked as such for ``energy``."""
     z = spike(u).astype(kind)
     return spiking_output(z, z)
@@ -44,7 +44,7 @@ class PSN(nnx.Module):
         time_steps: int,
         *,
         order: int | None = None,
-        surrogate: Spike = surrogate.ATAN,
+        surrogate: Surrogate = surrogate.ATAN,
         rngs: nnx.Rngs,
     ):
         if time_steps < 1 or not (order is None or order >= 1):
@@ -100,7 +100,7 @@ class SlidingPSN(nnx.Module):
     Reference: Fang et al. 2023, arXiv:2304.12760.
     """
 
-    def __init__(self, order: int = 4, *, surrogate: Spike = surrogate.ATAN):
+    def __init__(self, order: int = 4, *, surrogate: Surrogate = surrogate.ATAN):
         if order < 1:
             raise ValueError(
                 f"SlidingPSN: expected an order of 1 or more, got {order}."
@@ -118,9 +118,7 @@ class SlidingPSN(nnx.Module):
         """
         check_sequence("SlidingPSN", xs)
         past, steps = self.weights.shape[0] - 1, xs.shape[1]
-        start = jnp.zeros((xs.shape[0], past, *xs.shape[2:]), jnp.float32)
-        seen = jnp.concatenate([self.memory.load(start), xs.astype(jnp.float32)], 1)
-        self.memory.save(seen[:, steps:])
+        seen = self.memory.extend(xs.astype(jnp.float32), past)
         u = self.bias[...]
         for i, weight in enumerate(self.weights[...]):
             u = u + weight * seen[:, past - i : past - i + steps]

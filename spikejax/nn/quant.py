@@ -239,13 +239,6 @@ def signed(
     return (neurons.reset(u, 0.0, amount, options), total + amount), (*up, *down)
 
 
-def _rest(
-    params: SignedParams, shape: tuple[int, ...], v_start: Number
-) -> tuple[jax.Array, jax.Array]:
-    """Return the membrane and the sum of spikes before the first step."""
-    return neurons.rest(params, shape, v_start), neurons.rest(params, shape, 0.0)
-
-
 class ScaledIF(Neuron):
     """Layer of integrate-and-fire neurons whose rate is a quantised ReLU.
 
@@ -293,7 +286,7 @@ class ScaledIF(Neuron):
         start, v_start = None, sizes[-1] / 2  # the rate rounds where it would floor
         if lowest is not None:
             amounts = (*sizes, *(-size for size in sizes))
-            cell, start, v_start = signed, _rest, 0.0
+            cell, start, v_start = signed, neurons.rest_both, 0.0
             params = SignedParams(sizes, amounts, float(lowest))
         elif not dyadic:
             cell = neurons.parallel

@@ -1,7 +1,5 @@
 """Layers that feed their own outputs back: spiking neurons, LSTM and GRU."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -78,10 +76,11 @@ class Recurrent(nnx.Module):
         return spikes
 
 
-def _gates(
-    weights: tuple[jax.Array, jax.Array],
-    state: tuple[jax.Array, jax.Array],
-    x: jax.Array,
+Weights = tuple[jax.Array, jax.Array]  # kernel and bias
+
+
+def _lstm(
+    weights: Weights, state: tuple[jax.Array, jax.Array], x: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """Compute one step of an LSTM from the gates x of its input."""
     kernel, bias = weights
@@ -92,9 +91,7 @@ def _gates(
     return (c, h), h
 
 
-def _gru(
-    weights: tuple[jax.Array, jax.Array], h: jax.Array, x: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _gru(weights: Weights, h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Compute one step of a GRU from the gates x of its input."""
     kernel, bias = weights
     r, z, n = jnp.split(x, 3, -1)
@@ -104,16 +101,24 @@ def _gru(
     return h, h
 
 
-def _uniform(features: int) -> Callable[..., jax.Array]:
-    """Return PyTorch's initialiser of recurrent layers: +-1 / sqrt(features)."""
+def _linears(
+    in_features: int, features: int, gates: int, rngs: nnx.Rngs
+) -> list[nnx.Linear]:
+    """Return the weights of x and of h for so many gates, started as in PyTorch."""
     bound = features**-0.5
 
-    def init(
-        key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32, **_: Any
-    ) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+    def init(key: jax.Array, shape: tuple[int, ...], *_: Any, **__: Any) -> jax.Array:
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
-    return init
+    return [
+        nnx.Linear(size, gates * features, kernel_init=init, bias_init=init, rngs=rngs)
+        for size in (in_features, features)
+    ]
+
+
+def _weights(linear: nnx.Linear, dtype: jnp.dtype) -> Weights:
+    bias: Any = linear.bias
+    return linear.kernel[...].astype(dtype), bias[...].astype(dtype)
 
 
 class GRU(nnx.Module):
@@ -126,7 +131,7 @@ class GRU(nnx.Module):
     sequence, as neurons do (``stepper``). Weights start as those of ``LSTM``.
 
     Args:
-        inputs, features: sizes of the last axes of the input and of h.
+        in_features, features: sizes of the last axes of the input and of h.
         rngs: source of the weights.
 
     Raises:
@@ -135,21 +140,16 @@ class GRU(nnx.Module):
     Reference: Cho et al. 2014, arXiv:1406.1078, with r after the product as in cuDNN.
     """
 
-    def __init__(self, inputs: int, features: int, *, rngs: nnx.Rngs):
-        init = _uniform(features)
-        linear = partial(nnx.Linear, kernel_init=init, bias_init=init, rngs=rngs)
-        self.inputs = linear(inputs, 3 * features)
-        self.recurrent = linear(features, 3 * features)
+    def __init__(self, in_features: int, features: int, *, rngs: nnx.Rngs):
+        self.inputs, self.recurrent = _linears(in_features, features, 3, rngs)
         self.memory = Memory()
 
     def __call__(self, xs: jax.Array) -> jax.Array:
-        """Return h [B, T, features] for a sequence xs [B, T, inputs]."""
+        """Return h [B, T, features] for a sequence xs [B, T, in_features]."""
         check_sequence("GRU", xs)
         gates = self.inputs(xs)  # one matrix product for all steps
-        kernel = self.recurrent.kernel[...].astype(gates.dtype)
-        bias: Any = self.recurrent.bias
-        weights = kernel, bias[...].astype(gates.dtype)
-        zero = jnp.zeros((gates.shape[0], kernel.shape[0]), gates.dtype)
+        weights = _weights(self.recurrent, gates.dtype)
+        zero = jnp.zeros((gates.shape[0], weights[0].shape[0]), gates.dtype)
         h, hs = unroll_compiled(_gru, weights, self.memory.load(zero), gates)
         self.memory.save(h)
         return hs
@@ -165,38 +165,33 @@ class LSTM(nnx.Module):
     Flax's own cells have one bias, and other initial weights.
 
     Args:
-        inputs, features: sizes of the last axes of the input and of h.
+        in_features, features: sizes of the last axes of the input and of h.
         rngs: source of the weights.
 
     Reference: Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735.
     """
 
-    def __init__(self, inputs: int, features: int, *, rngs: nnx.Rngs):
-        init = _uniform(features)
-        linear = partial(nnx.Linear, kernel_init=init, bias_init=init, rngs=rngs)
-        self.inputs = linear(inputs, 4 * features)
-        self.recurrent = linear(features, 4 * features, use_bias=False)
-        self.bias = nnx.Param(init(rngs.params(), (4 * features,)))
+    def __init__(self, in_features: int, features: int, *, rngs: nnx.Rngs):
+        self.inputs, self.recurrent = _linears(in_features, features, 4, rngs)
 
     def __call__(self, xs: jax.Array) -> jax.Array:
-        """Return h [..., L, features] for a sequence xs [..., L, inputs]."""
+        """Return h [..., L, features] for a sequence xs [..., L, in_features]."""
         gates = self.inputs(xs)  # one matrix product for all steps
         gates = gates.reshape(-1, *gates.shape[-2:])
-        kernel = self.recurrent.kernel[...].astype(gates.dtype)
-        weights = kernel, self.bias[...].astype(gates.dtype)
-        zero = jnp.zeros((gates.shape[0], kernel.shape[0]), gates.dtype)
-        _, hs = unroll_compiled(_gates, weights, (zero, zero), gates)
+        weights = _weights(self.recurrent, gates.dtype)
+        zero = jnp.zeros((gates.shape[0], weights[0].shape[0]), gates.dtype)
+        _, hs = unroll_compiled(_lstm, weights, (zero, zero), gates)
         return hs.reshape(*xs.shape[:-1], -1)
 
 
 class Bidirectional(nnx.Module):
     """Pair of LSTMs, one of which reads the sequence from its end; [.., 2 features]."""
 
-    def __init__(self, inputs: int, features: int, *, rngs: nnx.Rngs):
-        self.forwards = LSTM(inputs, features, rngs=rngs)
-        self.backwards = LSTM(inputs, features, rngs=rngs)
+    def __init__(self, in_features: int, features: int, *, rngs: nnx.Rngs):
+        self.forwards = LSTM(in_features, features, rngs=rngs)
+        self.backwards = LSTM(in_features, features, rngs=rngs)
 
     def __call__(self, xs: jax.Array) -> jax.Array:
-        """Return [..., L, 2 features] for a sequence xs [..., L, inputs]."""
+        """Return [..., L, 2 features] for a sequence xs [..., L, in_features]."""
         backwards = jnp.flip(self.backwards(jnp.flip(xs, -2)), -2)
         return jnp.concatenate([self.forwards(xs), backwards], -1)

@@ -1,6 +1,6 @@
-"""Convolution and batch norm that are fast on a TPU.
+"""Convolution that is fast on a TPU.
 
-    kernels = {"conv": tpu.Conv, "norm": tpu.td_batch_norm}
+    kernels = {"conv": tpu.Conv, "norm": fast_td_batch_norm}
     model = resnet18(10, neuron=LIF, **kernels, rngs=rngs)
 
 XLA puts the batch of an image into the lanes of a TPU. nnx.Conv folds [B, T, H, W, C]
@@ -8,15 +8,12 @@ to [B T, H, W, C], whose layout is another one, so that copies surround it. Valu
 gradients equal those of Flax; ``jax.jvp`` does not work.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 from jax import lax
-
-from spikejax.nn import norm
 
 SEQUENCES = ("NDHWC", "DHWIO", "NDHWC")
 
@@ -61,9 +58,3 @@ class Conv(nnx.Conv):
 
 def _pair(value: int | Sequence[int] | None) -> Sequence[int]:
     return (value or 1,) * 2 if value is None or isinstance(value, int) else value
-
-
-td_batch_norm: Callable[..., nnx.BatchNorm] = partial(
-    norm.td_batch_norm, layer=norm.BatchNorm
-)
-"""``spikejax.nn.norm.td_batch_norm`` with the layer ``norm.BatchNorm``."""

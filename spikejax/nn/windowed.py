@@ -20,11 +20,10 @@ from flax import nnx
 
 from spikejax import surrogate
 from spikejax._compat import List
-from spikejax.layers import LIF, Neuron
+from spikejax.layers import LIF, Layer, Neuron
 from spikejax.neurons import State
 from spikejax.nn.recurrent import Bidirectional
 
-Layer = Callable[[jax.Array], jax.Array]
 Window = Callable[[int], int]  # side of the map -> side of a window
 Binarise = Callable[[jax.Array, jax.Array], jax.Array]  # (x, random key) -> spikes
 Projection = Callable[[jax.Array, jax.Array], jax.Array]  # two membranes -> one
