@@ -12,12 +12,6 @@ import jax.numpy as jnp
 import optax
 
 
-def _valid(values: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Return which steps of values [B, T, ...] are before the end, [B, T, 1, ...]."""
-    steps = jnp.arange(values.shape[1]) < lengths[:, None]
-    return jnp.expand_dims(steps, tuple(range(2, values.ndim)))
-
-
 def mean_over_time(logits: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
     """Return the mean over the steps that count: 1/L sum_{t < L} o_t.
 
@@ -45,37 +39,6 @@ def max_over_time(logits: jax.Array, lengths: jax.Array | None = None) -> jax.Ar
     return logits.max(1)
 
 
-def _checked(
-    who: str, logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
-) -> tuple[jax.Array, jax.Array]:
-    """Return the logits in float32 and the targets [B, K]."""
-    labels = jnp.asarray(labels)
-    whole = jnp.issubdtype(labels.dtype, jnp.integer)
-    shape = logits.shape[:1] if whole else (*logits.shape[:1], *logits.shape[2:])
-    if logits.ndim != 3 or labels.shape != shape:
-        hint = "Labels are class numbers [B], whole ones, or probabilities [B, K]."
-        if logits.ndim == 2:
-            hint = "Logits without time: add the axis, logits[:, None]."
-        raise ValueError(
-            f"{who}: expected logits [B, T, K] and labels [B] or [B, K], got "
-            f"{logits.shape} and {labels.shape}, {labels.dtype}. {hint}"
-        )
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(
-            f"{who}: expected 0 <= label_smoothing < 1, got {label_smoothing}."
-        )
-    classes = logits.shape[-1]
-    targets = labels.astype(jnp.float32)
-    if whole:
-        # Values cannot raise inside jit, and one_hot gives an unknown label a row of
-        # zeros, which would pass for a low loss. nan stops the run.
-        known = (labels >= 0) & (labels < classes)
-        targets = jnp.where(known[:, None], jax.nn.one_hot(labels, classes), jnp.nan)
-    targets = targets * (1 - label_smoothing) + label_smoothing / classes
-    # In bfloat16 the sum over classes would lose its small terms.
-    return logits.astype(jnp.float32), targets
-
-
 def rate_cross_entropy(
     logits: jax.Array,
     labels: jax.Array,
@@ -91,8 +54,12 @@ def rate_cross_entropy(
         lengths: [B], steps that count, 1 to T; None for all.
         label_smoothing: probability spread over all classes, in [0, 1).
 
+    Returns:
+        the loss of each example, [B].
+
     Raises:
-        ValueError: logits have no time axis, or labels are neither of the two.
+        ValueError: logits have no time axis, labels are neither of the two, or
+            label_smoothing is out of its range.
     """
     logits, targets = _checked("rate_cross_entropy", logits, labels, label_smoothing)
     return optax.softmax_cross_entropy(mean_over_time(logits, lengths), targets)
@@ -107,8 +74,8 @@ def max_cross_entropy(
 ) -> jax.Array:
     """Return the cross-entropy of the maximum over time: CE(max_t o_t, y).
 
-    ``fit`` counts the accuracy of it with readout=max_over_time. Arguments and errors
-    are those of ``rate_cross_entropy``.
+    ``fit`` counts the accuracy of it with readout=max_over_time. Arguments, result and
+    errors are those of ``rate_cross_entropy``.
 
     Reference: Cramer et al. 2020, arXiv:1910.07407 (the loss of their readout units).
     """
@@ -130,15 +97,10 @@ def tet(
     (1 - weight) 1/T sum_t CE(o_t, y) + weight mean((o - target)^2)
 
     Args:
-        logits: [B, T, K].
-        labels: [B], class numbers, or [B, K], probabilities.
-        lengths: [B], steps that count, 1 to T; None for all.
-        label_smoothing: probability spread over all classes, in [0, 1).
         weight: weight of the regularisation, in [0, 1].
         target: value that logits are drawn to, the threshold.
 
-    Raises:
-        ValueError: as for ``rate_cross_entropy``.
+    Other arguments, result and errors are those of ``rate_cross_entropy``.
 
     Reference: Deng et al. 2022, arXiv:2202.11946.
     """
@@ -153,13 +115,8 @@ def rate_mse(
 ) -> jax.Array:
     """Return the mean squared error of the rates: mean_k (1/T sum_t o_tk - [k = y])^2.
 
-    Args:
-        logits: [B, T, K], spikes or membranes of the last layer.
-        labels: [B], class numbers, or [B, K], probabilities.
-        lengths: [B], steps that count, 1 to T; None for all.
-
-    Raises:
-        ValueError: as for ``rate_cross_entropy``.
+    The logits are spikes or membranes of the last layer. Arguments, result and errors
+    are those of ``rate_cross_entropy``.
 
     Reference: Fang et al. 2021, arXiv:2007.05785.
     """
@@ -198,3 +155,40 @@ def firing_rate(
     rates = spikes.astype(jnp.float32).mean(1).reshape(len(spikes), -1)
     few = jnp.square(jax.nn.relu(lower - rates)).mean(-1)
     return few + jnp.square(jax.nn.relu(rates.mean(-1) - upper))
+
+
+def _valid(values: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Return which steps of values [B, T, ...] are before the end, [B, T, 1, ...]."""
+    steps = jnp.arange(values.shape[1]) < lengths[:, None]
+    return jnp.expand_dims(steps, tuple(range(2, values.ndim)))
+
+
+def _checked(
+    who: str, logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """Return the logits in float32 and the targets [B, K]."""
+    labels = jnp.asarray(labels)
+    whole = jnp.issubdtype(labels.dtype, jnp.integer)
+    shape = logits.shape[:1] if whole else (*logits.shape[:1], *logits.shape[2:])
+    if logits.ndim != 3 or labels.shape != shape:
+        hint = "Labels are class numbers [B], whole ones, or probabilities [B, K]."
+        if logits.ndim == 2:
+            hint = "Logits without time: add the axis, logits[:, None]."
+        raise ValueError(
+            f"{who}: expected logits [B, T, K] and labels [B] or [B, K], got "
+            f"{logits.shape} and {labels.shape}, {labels.dtype}. {hint}"
+        )
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(
+            f"{who}: expected 0 <= label_smoothing < 1, got {label_smoothing}."
+        )
+    classes = logits.shape[-1]
+    targets = labels.astype(jnp.float32)
+    if whole:
+        # Values cannot raise inside jit, and one_hot gives an unknown label a row of
+        # zeros, which would pass for a low loss. nan stops the run.
+        known = (labels >= 0) & (labels < classes)
+        targets = jnp.where(known[:, None], jax.nn.one_hot(labels, classes), jnp.nan)
+    targets = optax.smooth_labels(targets, label_smoothing)
+    # In bfloat16 the sum over classes would lose its small terms.
+    return logits.astype(jnp.float32), targets
