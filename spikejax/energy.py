@@ -21,11 +21,11 @@ from jax.extend.core import JaxprEqn
 from spikejax import trace
 from spikejax.layers import Membrane, neuron_layers
 from spikejax.nn.memory import drop_membranes, evaluation_copy, keep_membranes
+from spikejax.nn.operations import PRODUCTS, multiply, sum_rows
 from spikejax.trace import Match, Pytree, Site, Value
 
 # Of float32 in 45 nm: Horowitz 2014, doi:10.1109/ISSCC.2014.6757323
 AC_PJ, MAC_PJ = 0.9, 4.6
-PRODUCTS = ("dot_general", "conv_general_dilated")
 REAL = 2  # level of values that are no spikes, even where they are whole numbers
 
 
@@ -213,9 +213,9 @@ def _traced(
     """Return a model, or one step of it, traced; what counts it, and the arguments."""
     if lengths is None:
         f, state = trace.functional(model)
-        return trace.trace(f, state, xs, _Operations()), _count, (state, xs)
+        return trace.trace(f, state, xs, _Costs()), _count, (state, xs)
     f, state, held = _one_step(model, xs)
-    traced = trace.trace(f, state, (held, xs[:, :1]), _Operations())
+    traced = trace.trace(f, state, (held, xs[:, :1]), _Costs())
     return traced, _count_steps, (state, held, xs, jnp.asarray(lengths))
 
 
@@ -223,11 +223,11 @@ def _named(model: nnx.Module) -> nnx.Module:
     """Return a copy in evaluation mode, at rest, whose neurons have their paths."""
     model = evaluation_copy("measure", model)
     for path, neuron in neuron_layers(model).items():
-        neuron.name = neuron.name or trace.as_scope(path)
+        neuron.name = neuron.name or path
     return drop_membranes(model)
 
 
-class _Operations:
+class _Costs:
     """Rule of the tracer: sites are products, and the outputs of spiking neurons.
 
     The level is 1 where values may be spikes, and REAL where they cannot be.
@@ -279,7 +279,7 @@ def _real(n: int, site: Site, values: list, given: None) -> tuple[jax.Array, Any
         return y, (count, _by_channel(count, *membranes))
     (y,) = trace.bind(site.eqn, values)
     is_product = site.kind in PRODUCTS
-    return y, _product(site.eqn, [v != 0 for v in values]) if is_product else None
+    return y, multiply(site.eqn, [v != 0 for v in values]) if is_product else None
 
 
 def _counted(
@@ -288,7 +288,7 @@ def _counted(
     """Compute a site with counts for spikes; keep their sums, and if they are whole."""
     if site.kind == "spiking_output":
         count, _ = given
-        return count.astype(values[0].dtype), _rows(count)
+        return count.astype(values[0].dtype), sum_rows(count)
     (y,) = trace.bind(site.eqn, values)
     if site.kind not in PRODUCTS:
         return y, None
@@ -297,7 +297,7 @@ def _counted(
         whole = (site.levels[k] == 1) & jnp.all(v == jnp.round(v))
         met[k] = jnp.where(whole, abs(v), met[k])
         is_ac |= whole
-    return y, (is_ac, _product(site.eqn, met))
+    return y, (is_ac, multiply(site.eqn, met))
 
 
 def _count(
@@ -360,19 +360,6 @@ def _by_channel(count: jax.Array, *membranes: jax.Array) -> tuple[jax.Array, ...
     spikes = count.astype(jnp.float32).reshape(-1, channels).sum(0)
     v = [v.reshape(-1, channels) for v in membranes]
     return spikes, *(f(0) for v in v for f in (v.mean, jnp.square(v).mean, v.max))
-
-
-def _rows(values: jax.Array) -> jax.Array:
-    # Float32 is exact up to 16 million: sum up rows here, and all of them on the host.
-    return values.astype(jnp.float32).reshape(len(values), -1).sum(1)
-
-
-def _product(eqn: JaxprEqn, operands: Sequence[jax.Array]) -> jax.Array:
-    """Return the sums over each row of a product of numbers of spikes or nonzeros."""
-    # JAX 0.10.2 on CPU computes nonsense from a kernel that it knows to be constant.
-    operands = jax.lax.optimization_barrier([v.astype(jnp.float32) for v in operands])
-    params = eqn.params | {"preferred_element_type": jnp.dtype("float32")}
-    return _rows(eqn.primitive.bind(*operands, **params))
 
 
 def _dense(site: Site) -> tuple[float, float]:

@@ -195,13 +195,9 @@ def aval(v: Var | Literal) -> ShapedArray:
     return cast(ShapedArray, v.aval)
 
 
-def as_scope(path: str) -> str:
-    """Return a path as the name of a jax.named_scope, which must not have a slash."""
-    return path.replace("/", "|")
-
-
 def scope(eqn: JaxprEqn) -> str:
     """Return the path of the innermost jax.named_scope of an equation, or nothing."""
+    # A scope must not have a slash: ``neurons.Step`` writes its path with bars.
     return str(eqn.source_info.name_stack).rpartition("/")[-1].replace("|", "/")
 
 

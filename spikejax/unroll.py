@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from spikejax import neurons
 
 Pytree = Any
-Step = Callable[[Pytree, Pytree, Pytree], tuple[Pytree, Pytree]]
+Cell = Callable[[Pytree, Pytree, Pytree], tuple[Pytree, Pytree]]
 
 UNROLLED = 4  # up to so many steps are written out, so that XLA fuses them
 # On a TPU. There a loop copies its arrays into another layout and back: two MS blocks
@@ -20,7 +20,7 @@ UNROLLED_ON_TPU = 16
 
 
 def unroll(
-    cell: Step, params: Pytree, state: Pytree, xs: Pytree
+    cell: Cell, params: Pytree, state: Pytree, xs: Pytree
 ) -> tuple[Pytree, Pytree]:
     """Run ``cell(params, state, x) -> (state, y)`` over the time steps of xs.
 
@@ -61,7 +61,7 @@ def unroll(
 
 @partial(jax.jit, static_argnums=0, inline=True)
 def unroll_compiled(
-    cell: Step, params: Pytree, state: Pytree, xs: Pytree
+    cell: Cell, params: Pytree, state: Pytree, xs: Pytree
 ) -> tuple[Pytree, Pytree]:
     """Run ``unroll``, compiled once per cell and shape where it is called eagerly.
 
@@ -76,7 +76,14 @@ def unroll_compiled(
 # the memory of this one for a cascade of two thresholds at T = 256.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loop(
-    step: Step, weights: Pytree, state: Pytree, xs: Pytree
+    step: Callable, weights: Pytree, state: Pytree, xs: Pytree
+) -> tuple[Pytree, Pytree]:
+    """Run steps (state, x, *weights) -> (state, y), the last of which are arrays."""
+    return _compute(step, weights, state, xs)
+
+
+def _compute(
+    step: Callable, weights: Pytree, state: Pytree, xs: Pytree
 ) -> tuple[Pytree, Pytree]:
     """Run the steps in a loop that reads and writes in place: no axis is moved."""
     return _by_platform(
@@ -106,7 +113,7 @@ def _write(
 
 
 def _run(
-    step: Step, weights: Pytree, state: Pytree, xs: Pytree
+    step: Callable, weights: Pytree, state: Pytree, xs: Pytree
 ) -> tuple[tuple[Pytree, Pytree], Pytree]:
     """Return ((last state, outputs), the states before each step [T, ...])."""
     steps = jax.tree.leaves(xs)[0].shape[1]
@@ -124,12 +131,12 @@ def _run(
 
 
 def _forward(
-    step: Step, weights: Pytree, state: Pytree, xs: Pytree
+    step: Callable, weights: Pytree, state: Pytree, xs: Pytree
 ) -> tuple[tuple[Pytree, Pytree], tuple]:
     return _loop(step, weights, state, xs), (weights, state, xs)
 
 
-def _backward(step: Step, kept: tuple, cotangents: tuple[Pytree, Pytree]) -> tuple:
+def _backward(step: Callable, kept: tuple, cotangents: tuple[Pytree, Pytree]) -> tuple:
     def written(*given: Pytree) -> tuple:
         return jax.vjp(partial(_write, step), *given[:3])[1](given[3:])
 
@@ -137,7 +144,7 @@ def _backward(step: Step, kept: tuple, cotangents: tuple[Pytree, Pytree]) -> tup
 
 
 def _pull(
-    step: Step,
+    step: Callable,
     weights: Pytree,
     state: Pytree,
     xs: Pytree,
@@ -174,7 +181,7 @@ def _membrane_loop(
     cell: neurons.Step, params: Pytree, v: jax.Array, xs: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Run a cell with the phases ``charge`` and ``fire``; forward it is ``_loop``."""
-    return _loop(lambda v, x, params: cell(params, v, x), (params,), v, xs)
+    return _compute(lambda v, x, params: cell(params, v, x), (params,), v, xs)
 
 
 def _membrane_write(

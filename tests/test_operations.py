@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from spikejax.layers import LIF
-from spikejax.nn.operations import trace
+from spikejax.nn.operations import trace_operations
 from spikejax.nn.recurrent import Recurrent
 from spikejax.trace import run
 
@@ -17,7 +17,7 @@ XS = jnp.ones((1, 2, 4, 4, 3))
 
 def operations(model, xs=XS):
     """(name, inputs, site, parameters) of each operation; values are their numbers."""
-    traced, state, layers = trace(model, xs, "test")
+    traced, state, layers = trace_operations(model, xs, "test")
     found = []
 
     def handler(number, site, inputs, given):

@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from spikejax import trace
-from spikejax.nn.driven import PRODUCTS
+from spikejax.nn.operations import PRODUCTS
 from spikejax.trace import CALLS, Match, Value
 
 # Linear in the operands together.

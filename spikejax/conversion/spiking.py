@@ -299,7 +299,7 @@ def convert(
         swap = _swap(path, quant.levels, quant.scale[...] * quant.levels)
         options = {"lowest": -math.inf} if quant.signed else {}
         made = neuron(swap.v_threshold, num_thresholds, **options)
-        made.name = trace.as_scope(path)
+        made.name = path
         swaps.append(swap)
         neurons.append(made)
     ann.sites = List(neurons)

@@ -23,9 +23,9 @@ from jax.typing import ArrayLike
 from spikejax.nir import layers
 from spikejax.nir.graph import reachable
 from spikejax.nir.neurons import EULER, Integration, SoftReset, loop, specs, write
-from spikejax.nn.operations import Layers, trace
+from spikejax.nn.operations import Layers, trace_operations
 from spikejax.nn.recurrent import Recurrent
-from spikejax.trace import Site, run, where
+from spikejax.trace import Site, aval, run, where
 
 PRODUCT = "a product of two values or a division by one"
 HINTS = {
@@ -79,7 +79,7 @@ def to_nir(
             f"{dt}, {xs.shape}, a {type(soft_reset).__name__} and a "
             f"{type(integration).__name__}."
         )
-    traced, state, neurons = trace(model, xs, "to_nir")
+    traced, state, neurons = trace_operations(model, xs, "to_nir")
     writer = _Writer(neurons, dt, soft_reset, integration, sum_pool)
     shape = xs.shape[2:]
     node = nir.Input({"input": np.array(_channels_first(shape))})
@@ -126,8 +126,7 @@ def refuse(
 
 def _shapes(eqn: JaxprEqn) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of the first input and of the output."""
-    avals: Any = eqn.invars[0].aval, eqn.outvars[0].aval
-    return avals[0].shape, avals[1].shape
+    return aval(eqn.invars[0]).shape, aval(eqn.outvars[0]).shape
 
 
 @dataclass

@@ -18,13 +18,11 @@ from jax.extend.core import JaxprEqn
 
 from spikejax import neurons, trace
 from spikejax.layers import Neuron
-from spikejax.nn import operations
 from spikejax.nn.memory import drop_membranes, evaluation_copy
+from spikejax.nn.operations import PRODUCTS, Layers, multiply, trace_operations
 from spikejax.nn.recurrent import Recurrent
 from spikejax.trace import Site
 
-# The last is nn.cpu's convolution, which is linear as a whole.
-PRODUCTS = ("dot_general", "conv_general_dilated", "_convolve")
 MAXIMA = ("max", "reduce_max", "reduce_window_max")
 # Each train alone goes through these, and stays binary.
 SHAPES = (
@@ -110,7 +108,7 @@ def spike_driven(model: nnx.Module, xs: jax.Array) -> SpikeDriven:
             of the model's own.
     """
     model = drop_membranes(evaluation_copy("spike_driven", model))
-    traced, state, layers = operations.trace(model, xs, "spike_driven", PRODUCTS)
+    traced, state, layers = trace_operations(model, xs, "spike_driven", PRODUCTS)
     driver = _Driver(layers)
     (logits, _), _ = trace.run(traced, state, _encode_input(xs), driver.operation)
     logits = getattr(logits, "value", logits)
@@ -171,7 +169,7 @@ def _encode_input(xs: jax.Array) -> _Signal:
 class _Driver:
     """Handler of the operations of a network, which counts what its weights meet."""
 
-    def __init__(self, layers: operations.Layers):
+    def __init__(self, layers: Layers):
         self.layers = layers
         self.rows: dict[str, tuple[int, float, float, str]] = {}
 
@@ -254,17 +252,9 @@ class _Driver:
 
     def count(self, name: str, eqn: JaxprEqn, operands: list, driven: bool) -> None:
         """Count the nonzero pairs of a product."""
-        # JAX 0.10.2 on CPU computes nonsense from a kernel that it knows is constant.
-        met = [(jnp.asarray(v) != 0).astype(jnp.float32) for v in operands]
-        met = jax.lax.optimization_barrier(met)
-        if eqn.primitive.name in PRODUCTS:
-            params = eqn.params | {"preferred_element_type": jnp.dtype("float32")}
-            pairs = eqn.primitive.bind(*met, **params)
-        else:
-            (pairs,) = trace.bind(eqn, met)
-        # Rows in float32, which is exact up to 16 million; their sum on the host.
-        sums = np.asarray(pairs.reshape(len(pairs), -1).sum(1), np.float64)
-        self.note(name, 0, *((sums.sum(), 0.0) if driven else (0.0, sums.sum())), "")
+        pairs = multiply(eqn, [jnp.asarray(v) != 0 for v in operands])
+        total = np.asarray(pairs, np.float64).sum()
+        self.note(name, 0, *((total, 0.0) if driven else (0.0, total)), "")
 
     def note(self, name: str, trains: int, acs: float, macs: float, why: str) -> None:
         """Add to the row of a layer."""

@@ -10,26 +10,20 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import JaxprEqn, Primitive
 
+from spikejax import trace
 from spikejax._compat import iter_modules
 from spikejax.layers import Neuron
 from spikejax.nn.memory import evaluation_copy
 from spikejax.nn.recurrent import Recurrent
-from spikejax.trace import (
-    CALLS,
-    PLATFORM,
-    Match,
-    Pytree,
-    Traced,
-    Value,
-    call_name,
-    functional,
-)
-from spikejax.trace import trace as trace_function
+from spikejax.trace import Match, Pytree, Traced, Value
 
 Layers = dict[str, Neuron | Recurrent]  # by path in the model
+# Products with weights. The last is nn.cpu's convolution, which is linear as a whole.
+PRODUCTS = ("dot_general", "conv_general_dilated", "_convolve")
 
 _neurons = Primitive("neurons")
 _neurons.def_abstract_eval(lambda xs, *, path: xs)  # spikes have the type of currents
@@ -45,10 +39,10 @@ class _Operations(NamedTuple):
 
     def match(self, eqn: JaxprEqn, values: Sequence[Value]) -> Match | None:
         """Return the operation, and the path of its parameters or "weights"."""
-        kind = call_name(eqn)
+        kind = trace.call_name(eqn)
         kind = kind if kind in self.whole else eqn.primitive.name
-        chosen = kind == "cond" and values[0].const == PLATFORM
-        if kind in CALLS or chosen or not any(v.level for v in values):
+        chosen = kind == "cond" and values[0].const == trace.PLATFORM
+        if kind in trace.CALLS or chosen or not any(v.level for v in values):
             return None
         labels = [v.label for v in values if v.label and not v.level]
         return Match(kind, labels[0] if labels else "weights")
@@ -58,7 +52,7 @@ class _Operations(NamedTuple):
         return 1
 
 
-def trace(
+def trace_operations(
     model: nnx.Module, xs: jax.Array, who: str, whole: tuple[str, ...] = ()
 ) -> tuple[Traced, Pytree, Layers]:
     """Return a model in evaluation mode as a jaxpr, its state, and its neurons.
@@ -80,10 +74,27 @@ def trace(
             name = "/".join(map(str, path)) or type(module).__name__
             _neuron(module).name = name
             layers[name] = module
-    f, state = functional(model)
+    f, state = trace.functional(model)
     with _whole(layers):
-        traced = trace_function(f, state, xs, _Operations(whole), enter=True)
+        traced = trace.trace(f, state, xs, _Operations(whole), enter=True)
     return traced, state, layers
+
+
+def sum_rows(values: jax.Array) -> jax.Array:
+    """Return the sum of each row [B] of [B, ...], in float32."""
+    # Exact up to 16 million: sum up rows on the device, and all of them on the host.
+    return values.astype(jnp.float32).reshape(len(values), -1).sum(1)
+
+
+def multiply(eqn: JaxprEqn, operands: Sequence[jax.Array]) -> jax.Array:
+    """Return the sums [B] of a product, a site of ``PRODUCTS``, of other operands."""
+    operands = [jnp.asarray(v).astype(jnp.float32) for v in operands]
+    # JAX 0.10.2 on CPU computes nonsense from a kernel that it knows to be constant.
+    operands = jax.lax.optimization_barrier(operands)
+    if eqn.primitive.name in PRODUCTS:
+        params = eqn.params | {"preferred_element_type": jnp.dtype("float32")}
+        return sum_rows(eqn.primitive.bind(*operands, **params))
+    return sum_rows(trace.bind(eqn, operands)[0])
 
 
 def _neuron(layer: Neuron | Recurrent) -> Neuron:
