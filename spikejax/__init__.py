@@ -8,6 +8,7 @@ from spikejax.conversion import calibrate, convert, fold_norms
 from spikejax.layers import IF, LI, LIF, PLIF, MultiThreshold, neuron_layers
 from spikejax.neurons import NeuronParams, cascade, independent, lif, parallel
 from spikejax.nn import online
+from spikejax.nn.balance import balance
 from spikejax.nn.cells import ALIF, ILIF, CubaLIF, RefractoryLIF
 from spikejax.nn.delay import Delay, DelayedLinear
 from spikejax.nn.driven import spike_driven
@@ -46,6 +47,7 @@ __all__ = [
     "Penalised",
     "QuantReLU",
     "RefractoryLIF",
+    "balance",
     "calibrate",
     "cascade",
     "convert",

@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 from spikejax.nir import layers
 from spikejax.nir.graph import reachable
 from spikejax.nir.neurons import EULER, Integration, SoftReset, loop, specs, write
+from spikejax.nn.memory import evaluation_copy
 from spikejax.nn.operations import Layers, trace_operations
 from spikejax.nn.recurrent import Recurrent
 from spikejax.trace import Site, aval, run, where
@@ -79,6 +80,7 @@ def to_nir(
             f"{dt}, {xs.shape}, a {type(soft_reset).__name__} and a "
             f"{type(integration).__name__}."
         )
+    model = evaluation_copy("to_nir", model)
     traced, state, neurons = trace_operations(model, xs, "to_nir")
     writer = _Writer(neurons, dt, soft_reset, integration, sum_pool)
     shape = xs.shape[2:]

@@ -19,7 +19,12 @@ def _memories(model: nnx.Module) -> dict[tuple, Memory]:
     return {path: module for path, module in found if isinstance(module, Memory)}
 
 
-def _check_module(who: str, model: nnx.Module) -> None:
+def check_module(who: str, model: nnx.Module) -> None:
+    """Check that a model is an instance of nnx.Module.
+
+    Raises:
+        ValueError: it is a class, a function, or a result that holds the model.
+    """
     if not isinstance(model, nnx.Module):
         raise ValueError(
             f"{who}: expected an nnx.Module, got a {type(model).__name__}. Make an "
@@ -34,7 +39,7 @@ def evaluation_copy(who: str, model: Model) -> Model:
     Raises:
         ValueError: it is a class, a function, or a result that holds the model.
     """
-    _check_module(who, model)
+    check_module(who, model)
     model = nnx.clone(model)
     model.eval()
     return model
@@ -54,7 +59,7 @@ def keep_membranes(model: Model, xs: jax.Array) -> Model:
     Raises:
         ValueError: the model has no spiking neurons.
     """
-    _check_module("keep_membranes", model)
+    check_module("keep_membranes", model)
     drop_membranes(model)
     if not _memories(model):
         raise ValueError(

@@ -17,7 +17,7 @@ from jax.extend.core import JaxprEqn, Primitive
 from spikejax import trace
 from spikejax._compat import iter_modules
 from spikejax.layers import Neuron
-from spikejax.nn.memory import evaluation_copy
+from spikejax.nn.memory import check_module
 from spikejax.nn.recurrent import Recurrent
 from spikejax.trace import Match, Pytree, Traced, Value
 
@@ -55,7 +55,7 @@ class _Operations(NamedTuple):
 def trace_operations(
     model: nnx.Module, xs: jax.Array, who: str, whole: tuple[str, ...] = ()
 ) -> tuple[Traced, Pytree, Layers]:
-    """Return a model in evaluation mode as a jaxpr, its state, and its neurons.
+    """Return a model in its mode as a jaxpr, its state, and its neurons.
 
     A layer of neurons is an equation of the primitive ``neurons``, with its path in the
     model.
@@ -66,7 +66,8 @@ def trace_operations(
         who: name of the caller, for an error.
         whole: names of functions that are one operation, as nn.cpu's convolution.
     """
-    model = evaluation_copy(who, model)
+    check_module(who, model)
+    model = nnx.clone(model)
     layers: Layers = {}
     # The longest path first: a Recurrent holds a Neuron, and gives it its own path.
     for path, module in sorted(iter_modules(model), key=lambda item: -len(item[0])):
