@@ -96,7 +96,7 @@ def write_images(path: Path, data_dir: Path | None) -> int:
     arrays: dict[str, Any] = {"mean": found.mean, "std": found.std}
     for name, source in (("train", found.train), ("test", found.test)):
         split: Any = source.cached()
-        arrays |= {name: split.images, f"{name}_labels": split.labels}
+        arrays |= {name: split.values, f"{name}_labels": split.labels}
     np.savez(path, **arrays)
     return len(arrays["train"])
 

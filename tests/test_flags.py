@@ -23,6 +23,7 @@ from experiments import (
     speech,
 )
 from spikejax.data import events, images, sequences
+from spikejax.data.split import Arrays
 from spikejax.experiment import build, config
 from spikejax.experiment.cli import flag_name, flatten
 from spikejax.train import TrainConfig, processes
@@ -145,66 +146,60 @@ def recordings(tmp_path_factory):
     return path
 
 
+def stand_ins(note):
+    """Yields (module, name, function in its place) for all that takes long.
+
+    What they are called with goes to note, as far as it reaches training.
+    """
+
+    def fit(recipe, model, loss, train_data, eval_data, *, encode, mesh, **more):
+        batch, held_out = next(train_data), next(iter(eval_data))
+        logits = jax.random.normal(jax.random.key(0), (4, 2, 10))
+        note(recipe, model, np.asarray(loss(logits, np.arange(4))).tolist())
+        note(*(a[0].tobytes() for a in (batch["image"], held_out["image"])))
+        note(jax.eval_shape(encode, batch["image"], None), mesh.shape, more)
+        return SimpleNamespace(model=None, metrics=RESULT | {"steps": 1}, finished=True)
+
+    def train_batches(*args, workers, **options):
+        return note(workers) or original(*args, workers=0, **options)
+
+    def load_events(name, framing, data_dir, **cache):
+        note(data_dir, framing.sort)  # these recordings are in order
+        return events.load(name, framing, None, **cache)
+
+    ones, twos = np.ones((16, 2, 3), "f4"), np.full(16, 2, "i4")
+    split = Arrays(ones, np.arange(16, dtype="i4"), twos)
+    spoken = sequences.SequenceSet(split, split, ("", ""), "")
+    original = images.train_batches
+    yield config, "fit", fit
+    yield config, "report", lambda *_: RESULT
+    yield config, "build_model", lambda *options, **more: (options, more)
+    yield images, "load", lambda name, folder=None: note(folder) or load(name)
+    yield images, "train_batches", train_batches
+    nothing = contextlib.nullcontext
+    yield processes, "distributed", lambda flags, _: note(flags) or nothing()
+    yield dvs_cifar10, "load_events", load_events
+    yield dvs_cifar10, "by_class", lambda *_: {}
+    yield dvs_cifar10, "report", lambda *_, **more: RESULT
+    yield dvs_cifar10, "run_stream", lambda *_: note("streamed")
+    yield speech.speech, "spoken_digit", lambda *a, **more: note(a, more) or spoken
+    yield speech, "report", lambda *_, **more: RESULT | more | {"parameters": 1}
+    yield convert, "calibrate", lambda *_, **more: SimpleNamespace(model=None)
+    yield convert.Conversions, "row", lambda self, *args: note(args) or ROW
+    picture = SimpleNamespace(savefig=lambda *_, **more: None)
+    yield convert, "figure", lambda _: picture
+    yield digits, "show", lambda *_: None
+    yield general, "table", lambda *_: None
+
+
 @pytest.fixture
 def effect(monkeypatch, recordings, tmp_path, capsys):
     """(script, words) -> all that reaches training, or the error's line."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(recordings))
     monkeypatch.chdir(tmp_path)
     found = []
-
-    def fit(recipe, model, loss, train_data, eval_data, *, encode, mesh, **more):
-        batch, held_out = next(train_data), next(iter(eval_data))
-        logits = jax.random.normal(jax.random.key(0), (4, 2, 10))
-        found.extend((recipe, model, np.asarray(loss(logits, np.arange(4))).tolist()))
-        found.extend(a[0].tobytes() for a in (batch["image"], held_out["image"]))
-        found.extend((jax.eval_shape(encode, batch["image"], None), mesh.shape, more))
-        return SimpleNamespace(model=None, metrics=RESULT | {"steps": 1}, finished=True)
-
-    def load_images(name, data_dir=None):
-        found.append(data_dir)
-        return load(name)
-
-    def train_batches(*args, workers, **options):
-        found.append(workers)
-        return original(*args, workers=0, **options)
-
-    @contextlib.contextmanager
-    def distributed(flags, settings):
-        found.append(flags)
-        yield
-
-    def load_events(name, framing, data_dir, **cache):
-        found.extend((data_dir, framing.sort))  # these recordings are in order
-        return events.load(name, framing, None, **cache)
-
-    def load_sequences(*args, **options):
-        found.append((args, options))
-        split = sequences.Sequences(
-            np.ones((16, 2, 3), "f4"), np.full(16, 2, "i4"), np.arange(16, dtype="i4")
-        )
-        return sequences.SequenceSet(split, split, ("", ""), "")
-
-    original = images.train_batches
-    for owner, name, new in (
-        (config, "fit", fit),
-        (config, "report", lambda *_: RESULT),
-        (config, "build_model", lambda *options, **more: (options, more)),
-        (images, "load", load_images),
-        (images, "train_batches", train_batches),
-        (processes, "distributed", distributed),
-        (dvs_cifar10, "load_events", load_events),
-        (dvs_cifar10, "by_class", lambda *_: {}),
-        (dvs_cifar10, "report", lambda *_, **more: RESULT),
-        (dvs_cifar10, "run_stream", lambda *_: found.append("streamed")),
-        (speech.speech, "spoken_digit", load_sequences),
-        (speech, "report", lambda *_, **more: RESULT | more | {"parameters": 1}),
-        (convert, "calibrate", lambda *_, **more: SimpleNamespace(model=None)),
-        (convert.Conversions, "row", lambda self, *args: found.append(args) or ROW),
-        (convert, "figure", lambda _: SimpleNamespace(savefig=lambda *_, **more: None)),
-        (digits, "show", lambda *_: None),
-        (general, "table", lambda *_: None),
-    ):
-        monkeypatch.setattr(owner, name, new)
+    for owner, name, function in stand_ins(lambda *words: found.extend(words)):
+        monkeypatch.setattr(owner, name, function)
 
     def run(script, words):
         found.clear()

@@ -12,14 +12,14 @@ from sklearn.datasets import load_digits
 from spikejax.data import augment
 from spikejax.data.augment import center_crop, inception_crop
 from spikejax.data.images import eval_batches, load, train_batches
-from spikejax.data.split import ArrayImages, EncodedImages
+from spikejax.data.split import Arrays, EncodedImages
 
 
 def numbered(count, shape=(2, 2, 1)):
     """Images whose pixels are their number, and so are the labels."""
     values = np.arange(count, dtype=np.uint8)
     pixels = np.broadcast_to(values[:, None, None, None], (count, *shape))
-    return ArrayImages(pixels.copy(), values.astype(np.int32))
+    return Arrays(pixels.copy(), values.astype(np.int32))
 
 
 def labels(batches, count=None):
@@ -49,25 +49,25 @@ def test_digits_are_scikit_learns():
 
 def test_fake_is_the_same_every_time():
     first, second = load("fake"), load("fake")
-    assert first.shape == (32, 32, 3) and first.train.images.dtype == np.uint8
-    assert np.array_equal(first.train.images, second.train.images)
+    assert first.shape == (32, 32, 3) and first.train.values.dtype == np.uint8
+    assert np.array_equal(first.train.values, second.train.values)
     assert np.array_equal(first.test.labels, second.test.labels)
-    assert int(first.train.images[:100].sum(dtype=np.int64)) == 39737710
+    assert int(first.train.values[:100].sum(dtype=np.int64)) == 39737710
 
 
 def test_fake_can_be_learned():
     fake = load("fake")
     train, test = fake.train, fake.test
-    pixels = train.images.astype(np.float32)
+    pixels = train.values.astype(np.float32)
     means = np.stack([pixels[train.labels == k].mean(0) for k in range(10)])
-    distance = ((test.images[:, None] - means) ** 2).mean((2, 3, 4))
+    distance = ((test.values[:, None] - means) ** 2).mean((2, 3, 4))
     assert np.mean(distance.argmin(1) == test.labels) > 0.99
 
 
 @pytest.mark.parametrize("name", ["digits", "fake"])
 def test_statistics_are_those_of_the_training_images(name):
     data = load(name)
-    pixels = data.train.images / 255
+    pixels = data.train.values / 255
     assert np.allclose(data.mean, pixels.mean((0, 1, 2)))
     assert np.allclose(data.std, pixels.std((0, 1, 2)))
     assert len(data.mean) == data.shape[-1] and len(data.class_names) == 10
@@ -129,8 +129,8 @@ def test_shards_of_a_set_that_they_do_not_divide_lose_nothing():
 
 
 def test_a_crop_draws_anew_for_each_image_batch_and_seed():
-    source = ArrayImages(np.tile(numbered(1).images, (8, 8, 9, 1)), np.arange(8))
-    source.images[:] = np.random.default_rng(0).integers(0, 256, (1, 16, 18, 1))
+    source = Arrays(np.tile(numbered(1).values, (8, 8, 9, 1)), np.arange(8))
+    source.values[:] = np.random.default_rng(0).integers(0, 256, (1, 16, 18, 1))
 
     def cropped(seed):
         batches = train_batches(source, 8, seed=seed, crop=inception_crop(6))
@@ -160,7 +160,7 @@ def test_augmentation_does_not_reach_the_source():
 
     source = numbered(10)
     assert not next(train_batches(source, 10, seed=0, augment=erase))["image"].any()
-    assert np.array_equal(source.images, numbered(10).images)
+    assert np.array_equal(source.values, numbered(10).values)
 
 
 class Halves:

@@ -166,7 +166,7 @@ def rows_of_digits():
     found = images.load("digits")
     return [
         (
-            jnp.asarray(split.images[..., 0], jnp.float32) / 255,
+            jnp.asarray(split.values[..., 0], jnp.float32) / 255,
             jnp.asarray(split.labels),
         )
         for split in (found.train, found.test)

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from spikejax.data import images, sequences
-from spikejax.data.sequences import Sequences, pad
+from spikejax.data.sequences import pad
+from spikejax.data.split import Arrays
 
 
 def test_pad_by_hand():
     rows = [np.array([[1.0, 2]]), np.array([[3.0, 4], [5, 6], [7, 8]])]
     found = pad(rows, [4, 0], 2)
-    assert found.xs.tolist() == [[[1, 2], [0, 0]], [[3, 4], [5, 6]]]
+    assert found.values.tolist() == [[[1, 2], [0, 0]], [[3, 4], [5, 6]]]
     assert found.lengths.tolist() == [1, 2] and found.labels.tolist() == [4, 0]
     assert found.lengths.dtype == found.labels.dtype == np.int32
     assert found.shape == (2, 2) and len(found) == 2 and found.cached() is found
@@ -37,7 +38,7 @@ def test_batches_have_the_lengths_of_their_sequences():
     lengths = np.arange(1, 11, dtype=np.int32)
     xs = np.zeros((10, 10, 1), np.float32)
     xs[:, :, 0] = np.arange(10) < lengths[:, None]
-    split = Sequences(xs, lengths, lengths - 1)
+    split = Arrays(xs, lengths - 1, lengths)
     batches = images.train_batches(split, 4, seed=0)
     for _ in range(3):
         batch = next(batches)
@@ -77,7 +78,7 @@ def test_spikes_are_counted_by_unit_and_step(shd):
     found = sequences.heidelberg("shd", shd, 50)
     assert found.class_names == ("zero", "one") and found.num_classes == 2
     assert found.shape == (140,) and found.split == "shd_test.h5"
-    first, second = found.train.xs[:2]
+    first, second = found.train.values[:2]
     assert first.shape == (50, 140) and first.dtype == np.uint8
     places = {(int(t), int(f)): int(first[t, f]) for t, f in np.argwhere(first)}
     assert places == {(0, 0): 2, (2, 139): 1}
@@ -85,12 +86,12 @@ def test_spikes_are_counted_by_unit_and_step(shd):
     assert found.train.lengths.tolist() == [3, 50] * 10
     assert found.train.labels.tolist() == [1, 0] * 10
     # A recording without spikes has one step, in which there is none.
-    assert found.test.lengths.tolist() == [1, 1] and found.test.xs.sum() == 1
+    assert found.test.lengths.tolist() == [1, 1] and found.test.values.sum() == 1
 
 
 def test_steps_and_units_have_their_size(shd):
     found = sequences.heidelberg("shd", shd, 4, step_ms=20, units=700)
-    assert found.train.xs[0].tolist() == [[2], [1], [0], [0]]
+    assert found.train.values[0].tolist() == [[2], [1], [0], [0]]
     assert found.train.lengths[:2].tolist() == [2, 4]
 
 
@@ -98,7 +99,7 @@ def test_counts_stay_at_255(tmp_path):
     for part in ("train", "test"):
         write(tmp_path / f"shd_{part}.h5", [[(0.0, 0)] * 300], [0])
     found = sequences.heidelberg("shd", tmp_path, 4)
-    assert found.train.xs.max() == 255 and found.class_names == ("0",)
+    assert found.train.values.max() == 255 and found.class_names == ("0",)
 
 
 def test_validation_is_a_part_of_training(shd):
@@ -136,12 +137,12 @@ def test_mnist_1d_is_that_of_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "mnist1d", ModuleType("mnist1d"))
     monkeypatch.setitem(sys.modules, "mnist1d.data", module)
     found = sequences.mnist_1d()
-    np.testing.assert_array_equal(found.train.xs[..., 0], made["x"])
-    assert found.train.xs.dtype == np.float32 and found.shape == (1,)
+    np.testing.assert_array_equal(found.train.values[..., 0], made["x"])
+    assert found.train.values.dtype == np.float32 and found.shape == (1,)
     assert found.test.labels.tolist() == [7, 8, 9] and found.num_classes == 10
     assert set(found.train.lengths) == {40}
     found = sequences.mnist_1d(8, validation=True)
-    assert found.test.xs[:, :, 0].tolist() == made["x"][18:, :8].tolist()
+    assert found.test.values[:, :, 0].tolist() == made["x"][18:, :8].tolist()
     assert len(found.train) == 18 and set(found.train.lengths) == {8}
 
 

@@ -62,7 +62,7 @@ def test_a_folder_for_each_class(tmp_path, made):
     assert data.test.labels.tolist() == [0, 0, 1, 1]
     for n, key in enumerate([("ant", 10), ("ant", 11), ("bee", 10), ("bee", 11)]):
         expected = frames.by_number(events[key], (6, 8), 2)
-        assert np.array_equal(data.test.images[n], expected)
+        assert np.array_equal(data.test.values[n], expected)
 
 
 def test_recordings_too_short_to_be_divided_are_an_error(tmp_path, made):
@@ -90,12 +90,12 @@ def test_one_long_recording_for_each_class_is_cut(tmp_path, made):
     # 15 windows of 400 us and 9; 12 and 8 of them to train on
     assert data.train.labels.tolist() == [0] * 12 + [1] * 8
     assert data.test.labels.tolist() == [0, 0, 0, 1]
-    for counts, k in ((data.train.images[1], 1), (data.test.images[0], 12)):
+    for counts, k in ((data.train.values[1], 1), (data.test.values[0], 12)):
         start = 50 + 400 * k
         part = events[(events["t"] >= start) & (events["t"] < start + 400)]
         expected = frames.by_duration(part, (6, 8), 2, span=(start, start + 400))
         assert np.array_equal(counts, expected)
-    assert data.train.images[1].sum((1, 2, 3)).tolist() == [1, 2]  # at 50, 200, 350 us
+    assert data.train.values[1].sum((1, 2, 3)).tolist() == [1, 2]  # at 50, 200, 350 us
 
 
 def test_windows_without_events_are_no_samples(tmp_path, made):
@@ -106,7 +106,7 @@ def test_windows_without_events_are_no_samples(tmp_path, made):
         np.savez(tmp_path / f"set/{name}.npz", t=t, height=6, width=8, **columns)
     data = made(window=1000)  # 2 windows, 3 without events, 4, and a shorter rest
     assert data.train.labels.tolist() == [0] * 5 + [1] * 5 and len(data.test) == 2
-    assert (data.train.images.sum((1, 2, 3, 4), dtype=int) == 10).all()
+    assert (data.train.values.sum((1, 2, 3, 4), dtype=int) == 10).all()
 
 
 def test_many_recordings_in_one_file(tmp_path, made):
@@ -126,7 +126,7 @@ def test_many_recordings_in_one_file(tmp_path, made):
     assert data.class_names == ("0", "1", "2") and data.split == "test.npz, as given"
     assert data.train.labels.tolist() == [2, 0]
     assert data.sensor == (1, 10)  # as no file says it: what the events need
-    seen = made(kind="duration", time_steps=5).train.images[1]
+    seen = made(kind="duration", time_steps=5).train.values[1]
     assert np.argwhere(seen)[:, [0, 2]].tolist() == [[k, 5 + k] for k in range(5)]
 
 
@@ -150,7 +150,7 @@ def test_dvs128_gesture_has_its_authors_split(tmp_path):
     data = load("dvs128-gesture", Framing(1), tmp_path, cache_dir=tmp_path / "cache")
     assert sorted(data.train.labels) == sorted(data.test.labels) == list(range(11))
     assert data.num_classes == 11 and data.sensor == (128, 128)
-    assert np.argwhere(data.test.images[0]).tolist() == [[0, 4, 3, 1], [0, 6, 5, 0]]
+    assert np.argwhere(data.test.values[0]).tolist() == [[0, 4, 3, 1], [0, 6, 5, 0]]
 
 
 def gesture_archive(root, labels=None):
@@ -176,7 +176,7 @@ def test_dvs128_gesture_from_its_archive(tmp_path, name):
     assert data.train.labels.tolist() == data.test.labels.tolist() == list(range(11))
     assert data.class_names[0] == "hand clapping" and data.sensor == (128, 128)
     assert data.split == "trials_to_test.txt, as given"
-    for k, counts in enumerate(data.test.images):
+    for k, counts in enumerate(data.test.values):
         part = events[100 * k : 100 * k + 100]
         assert np.array_equal(counts, frames.by_number(part, (128, 128), 2))
 
@@ -212,9 +212,9 @@ def test_cifar10_dvs_from_its_archive(tmp_path):
     data = load("cifar10-dvs", Framing(1), tmp_path, cache_dir=tmp_path / "cache")
     assert data.class_names == ("airplane", "truck") and data.sensor == (128, 128)
     # By their numbers 9 and 10 are the last.
-    assert data.test.images.sum((1, 2, 3, 4), int).tolist() == [59, 60, 59, 60]
+    assert data.test.values.sum((1, 2, 3, 4), int).tolist() == [59, 60, 59, 60]
     expected = frames.by_number(made_up(59, (128, 128)), (128, 128), 1)
-    assert np.array_equal(data.test.images[0], expected)
+    assert np.array_equal(data.test.values[0], expected)
 
 
 def test_ncaltech101_is_as_large_as_its_events(tmp_path):
@@ -228,7 +228,7 @@ def test_ncaltech101_is_as_large_as_its_events(tmp_path):
     events = made_up(60, size, step=50)
     assert data.sensor == recordings.extent(events) and len(data.test) == 2
     expected = frames.by_number(events, data.sensor, 1)
-    assert np.array_equal(data.test.images[1], expected)
+    assert np.array_equal(data.test.values[1], expected)
 
 
 def test_events_out_of_order_are_sorted_when_asked(tmp_path, made):
@@ -243,7 +243,7 @@ def test_events_out_of_order_are_sorted_when_asked(tmp_path, made):
     ):
         made()
     expected = frames.by_number(sorted_events, (6, 8), 2)
-    assert np.array_equal(made(sort=True).test.images[0], expected)
+    assert np.array_equal(made(sort=True).test.values[0], expected)
 
 
 def test_hidden_files_do_not_count_and_names_may_differ_in_case(tmp_path, made):
@@ -274,7 +274,7 @@ def test_nmnist_as_tonic_reads_it(data_dir, tmp_path):
     for part, is_train in ((data.train, True), (data.test, False)):
         tonics = Local(str(tmp_path), train=is_train, transform=to_frame)
         assert part.labels.tolist() == tonics.targets
-        for counts, (expected, _) in zip(part.images, tonics, strict=True):
+        for counts, (expected, _) in zip(part.values, tonics, strict=True):
             expected = expected[0].transpose(1, 2, 0)
             assert abs(counts.sum(0).astype(int) - expected).sum() <= 1
 
@@ -284,12 +284,12 @@ def test_the_local_slice_of_nmnist(data_dir, tmp_path):
     if not path.is_dir():
         pytest.skip(f"no {path}")
     data = load(str(path), Framing(2, side=17), cache_dir=tmp_path)
-    assert data.train.images.shape == (900, 2, 17, 17, 2) and len(data.test) == 100
+    assert data.train.values.shape == (900, 2, 17, 17, 2) and len(data.test) == 100
     assert data.sensor == (34, 34) and data.num_classes == 10
     with np.load(path / "test.npz") as arrays:
         assert np.array_equal(data.test.labels, arrays["labels"])
         counts = np.diff(arrays["offsets"])
-    assert np.array_equal(data.test.images.sum((1, 2, 3, 4), dtype=int), counts)
+    assert np.array_equal(data.test.values.sum((1, 2, 3, 4), dtype=int), counts)
 
 
 # Frames
@@ -308,8 +308,8 @@ def test_kinds_of_frames_and_their_size(tmp_path, made, kind, make):
     data = made(kind=kind, side=4, time_steps=3)
     expected = make(frames.resized(events, (6, 8), (4, 4)), (4, 4), 3)
     assert data.shape == (4, 4, expected.shape[-1])
-    assert data.train.images.dtype == expected.dtype
-    assert np.array_equal(data.train.images[0], expected)
+    assert data.train.values.dtype == expected.dtype
+    assert np.array_equal(data.train.values[0], expected)
 
 
 def test_frames_are_kept_until_a_file_or_setting_changes(tmp_path, made, monkeypatch):
@@ -322,12 +322,12 @@ def test_frames_are_kept_until_a_file_or_setting_changes(tmp_path, made, monkeyp
     assert len(kept()) == 1
     with monkeypatch.context() as patch:
         patch.setattr(recordings, "read", None)  # the files are not read again
-        assert np.array_equal(made().train.images, first.train.images)
+        assert np.array_equal(made().train.values, first.train.values)
     made(kind="duration")
     assert len(kept()) == 2
     write(tmp_path / "set/ant/ant_3.npz", 99)
     os.utime(tmp_path / "set/ant/ant_3.npz", ns=(1, 1))
-    assert not np.array_equal(made().train.images, first.train.images)
+    assert not np.array_equal(made().train.values, first.train.values)
     assert len(kept()) == 3
 
 

@@ -135,7 +135,7 @@ def same(a, b):
 
 
 def frames_of(split):
-    return [x[:n] for x, n in zip(split.xs, split.lengths, strict=True)]
+    return [x[:n] for x, n in zip(split.values, split.lengths, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_spikes_are_those_of_the_normalised_frames(folder):
     pairs = zip(frames_of(frames.test), frames_of(spikes.test), strict=True)
     for row, found in pairs:
         np.testing.assert_array_equal(found, delta(row, 0.5))
-    assert spikes.shape == (80,) and spikes.test.xs.dtype == np.uint8
+    assert spikes.shape == (80,) and spikes.test.values.dtype == np.uint8
 
 
 def test_a_speaker_that_is_not_there(folder):

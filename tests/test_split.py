@@ -9,7 +9,7 @@ from PIL import Image
 
 from spikejax.data import split
 from spikejax.data.augment import center_crop, inception_crop
-from spikejax.data.split import ArrayImages, EncodedImages, Record
+from spikejax.data.split import Arrays, EncodedImages, Record
 
 
 def listed(*encoded, shape=(None, None, 3), num_classes=2):
@@ -122,8 +122,8 @@ def test_only_splits_of_one_shape_stay_in_memory(monkeypatch):
     )
     assert any_size.cached() is any_size
     cached, expected = source.cached(), source.take([0, 1])
-    assert isinstance(cached, ArrayImages) and source.cached() is cached
-    assert np.array_equal(cached.images, expected["image"])
+    assert isinstance(cached, Arrays) and source.cached() is cached
+    assert np.array_equal(cached.values, expected["image"])
     assert cached.cached() is cached and np.array_equal(cached.labels, [0, 1])
     monkeypatch.setattr(split, "IN_MEMORY_BYTES", 2 * 40 * 40 * 3 - 1)
     assert source.cached() is source
@@ -137,7 +137,7 @@ def test_labels_of_arrays_are_checked_once():
         ([0.0, 1.0, 2.0], "got float64"),
     ):
         with pytest.raises(ValueError, match=text):
-            ArrayImages(images, np.array(labels))
+            Arrays(images, np.array(labels))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -150,7 +150,7 @@ def test_arrays_are_cropped_as_files_are(channels):
     ]
     encoded = listed(*files, shape=(30, 40, channels))
     for crop in (center_crop(9), inception_crop(9)):
-        expected = ArrayImages(pixels, labels).take([1, 0], crop)
+        expected = Arrays(pixels, labels).take([1, 0], crop)
         batch = encoded.take([1, 0], crop)
         assert np.array_equal(batch["image"], expected["image"])
         assert np.array_equal(batch["label"], [1, 0])
@@ -158,7 +158,7 @@ def test_arrays_are_cropped_as_files_are(channels):
 
 def test_a_crop_draws_by_the_index_unless_it_is_given_numbers():
     pixels = np.random.default_rng(1).integers(0, 256, (1, 30, 40, 3), np.uint8)
-    source = ArrayImages(pixels.repeat(4, 0), np.zeros(4, np.int32))
+    source = Arrays(pixels.repeat(4, 0), np.zeros(4, np.int32))
     crop = inception_crop(9)
     all_four = source.take(range(4), crop)["image"]
     assert len({image.tobytes() for image in all_four}) == 4

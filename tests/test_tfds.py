@@ -34,7 +34,7 @@ def test_a_prepared_set_tells_its_shape_and_classes(prepared):
     assert pets.shape == (6, 5, 1) and pets.num_classes == 3
     assert pets.class_names == ("cat", "dog", "owl")
     assert (len(pets.train), len(pets.test)) == (20, 6)
-    pixels = pets.train.cached().images / 255
+    pixels = pets.train.cached().values / 255
     assert np.allclose(pets.mean, pixels.mean((0, 1, 2)))
     assert np.allclose(pets.std, pixels.std((0, 1, 2)))
 
@@ -56,7 +56,7 @@ def test_a_split_is_decoded_when_it_is_first_drawn_from(prepared):
 
 def test_a_large_split_is_decoded_batch_by_batch_to_the_same(prepared, monkeypatch):
     pets = load("tiny_pets", prepared)
-    expected = pets.train.cached().images
+    expected = pets.train.cached().values
     drawn = next(train_batches(pets.train, 8, seed=0))
     monkeypatch.setattr(split, "IN_MEMORY_BYTES", 20 * 6 * 5 - 1)
     again = load("tiny_pets", prepared)

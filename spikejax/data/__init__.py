@@ -1,1 +1,1 @@
-"""Data sets on the host: images, and the augmentation of them."""
+"""Data sets on the host, as batches: images, recordings of events, sequences."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from spikejax.data.augment import Augment, Crop
 from spikejax.data.files import image_folder, tiny_imagenet
-from spikejax.data.split import ArrayImages, Batch, Folder, Shape, Source, Splits
+from spikejax.data.split import Arrays, Batch, Folder, Shape, Source, Splits
 from spikejax.data.tfds import prepared_set
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -297,8 +297,8 @@ def _fake(_: Folder) -> Splits:
 
 
 def _in_memory(images: np.ndarray, labels: np.ndarray, count: int) -> Splits:
-    train = ArrayImages(images[:count], labels[:count])
-    test = ArrayImages(images[count:], labels[count:])
+    train = Arrays(images[:count], labels[:count])
+    test = Arrays(images[count:], labels[count:])
     return train, test, tuple("0123456789")
 
 

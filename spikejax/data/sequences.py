@@ -4,7 +4,6 @@ A batch is {"image": [B, T, F], "label": int32 [B], "length": int32 [B]}: a sequ
 padded with zeros behind its end, and cut where it is longer than T.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -12,53 +11,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spikejax.data.augment import Crop
-from spikejax.data.split import Batch, Folder, Indices, Rngs
+from spikejax.data.split import Arrays, Folder
 
 ADDRESS = "https://zenkelab.org/datasets"
 UNITS = 700  # of the cochlea of SHD and SSC
 
 
-@dataclasses.dataclass(frozen=True)
-class Sequences:
-    """A labelled split of padded sequences in memory.
-
-    Args:
-        xs: [N, T, F], real values or counts of spikes.
-        lengths: int32 [N], steps of each before the padding, 1 to T.
-        labels: int32 [N].
-    """
-
-    xs: np.ndarray
-    lengths: np.ndarray
-    labels: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape [T, F] of a padded sequence."""
-        return self.xs.shape[1:]
-
-    def cached(self) -> "Sequences":
-        """Return the split itself."""
-        return self
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(
-        self, indices: Indices, crop: Crop | None = None, rngs: Rngs | None = None
-    ) -> Batch:
-        """Return the examples at these indices as one batch; nothing is cropped."""
-        rows = np.asarray(indices)
-        parts = self.xs[rows], self.labels[rows], self.lengths[rows]
-        return dict(zip(("image", "label", "length"), parts, strict=True))
-
-
 class SequenceSet(NamedTuple):
     """A labelled set of sequences: two splits; split says in words what is tested."""
 
-    train: Sequences
-    test: Sequences
+    train: Arrays
+    test: Arrays
     class_names: tuple[str, ...]
     split: str
 
@@ -75,7 +38,7 @@ class SequenceSet(NamedTuple):
 
 def pad(
     sequences: Sequence[np.ndarray], labels: Sequence[int] | np.ndarray, time_steps: int
-) -> Sequences:
+) -> Arrays:
     """Return sequences as one array with their lengths.
 
     Args:
@@ -93,11 +56,11 @@ def pad(
             f"time_steps >= 1, got {len(sequences)} of {shapes} and {time_steps}."
         )
     shape = (len(sequences), time_steps, *sequences[0].shape[1:])
-    xs = np.zeros(shape, sequences[0].dtype)
-    for row, x in zip(xs, sequences, strict=True):
+    values = np.zeros(shape, sequences[0].dtype)
+    for row, x in zip(values, sequences, strict=True):
         row[: len(x)] = x[:time_steps]
     lengths = np.minimum(list(map(len, sequences)), time_steps).astype(np.int32)
-    return Sequences(xs, lengths, np.asarray(labels, np.int32))
+    return Arrays(values, np.asarray(labels, np.int32), lengths)
 
 
 def heidelberg(
@@ -140,7 +103,7 @@ def heidelberg(
 
 def _counts(
     path: Path, time_steps: int, step_ms: float, units: int
-) -> tuple[Sequences, tuple[str, ...]]:
+) -> tuple[Arrays, tuple[str, ...]]:
     import h5py
 
     counts, size = [], -(-UNITS // units)
@@ -198,7 +161,6 @@ def mnist_1d(time_steps: int = 40, *, validation: bool = False) -> SequenceSet:
     return SequenceSet(train, test, tuple("0123456789"), split)
 
 
-def _last_tenth(train: Sequences) -> tuple[Sequences, Sequences]:
-    parts = (train.xs, train.lengths, train.labels)
-    cut = len(train) * 9 // 10
-    return Sequences(*(a[:cut] for a in parts)), Sequences(*(a[cut:] for a in parts))
+def _last_tenth(train: Arrays) -> tuple[Arrays, Arrays]:
+    cut, parts = len(train) * 9 // 10, vars(train).values()
+    return Arrays(*(part[:cut] for part in parts)), Arrays(*(p[cut:] for p in parts))

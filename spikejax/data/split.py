@@ -1,4 +1,4 @@
-"""Splits of image sets by index: in memory, or decoded when they are read."""
+"""Splits of labelled sets by index: in memory, or decoded when they are read."""
 
 import dataclasses
 import functools
@@ -18,7 +18,8 @@ from PIL import Image
 
 from spikejax.data.augment import Crop, to_image, to_pixels
 
-Batch = dict[str, np.ndarray]  # "image" uint8 [B, H, W, C] and "label" int32 [B]
+# "image" [B, ...] and "label" int32 [B]; of sequences "length" int32 [B] too.
+Batch = dict[str, np.ndarray]
 Indices = Sequence[int] | np.ndarray
 Rngs = Sequence[np.random.Generator]
 Folder = str | os.PathLike[str] | None
@@ -44,7 +45,7 @@ class Source(Protocol):
     """A split that train_batches and eval_batches can read."""
 
     @property
-    def shape(self) -> Shape: ...  # of an image, or of the frames of a recording
+    def shape(self) -> Shape: ...  # of an example
 
     def cached(self) -> "Source": ...  # in memory if it is small enough, else itself
 
@@ -65,36 +66,39 @@ class Source(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class ArrayImages:
+class Arrays:
     """A labelled split in memory or in a memory-mapped file.
 
     Args:
-        images: [N, H, W, C], or frames of recordings [N, T, H, W, C].
+        values: images [N, H, W, C], frames of recordings [N, T, H, W, C], or padded
+            sequences [N, T, F].
         labels: integers [N], >= 0.
+        lengths: int32 [N], steps of each sequence before the padding, 1 to T.
 
     Raises:
-        ValueError: the labels are not of this kind, or not one per image.
+        ValueError: the labels are not of this kind, or not one per example.
     """
 
-    images: np.ndarray
+    values: np.ndarray
     labels: np.ndarray
+    lengths: np.ndarray | None = None
 
     def __post_init__(self):
         # Checked here, once: training does not look at the labels of each step.
-        kind, count = self.labels.dtype.kind, len(self.images)
+        kind, count = self.labels.dtype.kind, len(self.values)
         if kind not in "iu" or self.labels.shape != (count,) or (self.labels < 0).any():
             raise ValueError(
-                f"ArrayImages: expected {count} integer labels >= 0, got "
+                f"Arrays: expected {count} integer labels >= 0, got "
                 f"{self.labels.dtype} {self.labels.shape}, the smallest "
                 f"{self.labels.min(initial=0)}. Leave out examples without a label."
             )
 
     @property
-    def shape(self) -> Shape:
-        """Shape of one image or of the frames of one recording."""
-        return self.images.shape[1:]
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return self.values.shape[1:]
 
-    def cached(self) -> "ArrayImages":
+    def cached(self) -> "Arrays":
         """Return the split itself."""
         return self
 
@@ -105,11 +109,14 @@ class ArrayImages:
         self, indices: Indices, crop: Crop | None = None, rngs: Rngs | None = None
     ) -> Batch:
         """Return the examples at these indices as one batch; see Source."""
-        images, labels = self.images[indices], self.labels[indices]
+        values, labels = self.values[indices], self.labels[indices]
         if crop:
-            crops = map(crop, map(to_image, images), rngs or _seeded(indices))
-            images = np.stack([to_pixels(image) for image in crops])
-        return {"image": images, "label": labels.astype(np.int32)}
+            crops = map(crop, map(to_image, values), rngs or _seeded(indices))
+            values = np.stack([to_pixels(image) for image in crops])
+        batch = {"image": values, "label": labels.astype(np.int32)}
+        if self.lengths is not None:
+            batch["length"] = self.lengths[indices]
+        return batch
 
 
 class Record(NamedTuple):
@@ -151,14 +158,14 @@ class EncodedImages:
         return self._decoded if size <= IN_MEMORY_BYTES else self
 
     @functools.cached_property
-    def _decoded(self) -> ArrayImages:
+    def _decoded(self) -> Arrays:
         images = np.empty((len(self), *(side or 0 for side in self.shape)), np.uint8)
         labels = np.empty(len(self), np.int32)
         for start in range(0, len(self), 1000):  # not a second copy of the whole split
             part = slice(start, start + 1000)
             batch = self.take(range(len(self))[part])
             images[part], labels[part] = batch["image"], batch["label"]
-        return ArrayImages(images, labels)
+        return Arrays(images, labels)
 
     def take(
         self, indices: Indices, crop: Crop | None = None, rngs: Rngs | None = None

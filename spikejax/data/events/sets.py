@@ -24,7 +24,7 @@ from spikejax.data.events.columns import (
     from_columns,
     named_columns,
 )
-from spikejax.data.split import ArrayImages, Folder
+from spikejax.data.split import Arrays, Folder
 
 KINDS: dict[str, frames.ToFrames] = {
     "number": frames.by_number,
@@ -79,8 +79,8 @@ class EventSet:
     split describes the test split in words; sensor is (height, width) of the camera.
     """
 
-    train: ArrayImages
-    test: ArrayImages
+    train: Arrays
+    test: Arrays
     class_names: tuple[str, ...]
     split: str
     sensor: Size
@@ -88,7 +88,7 @@ class EventSet:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one frame, (H, W, C)."""
-        return self.train.images.shape[2:]
+        return self.train.shape[1:]
 
     @property
     def num_classes(self) -> int:
@@ -393,9 +393,9 @@ def _info(folder: Path) -> dict[str, Any]:
     return json.loads(text)
 
 
-def _open(folder: Path, part: str, info: dict[str, Any]) -> ArrayImages:
+def _open(folder: Path, part: str, info: dict[str, Any]) -> Arrays:
     """Return a split that was built; its frames are read from disk when drawn."""
     labels = np.array(info[part], np.int32)
     shape = (len(labels), *info["shape"])
     images = np.memmap(folder / f"{part}.frames", info["dtype"], "r", shape=shape)
-    return ArrayImages(images, labels)
+    return Arrays(images, labels)
