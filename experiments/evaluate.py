@@ -10,10 +10,8 @@ many classes, --flip the mean over each image and its mirror image.
 import dataclasses
 from pathlib import Path
 
-from tyro.conf import Positional
-
 from spikejax.data import images
-from spikejax.experiment.cli import parse, run_cli
+from spikejax.experiment.cli import Positional, parse, run_cli
 from spikejax.experiment.trained import evaluate, load_images
 
 

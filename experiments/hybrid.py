@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tyro.conf import Positional
 
 from spikejax import energy
 from spikejax.conversion import calibrate, convert, least_error
@@ -30,7 +29,7 @@ from spikejax.experiment import (
     train,
 )
 from spikejax.experiment.build import THRESHOLDS
-from spikejax.experiment.cli import parse, run_cli
+from spikejax.experiment.cli import Positional, parse, run_cli
 from spikejax.train import workdir
 from spikejax.train.recipe import Ranges, check_settings
 

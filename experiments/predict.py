@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tyro.conf import Positional
 
 from spikejax import energy
 from spikejax.data.files import file_reader
 from spikejax.data.split import EncodedImages
-from spikejax.experiment.cli import parse, run_cli
+from spikejax.experiment.cli import Positional, parse, run_cli
 from spikejax.experiment.trained import Trained, load_images
 
 TOP = 3  # names of an image

@@ -12,9 +12,7 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
-from tyro.conf import Positional
-
-from spikejax.experiment.cli import parse, run_cli
+from spikejax.experiment.cli import Positional, parse, run_cli
 
 
 @dataclasses.dataclass(frozen=True)

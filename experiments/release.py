@@ -12,11 +12,10 @@ import json
 from pathlib import Path
 
 import jax.numpy as jnp
-from tyro.conf import Positional
 
 from spikejax import energy
 from spikejax.data import images
-from spikejax.experiment.cli import parse, run_cli
+from spikejax.experiment.cli import Positional, parse, run_cli
 from spikejax.experiment.trained import (
     SHIPPED,
     Trained,

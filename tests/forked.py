@@ -16,7 +16,7 @@ PATIENCE = 300  # seconds until a child counts as hanging
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["spikejax.experiment", "spikejax.plot", "spikejax.train.checkpoint"]
-    + ["grain", "tensorflow_datasets", "tyro", "rich.progress", "sklearn.datasets"]
+    + ["grain", "tensorflow_datasets", "rich.progress", "sklearn.datasets"]
     + ["tensorboardX.event_file_writer", "matplotlib.pyplot"]
 )
 

@@ -76,10 +76,8 @@ def test_a_flag_like_no_other_points_at_help(refused, flag):
     refused(rf"got {flag}\. --help lists them\.$", flag)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # of frames around errors
-def test_a_narrow_terminal_gets_one_line_too(refused, monkeypatch, encoding):
+def test_a_narrow_terminal_gets_one_line_too(refused, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
     refused(r"^flags: expected an integer after --steps, got 'many'", "--steps=many")
     refused(r"^flags: expected one of max, avg after --pool, .*\.$", "--pool", "min")
 
@@ -175,7 +173,7 @@ def test_help_explains_every_flag(script, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         command(monkeypatch, "--help", script=script)
     assert exit.value.code == 0
-    text = re.sub(r"[\s│]+", "", capsys.readouterr().out)
+    text = re.sub(r"\s+", "", capsys.readouterr().out)
     default = script.DEFAULT
     configs = (default, default.inputs, default.network, default.activation)
     configs = (*map(type, configs), TrainConfig, Processes)
@@ -285,8 +283,8 @@ def test_help_has_a_group_per_part_with_all_that_a_flag_selects(monkeypatch, cap
     with pytest.raises(SystemExit) as exit:
         parse(digits.DEFAULT, "Train.\n\n    python -m x\n")
     text = capsys.readouterr().out
-    assert not exit.value.code and "Train.\n    python -m x\n" in text
-    groups = re.findall(r"(\w+) options ", text)
+    assert not exit.value.code and "Train.\n\n    python -m x\n" in text
+    groups = re.findall(r"(\w+) options:", text)
     assert groups == ["inputs", "network", "activation", "train", "processes"]
     network = text[text.index("network options") : text.index("activation options")]
     assert "18, 19 and 20 are those for CIFAR" in " ".join(network.split())
@@ -294,5 +292,5 @@ def test_help_has_a_group_per_part_with_all_that_a_flag_selects(monkeypatch, cap
         assert words in network
     assert "--pool" in network and "--residual" not in network
     # A text of several lines in the source is one paragraph.
-    text = " ".join(re.sub("[│|]", " ", text).split())
+    text = " ".join(text.split())
     assert "from whose weights the training starts: to train longer, with" in text

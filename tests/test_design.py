@@ -40,7 +40,6 @@ OPTIONAL = {
     "matplotlib": {"plot"},
     "rich": {"train.progress"},
     "tensorboardX": {"train.progress"},
-    "tyro": {"experiment.cli"},
     "h5py": {"nir.read"},
     "hdf5plugin": set(),
     "lz4": set(),
@@ -168,10 +167,9 @@ def test_experiments_are_not_imported(name):
 @pytest.mark.parametrize("name", FILES)
 def test_optional_packages_are_imported_in_their_file_only(name):
     found = {i.split(".")[0] for i in imports(at_import(TREES[name]))}
-    is_experiment = not name.startswith("spikejax")
     for package in found & set(OPTIONAL):
         homes = OPTIONAL[package]
-        assert inner_name(name) in homes or (is_experiment and package == "tyro"), (
+        assert inner_name(name) in homes, (
             f"{name} imports {package}, which only an extra installs: "
             f"import it in {sorted(homes) or 'the function that needs it'}."
         )

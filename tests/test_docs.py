@@ -106,7 +106,6 @@ def test_what_packages_and_pages_import_is_in_the_reference():
 
 @cache
 def flags():
-    pytest.importorskip("tyro")
     return runpy.run_path(str(ROOT / "docs" / "flags.py"))
 
 

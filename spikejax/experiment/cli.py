@@ -7,11 +7,9 @@ import copy
 import dataclasses
 import errno
 import inspect
-import io
 import logging
 import os
 import platform
-import re
 import signal
 import sys
 import textwrap
@@ -33,12 +31,14 @@ from typing import (
 )
 
 import jax
-import tyro
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+Words = TypeVar("Words")
+Positional = Annotated[Words, "a word of the command, without a flag"]
+KINDS = {int: "an integer", float: "a number", Path: "a path", str: "text"}
 is_group: Callable[[Any], bool] = dataclasses.is_dataclass
 
 
@@ -56,7 +56,7 @@ def parse(default: T, description: str | None, *options: Any, usage: str = "") -
         description: text of --help.
         options: groups to start from, other than their class's defaults, where the
             command line selects another group than that of ``default``.
-        usage: words before the flags that the script reads itself, for --help.
+        usage: words before the flags that the script reads itself, and a space.
     """
     words = sys.argv[1:]
     if empty := [word for word in words if not word.strip() or word.endswith("=")]:
@@ -64,79 +64,104 @@ def parse(default: T, description: str | None, *options: Any, usage: str = "") -
     names = [word.split("=")[0] for word in words if word.startswith("--")]
     if twice := [name for name in names if names.count(name) > 1]:
         fail(f"flags: expected each flag once, got {twice[0]} twice. Take one of them.")
-    # Two passes: tyro fixes the flags before it reads them, so the groups are needed.
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    # Two passes: which flags there are depends on the groups that others select.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, _ in _groups(default):
-        parser.add_argument(flag_name(name), nargs="?")
-    named = {k: v for k, v in vars(parser.parse_known_args()[0]).items() if v}
+        first.add_argument(flag_name(name), nargs="?")
+    chosen = {k: v for k, v in vars(first.parse_known_args()[0]).items() if v}
+    parser = argparse.ArgumentParser(
+        usage=f"python -m experiments.{Path(sys.argv[0]).stem} {usage}[-h] [FLAGS]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
     try:
-        default = override(default, named, *options)
-    except ValueError as error:
-        fail(str(error))
-    errors = io.StringIO()
-    given = _plain(default)
-    try:
-        with contextlib.redirect_stderr(errors):
-            flags, unknown = tyro.cli(
-                type(given),
-                default=given,
-                prog=f"python -m experiments.{Path(sys.argv[0]).stem} {usage}".strip(),
-                # tyro adds an empty line of its own before a command.
-                description=(description or "").replace("\n\n    ", "\n    "),
-                return_unknown_args=True,  # tyro's own message takes five lines
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except SystemExit as exit:
-        if not exit.code:  # --help
-            raise
-        # tyro draws a frame: a title, then its message and advice between rules.
-        text = errors.getvalue().partition("\n")[2].replace("│", " ")
-        text = next(part for part in re.split("[─-]{9,}", text) if part.strip())
-        fail(_wrong_value(default, " ".join(text.split())))
-    if unknown:
-        fail(f"flags: {_explain(default, unknown[0])}")
-    try:
-        return checked(_typed(default, flags))
+        default = override(default, chosen, *options)
+        hints = _add_flags(parser, parser.add_argument, default)
+        given, unknown = parser.parse_known_intermixed_args()
+        flags = {k: _value(k, hints[k], v) for k, v in vars(given).items()}
+        if unknown:
+            fail(f"flags: {_explain(default, unknown[0])}")
+        return checked(override(default, flags))
+    except argparse.ArgumentError as error:  # of a switch with a value
+        fail(f"flags: {error}.")
     except ValueError as error:
         fail(str(error))
 
 
-def _plain(config: "DataclassInstance", kinds: tuple[type, ...] = ()) -> Any:
-    """Return a dataclass of the same values for tyro, without unions and checks.
+def _add_flags(
+    parser: argparse.ArgumentParser,
+    add: Callable[..., Any],
+    config: "DataclassInstance",
+    kinds: tuple[type, ...] = (),
+) -> dict[str, Any]:
+    """Add the flags of a dataclass, which may be one of several kinds, to a parser.
 
     Args:
+        parser: gets a group of flags for each dataclass inside this one.
+        add: adds a flag to the group of this one.
         config: the dataclass.
         kinds: those that may be in its place.
+
+    Returns:
+        {field: type}.
     """
-    kind, fields, values = type(config), [], {}
+    kind, found = type(config), {}
     hints, texts = get_type_hints(kind, include_extras=True), dict(field_texts(kind))
     if kinds:  # the help of the flag that selects one names all
-        first, kind_of = alternatives(kinds)
-        hints[first] = Literal[tuple(kind_of)]
-        others = [field_texts(k)[first] for k in kinds if k is not kind]
-        help_of = f"{flag_name(first)} VALUE --help has the flags of each."
-        texts[first] = " ".join([texts[first], *others, help_of])
+        name, kind_of = alternatives(kinds)
+        hints[name] = Literal[tuple(kind_of)]
+        others = [field_texts(k)[name] for k in kinds if k is not kind]
+        help_of = f"{flag_name(name)} VALUE --help has the flags of each."
+        texts[name] = " ".join([texts[name], *others, help_of])
     for name, hint in hints.items():
-        value = getattr(config, name)
+        value, flag, text = getattr(config, name), flag_name(name), texts[name]
         if is_group(value):
-            value = _plain(value, get_args(hint))
-            arg = tyro.conf.arg(help=type(value).__doc__)
-            hint = type(value)
-        else:
-            arg = tyro.conf.arg(name=flag_name(name)[2:], help=texts[name])
-        fields.append((name, Annotated[hint, arg]))
-        values[name] = value
-    doc = {"__doc__": kind.__doc__}
-    return dataclasses.make_dataclass(kind.__name__, fields, namespace=doc)(**values)
+            group = parser.add_argument_group(f"{name} options", type(value).__doc__)
+            found |= _add_flags(parser, group.add_argument, value, get_args(hint))
+            continue
+        options: Any = {"dest": name, "metavar": "VALUE", "nargs": "?", "const": ""}
+        if get_origin(hint) is Annotated:  # a word without a flag
+            hint, flag, options = get_args(hint)[0], name, {"nargs": "?"}
+            parser.usage = f"{parser.usage} {name.upper()}"
+        if get_origin(hint) is tuple:
+            options |= {"nargs": "*", "const": None}
+        if hint is bool:
+            options = {"dest": name, "action": argparse.BooleanOptionalAction}
+        if get_origin(hint) is Literal:
+            text += f" One of {', '.join(get_args(hint))}."
+        if value not in (None, "", ()):
+            text += f" (default: {value})"
+        add(flag, help=text.replace("%", "%%"), **options)
+        found[name] = hint
+    return found
 
 
-def _typed(config: T, plain: "DataclassInstance") -> T:
-    """Return a dataclass with the values of its ``_plain`` one, not yet checked."""
-    made = copy.copy(config)
-    for name, value in vars(plain).items():
-        group = getattr(config, name)
-        vars(made)[name] = _typed(group, value) if is_group(group) else value
-    return made
+def _value(name: str, hint: object, value: Any) -> Any:
+    """Return the value of a field from what argparse found: a word, "" for none.
+
+    Raises:
+        ValueError: it is of another type, or none.
+    """
+    kinds = get_args(hint) or (hint,)  # the choices of a Literal, or X of X | None
+    if get_origin(hint) is tuple:
+        return tuple(_value(name, kinds[0], word) for word in value or [""])
+    if hint is bool:
+        return value
+    if value == "None" and type(None) in kinds:
+        return None
+    expected, make = KINDS.get(kinds[0], ""), kinds[0]
+    if get_origin(hint) is Literal:
+        expected, make = f"one of {', '.join(kinds)}", {k: k for k in kinds}.__getitem__
+    with contextlib.suppress(KeyError, ValueError):
+        if value:
+            return make(value)
+    flag, got = flag_name(name), repr(value) if value else "none"
+    raise ValueError(
+        f"flags: expected {expected} after {flag}, got {got}. --help explains it."
+    )
 
 
 @cache
@@ -151,7 +176,6 @@ def field_texts(kind: type) -> dict[str, str]:
                     ast.AnnAssign(target=ast.Name(id=name)),
                     ast.Expr(value=ast.Constant(value=str(words))),
                 ):
-                    # tyro keeps the ends of indented lines.
                     texts[name] = " ".join(words.split())
     return texts
 
@@ -188,8 +212,10 @@ def override(config: T, flags: dict[str, Any], *options: Any) -> T:
     """
     made, hints = copy.copy(config), get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value = flags.get(field.name, getattr(config, field.name))
-        if is_group(value):
+        value = getattr(config, field.name)
+        if not is_group(value):
+            value = flags.get(field.name, value)
+        else:
             if kinds := get_args(hints[field.name]):
                 name, kind_of = alternatives(kinds)
                 if (choice := flags.get(name, getattr(value, name))) not in kind_of:
@@ -221,32 +247,6 @@ def _groups(config: "DataclassInstance") -> Iterator[tuple[str, dict[str, type]]
             if kinds := get_args(hints[field.name]):
                 yield alternatives(kinds)
             yield from _groups(value)
-
-
-def _wrong_value(config: "DataclassInstance", text: str) -> str:
-    """Return what is wrong with a value, of which tyro says the text."""
-    found = re.search(r"--[\w-]+", text)
-    hint = dict(_hints(config)).get(found[0]) if found else None
-    if found is None or hint is None:
-        return f"flags: {text}"
-    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
-    if get_origin(hint) is Literal:
-        expected = f"one of {', '.join(kinds)}"
-    else:
-        names = {int: "an integer", float: "a number", Path: "a path", str: "text"}
-        expected = names.get(kinds[0], "no value")
-    words = " ".join(sys.argv[1:]).replace("=", " ").partition(found[0])[2].split()
-    got = repr(words[0]) if words and not words[0].startswith("--") else "none"
-    return (
-        f"flags: expected {expected} after {found[0]}, got {got}. --help explains it."
-    )
-
-
-def _hints(config: "DataclassInstance") -> Iterator[tuple[str, Any]]:
-    """Yield (flag, type) of a dataclass and of the dataclasses inside it."""
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        yield from _hints(value) if is_group(value) else [(flag_name(name), hint)]
 
 
 def _explain(config: "DataclassInstance", unknown: str) -> str:
