@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from spikejax.encode import normalised
 from spikejax.experiment import (
     Experiment,
     MultiThresholdOptions,
     main,
-    make_encode,
     open_images,
     run,
 )
@@ -49,12 +49,13 @@ def compare(digits: Experiment) -> None:
     rows = []
     with processes.distributed(digits.processes, flatten(digits)):
         task = open_images(digits)
+        data = task.data
         for name, flags in NETWORKS.items():
             print(f"{len(rows) + 1}/{len(NETWORKS)}  {name}")
             folder = f"{flags['neuron']}-t{flags.get('time_steps', 1)}"
             flags = flags | {"workdir": digits.workdir / folder}
             experiment = checked(override(digits, flags))
-            encode = make_encode(experiment, task.data)
+            encode = normalised(data.mean, data.std, experiment.time_steps)
             result = run(experiment, task._replace(encode=encode))
             if result is None:  # stopped by SIGTERM
                 return

@@ -15,12 +15,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from spikejax.encode import normalised
 from spikejax.experiment import (
     Experiment,
     GeneralOptions,
     Images,
     SingleOptions,
-    make_encode,
     open_images,
     run,
 )
@@ -90,12 +90,13 @@ def compare(comparison: Comparison) -> list[dict[str, Any]]:
     """Train each network in a folder of its own; return one row of results for each."""
     rows, shared = [], comparison.experiment
     task = open_images(shared)
+    data = task.data
     names = list(NETWORKS) if comparison.network == "all" else [comparison.network]
     for name in names:
         print(f"{len(rows) + 1}/{len(names)}  {name}")
         flags = {"workdir": shared.workdir / name} | NETWORKS[name]
         experiment = checked(override(shared, flags))
-        encode = make_encode(experiment, task.data)
+        encode = normalised(data.mean, data.std, experiment.time_steps)
         result = run(experiment, task._replace(encode=encode))
         if result is None:  # stopped by SIGTERM
             return []

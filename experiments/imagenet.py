@@ -8,10 +8,11 @@
 Recipes: mt-resnet34 (the default; 4 thresholds, one time step), lif-resnet34
 (4 time steps), relu-resnet34 (does not spike), mt-resnet18, mt-resnet50, mt-resnet101,
 e-spikeformer-19m (a spiking transformer with 4 thresholds, one time step).
-Flags change them: lif-resnet34 --time-steps 1. With plan before the command line of a
-run, nothing is trained: its step is compiled for a slice of a TPU, which need not be
-there (docs/tpu.md); --compare adds the ReLU twin and LIF at 4 time steps. That takes
-minutes: four for a ResNet-34 at one time step on two idle cores.
+Flags change them: lif-resnet34 --time-steps 1. With plan before the recipe and its
+flags, of which those of the data do not exist then, nothing is trained: the step is
+compiled for a slice of a TPU, which need not be there (docs/tpu.md); --compare adds the
+ReLU twin and LIF at 4 time steps. That takes minutes: four for a ResNet-34 at one time
+step on two idle cores.
 
 The residual is MS: nothing follows the sum, so the shortcuts carry real values, of
 which one time step of spikes could carry little, and convolutions see spikes only. With
@@ -31,19 +32,19 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
 
 from spikejax.data.images import PHOTOGRAPHS
+from spikejax.encode import normalised
 from spikejax.experiment import (
     Experiment,
     Images,
+    ImageSize,
     MultiThresholdOptions,
     ResNetOptions,
     main,
-    make_encode,
 )
 from spikejax.experiment.build import build_model
 from spikejax.experiment.cli import checked, fail, flatten, override, parse, run_cli
@@ -96,7 +97,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 class Planned:
     """The cost of a training step on a slice of a TPU."""
 
-    experiment: Experiment = override(DEFAULT, {"batch_size": 4096})
+    experiment: Experiment = dataclasses.replace(
+        override(DEFAULT, {"batch_size": 4096}), inputs=ImageSize()
+    )
     """The run that is planned."""
     topology: str = "v5e:16x16"
     """Chip (v4, v5e, v5p or v6e) and shape of the slice."""
@@ -107,9 +110,7 @@ class Planned:
 def made_plan(flags: Planned, **changes: Any) -> Plan:
     """Return the plan of the flags, with some of them changed."""
     experiment = checked(override(flags.experiment, changes))
-    if (size := cast(Images, experiment.inputs).image_size) is None:
-        raise ValueError("image_size: expected a number to plan with, got None.")
-    mean, std = PHOTOGRAPHS
+    size = cast(ImageSize, experiment.inputs).image_size
     model = partial(
         build_model,
         experiment.network,
@@ -123,7 +124,7 @@ def made_plan(flags: Planned, **changes: Any) -> Plan:
         experiment.train,
         model,
         make_loss(experiment),
-        make_encode(experiment, cast(Any, SimpleNamespace(mean=mean, std=std))),
+        normalised(*PHOTOGRAPHS, experiment.time_steps),
         find_slice(flags.topology),
         image_shape=(size, size, 3),
         train_images=experiment.train.epochs * TRAIN_IMAGES,
@@ -188,7 +189,7 @@ def command() -> None:
     name = " ".join(words[planned:]) or "mt-resnet34"
     if name not in RECIPES:
         fail(f"recipe: expected plan or one of {', '.join(RECIPES)}, got {name!r}.")
-    usage = "[plan] [RECIPE]"
+    usage = "[plan] [RECIPE] "
     if planned:
         run_cli(plan, parse(override(Planned(), RECIPES[name]), __doc__, usage=usage))
     else:

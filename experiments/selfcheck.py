@@ -4,11 +4,11 @@
     python -m experiments.selfcheck --topology v5e:2x4 --batch-size 512
     python -m experiments.selfcheck --model resnet20 --image-size 32 --dtype float32
 
-Takes flags of experiments.imagenet; those of the data and of the length of a training
-have no effect, as it shows random images and runs a few steps. It compiles the step,
-times it, saves and restores a checkpoint, and prints pass or fail for each thing that a
-run needs. Exits with code 1 if one fails. On a pod start it on every machine, as a
-training (docs/tpu.md).
+Takes flags of experiments.imagenet but those of the data, as it shows random images;
+those of the length of a training have no effect, as it runs a few steps. It compiles
+the step, times it, saves and restores a checkpoint, and prints pass or fail for each
+thing that a run needs. Exits with code 1 if one fails. On a pod start it on every
+machine, as a training (docs/tpu.md).
 """
 
 import copy
@@ -19,7 +19,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -30,18 +29,20 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from spikejax.data.images import PHOTOGRAPHS
-from spikejax.experiment import Experiment, Images, make_encode
-from spikejax.experiment.build import (
+from spikejax.encode import normalised
+from spikejax.experiment import (
+    Experiment,
+    ImageSize,
     MultiThresholdOptions,
     ResNetOptions,
     VGGOptions,
-    build_model,
 )
+from spikejax.experiment.build import build_model
 from spikejax.experiment.cli import fail, flatten, parse, run_cli
 from spikejax.experiment.config import make_loss
 from spikejax.tpu.chips import GIB, Device, find_slice
 from spikejax.tpu.hlo import collectives
-from spikejax.tpu.plan import read_plan
+from spikejax.tpu.plan import memory_of, read_plan
 from spikejax.train import TrainConfig, processes, sharding
 from spikejax.train.checkpoint import Checkpoints
 from spikejax.train.checksum import parameters_sha256
@@ -64,7 +65,7 @@ class Selfcheck:
 
     experiment: Experiment = Experiment(
         workdir=Path("runs/selfcheck"),
-        inputs=Images(image_size=224),
+        inputs=ImageSize(),
         network=ResNetOptions("resnet34", dtype="bfloat16"),
         train=TrainConfig(batch_size=1024),
     )
@@ -177,8 +178,7 @@ def make_step(experiment: Experiment, mesh: Mesh) -> tuple[Any, Any]:
     optimizer = make_optimizer(experiment.train, 1000)
     state = initial_state(model, optimizer, experiment.train)
     state = sharding.place_state(state, mesh)
-    mean, std = PHOTOGRAPHS
-    encode = make_encode(experiment, cast(Any, SimpleNamespace(mean=mean, std=std)))
+    encode = normalised(*PHOTOGRAPHS, experiment.time_steps)
     parts = graphs(model)[0], make_loss(experiment), encode, optimizer, state, mesh
     return state, jit_train_step(experiment.train, *parts)
 
@@ -188,7 +188,7 @@ class _Images:
 
     def __init__(self, experiment: Experiment, mesh: Mesh):
         self.size = experiment.train.batch_size // jax.process_count()
-        side = cast(Images, experiment.inputs).image_size or 224
+        side = cast(ImageSize, experiment.inputs).image_size
         self.shape, self.mesh, self.step = (side, side, 3), mesh, 0
 
     def __next__(self) -> dict[str, jax.Array]:
@@ -222,9 +222,7 @@ def check_communication(hlo: str, mesh: Mesh) -> Row:
 
 def check_memory(compiled: Compiled, stats: dict[str, int]) -> Row:
     """Check that the compiled step fits into the memory of a device, where known."""
-    needs: Any = compiled.memory_analysis()
-    peak = needs.argument_size_in_bytes + needs.temp_size_in_bytes
-    peak += needs.output_size_in_bytes - needs.alias_size_in_bytes
+    peak = sum(memory_of(compiled).values())
     limit = stats.get("bytes_limit")
     text = f"{peak / GIB:.2f} GiB" + (f" of {limit / GIB:.2f}" if limit else "")
     return Row("memory of a step", text, limit is None or peak <= limit)

@@ -42,6 +42,8 @@ DELTA = 0.5  # threshold of --coding delta, in deviations of a band
 class Speech(Inputs):
     """A set of sequences."""
 
+    over = "sequences"
+
     data: Literal["spoken-digit", "shd", "ssc", "mnist-1d"] = "spoken-digit"
     """Set: spoken-digit of TFDS, shd and ssc as h5 files, or mnist-1d."""
     data_dir: Path | None = None

@@ -1,9 +1,11 @@
 """Encodings of images [B, ...] as sequences [B, T, ...]."""
 
+from collections.abc import Callable, Sequence
 from numbers import Integral
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def direct(images: jax.Array, time_steps: int) -> jax.Array:
@@ -26,6 +28,29 @@ def direct(images: jax.Array, time_steps: int) -> jax.Array:
     # gather whole activations, silently (142 instead of 18 MB per device, on eight).
     shape = (shape[0], time_steps, *shape[1:])
     return jnp.broadcast_to(jnp.asarray(images)[:, None], shape)
+
+
+def normalised(
+    mean: Sequence[float], std: Sequence[float], time_steps: int
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Return the encoding (images, rng) -> xs of 8-bit images, every step equal.
+
+    xs_t = (image / 255 - mean) / std
+
+    Args:
+        mean, std: of the channels, where white is 1.
+        time_steps: T >= 1.
+
+    Returns:
+        function of uint8 [B, H, W, C], with ``direct``'s [B, T, H, W, C] in float32.
+    """
+    # NumPy: an array of JAX's here would keep processes from being joined later.
+    shift, scale = np.array(mean, np.float32), np.array(std, np.float32)
+
+    def encode(images: jax.Array, rng: jax.Array) -> jax.Array:
+        return direct((images / 255.0 - shift) / scale, time_steps)
+
+    return encode
 
 
 def poisson(images: jax.Array, time_steps: int, *, rng: jax.Array) -> jax.Array:

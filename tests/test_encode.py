@@ -24,6 +24,13 @@ def test_direct_repeats_the_image():
         np.testing.assert_array_equal(xs[:, t], IMAGES)
 
 
+def test_images_of_8_bits_are_normalised_on_the_device():
+    made = jax.jit(encode.normalised((0.5, 0.25, 0.0), (0.5, 0.25, 1.0), 2))
+    xs = made(jnp.full((2, 4, 4, 3), 255, jnp.uint8), jax.random.key(0))
+    assert xs.shape == (2, 2, 4, 4, 3) and xs.dtype == jnp.float32
+    np.testing.assert_array_equal(xs, np.full(xs.shape, (1.0, 3.0, 1.0)))
+
+
 def test_poisson_fires_at_the_rate_of_the_intensity():
     steps = 4000
     xs = encode.poisson(IMAGES, steps, rng=jax.random.key(0))

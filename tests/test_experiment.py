@@ -267,10 +267,8 @@ def test_the_settings_of_a_folder_are_checked(tmp_path):
 
 
 def test_the_input_is_normalised_and_the_same_every_step():
-    digits_set = images.load("digits")
-    flags = Experiment(Path("x"), time_steps=3)
-    raw = digits_set.train.images
-    xs = experiment.make_encode(flags, digits_set)(raw, jax.random.key(0))
+    task = experiment.open_images(Experiment(Path("x"), time_steps=3))
+    xs = task.encode(task.data.train.values, jax.random.key(0))
     assert xs.shape == (1500, 3, 8, 8, 1)
     assert jnp.array_equal(xs[:, 0], xs[:, 1]) and jnp.array_equal(xs[:, 0], xs[:, 2])
     assert abs(float(xs.mean())) < 1e-4 and abs(float(xs.std()) - 1) < 1e-4
@@ -291,7 +289,7 @@ def test_the_loss_is_that_of_the_flags():
 
 @pytest.mark.parametrize("name", ["crop-flip", "autoaugment"])
 def test_augmentation_keeps_shape_and_type(name):
-    raw = images.load("fake").train.images[:4]
+    raw = images.load("fake").train.values[:4]
     made = experiment.make_augment(Images(augment=name))(raw, np.random.default_rng(0))
     assert made.shape == raw.shape and made.dtype == np.uint8
     assert not np.array_equal(made, raw)

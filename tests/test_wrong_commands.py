@@ -124,6 +124,8 @@ digits --model resnet20 --dtype float16
     flags: expected one of float32, bfloat16 after --dtype, got 'float16'. --help
 digits --model general-cnn --binarise straight-through --neuron relu
     binarise: expected bernoulli for --neuron relu: it needs no spikes, got
+digits --model dense
+    model: expected a network over images, got dense, which is over sequences.
 digits --neuron lfi
     flags: expected --neuron mt-parallel, mt-cascade, i-lif, lif, plif, if, alif, relu
 digits --neuron lif --num-thresholds 3
@@ -179,15 +181,17 @@ digits --zzz
 digits runs/one
     flags: expected --NAME before each value, got runs/one. --help lists them.
 digits --neuron
-    flags: expected one of mt-parallel, mt-cascade, i-lif after --neuron, got none.
+    flags: expected one of mt-parallel, mt-cascade, i-lif, lif, plif, if, alif, relu
 digits --model
-    flags: expected one of convnet, vgg11, vgg16, whitened, vggsnn, plifnet, eventnet
+    flags: expected one of resnet18, resnet19, resnet20, resnet18-imagenet, resnet34,
 digits --steps 3 --steps=4
     flags: expected each flag once, got --steps twice. Take one of them.
 digits --epochs 1e12 --neuron lif
     epochs: expected more than 0, at most a million, got 1000000000000.0.
 cifar10 --widht 2
     flags: expected those of this script, got --widht. Did you mean --width?
+cifar10 --model gru --neuron relu
+    model: expected a network over images, got gru, which is over sequences.
 cifar10 --pool avg
     pool: expected a network for ImageNet, those for CIFAR do not pool, got 'avg' for
 cifar10 --model convnet --width 2
@@ -230,6 +234,12 @@ imagenet plan --topology v9:2x2
     topology: expected a chip (v4, v5e, v5p, v6e) and a shape, such as v5e:16x16, got
 imagenet plan --topology v5e
     topology: expected a chip (v4, v5e, v5p, v6e) and a shape, such as v5e:16x16, got
+imagenet plan --data tiny_imagenet
+    flags: expected those of this script, got --data. --help lists them.
+imagenet plan --image-size None
+    flags: expected an integer after --image-size, got 'None'. --help explains it.
+imagenet plan --image-size 0
+    image_size: expected 1 to 10000, got 0.
 imagenet plan --image-siz 64
     flags: expected those of this script, got --image-siz. Did you mean --image-size?
 imagenet plan --compare yes
@@ -322,6 +332,10 @@ dvs_cifar10 --neuron relu
     time_steps: expected 1 for --neuron relu: it has no state, got 10.
 dvs_cifar10 --stream '' --frames duration
     flags: expected a value after each flag, got ''.
+speech --model resnet20 --neuron lif
+    model: expected a network over sequences, got resnet20, which is over images.
+selfcheck --data-dir empty
+    flags: expected those of this script, got --data-dir. --help lists them.
 prepare
     data: expected digits, fake, tiny_imagenet, folder or a TFDS set, got ''. See
 prepare minst
@@ -348,6 +362,7 @@ prepare cifar10
 LINES = TABLE.strip().splitlines()
 ROWS = list(zip(LINES[::2], map(str.strip, LINES[1::2]), strict=True))
 SCRIPTS = "digits cifar10 cifar100 tinyimagenet imagenet general convert dvs_cifar10"
+SCRIPTS += " speech selfcheck"
 
 
 @pytest.fixture

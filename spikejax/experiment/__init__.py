@@ -11,10 +11,10 @@ from spikejax.experiment.build import TransformerOptions as TransformerOptions
 from spikejax.experiment.build import VGGOptions as VGGOptions
 from spikejax.experiment.config import Experiment as Experiment
 from spikejax.experiment.config import Images as Images
+from spikejax.experiment.config import ImageSize as ImageSize
 from spikejax.experiment.config import Inputs as Inputs
 from spikejax.experiment.config import Task as Task
 from spikejax.experiment.config import main as main
-from spikejax.experiment.config import make_encode as make_encode
 from spikejax.experiment.config import open_images as open_images
 from spikejax.experiment.config import read as read
 from spikejax.experiment.config import read_relu as read_relu

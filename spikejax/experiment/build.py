@@ -341,7 +341,7 @@ def build_model(
     in_channels: int,
     seed: int,
     platform: str | None = None,
-    size: tuple[int, ...] | None = None,
+    size: tuple[int, ...] = (),
 ) -> nnx.Module:
     """Return the network of the options, with initial weights from the seed.
 
@@ -352,8 +352,8 @@ def build_model(
         seed: of the weights.
         platform: backend for which it is built, by default the one in use. On a CPU,
             networks take the kernels of ``nn.cpu``, on a TPU those of ``nn.tpu``.
-        size: height and width of the images, or () of sequences of vectors, which the
-            network is checked to take.
+        size: height and width of the images, which the network is checked to take; ()
+            of sequences.
 
     Raises:
         ValueError: the network does not take such inputs.
@@ -372,7 +372,7 @@ def build_model(
 
     # These take any size, and the largest of them take seconds to trace.
     any_size = ResNetOptions | EfficientNetOptions | TransformerOptions
-    if size is not None and not (size and isinstance(network, any_size)):
+    if size and not isinstance(network, any_size):
         xs = jax.ShapeDtypeStruct((1, 1, *size, in_channels), jnp.float32)
         jax.eval_shape(lambda xs: make()(xs), xs)
     # Compiled as a whole: layer by layer, each initialiser would be dispatched alone.

@@ -145,7 +145,8 @@ def _value(name: str, hint: object, value: Any) -> Any:
     Raises:
         ValueError: it is of another type, or none.
     """
-    kinds = get_args(hint) or (hint,)  # the choices of a Literal, or X of X | None
+    # The choices of a Literal, or X of X | None.
+    kinds: tuple[Any, ...] = get_args(hint) or (hint,)
     if get_origin(hint) is tuple:
         return tuple(_value(name, kinds[0], word) for word in value or [""])
     if hint is bool:

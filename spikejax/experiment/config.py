@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple, cast
 import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 import spikejax
@@ -23,7 +22,8 @@ from spikejax.data import images
 from spikejax.data.augment import Augment, Crop
 from spikejax.data.events import EventSet
 from spikejax.data.images import ImageSet
-from spikejax.encode import direct
+from spikejax.data.sequences import SequenceSet
+from spikejax.encode import normalised
 from spikejax.experiment import trained
 from spikejax.experiment.build import (
     ActivationOptions,
@@ -45,6 +45,7 @@ from spikejax.train.step import Encode, Loss, Readout
 
 ENERGY_IMAGES = 256  # test images over which spikes and energy are measured
 ENERGY_VALUES = 2**24  # or as many large ones as have so many numbers together
+SIZE: Ranges = {"image_size": ("1 to 10000", lambda n: 1 <= n <= 10000)}
 
 # Flags that say where a run runs, reads and writes. It may be resumed with others.
 NOT_IDENTITY = ("workdir", "data_dir", "stream", "workers", "remat", "fsdp", "profile")
@@ -54,6 +55,8 @@ NOT_IDENTITY += tuple(field.name for field in dataclasses.fields(Processes))
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """Options of a data set; a kind of data adds its own."""
+
+    over = "images"  # or sequences: what the networks are over that take such data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +79,23 @@ class Images(Inputs):
     """Height and width to which images are cropped; by default they are not."""
 
     def __post_init__(self):
-        check_settings(self, {"image_size": ("1 to 10000", lambda n: 1 <= n <= 10000)})
+        check_settings(self, SIZE)
         if self.augment == "inception" and self.image_size is None:
             raise ValueError(
                 "image_size: expected a number with --augment inception, got none. "
                 "Take 224, or 64 for Tiny-ImageNet."
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSize(Inputs):
+    """Images of a step that is compiled without a data set."""
+
+    image_size: int = 224
+    """Height and width of the images."""
+
+    def __post_init__(self):
+        check_settings(self, SIZE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +147,12 @@ class Experiment:
         general = self.network.model.startswith("general")
         plain = isinstance(self.network, BaselineOptions)
         vectors = plain or isinstance(self.network, SequenceOptions)
+        over = "sequences" if vectors else "images"
+        if over != self.inputs.over:
+            raise ValueError(
+                f"model: expected a network over {self.inputs.over}, got "
+                f"{self.network.model}, which is over {over}. docs/flags.md lists them."
+            )
         once, flags, static = self.time_steps == 1, flatten(self), relu and not vectors
         for name, default, useless, why in (
             # Values that would do nothing, and on which a comparison could rest.
@@ -150,33 +170,20 @@ class Experiment:
                 raise ValueError(f"{name}: expected {default} {why}, got {value}.")
 
 
+Data = ImageSet | EventSet | SequenceSet
+
+
 class Task(NamedTuple):
     """The data of a run, and the way from them to the network."""
 
     data: Any
-    """ImageSet or EventSet, with the splits train and test."""
+    """``Data``, with the splits train and test."""
     encode: Encode
     """(batch of the data, rng) -> xs [B, T, ...], on the device."""
     augment: Augment | None = None
     """Augmentation of batches of training, on the host."""
     crops: tuple[Crop | None, Crop | None] = None, None
     """Crops of the images of training and of evaluation."""
-
-
-def make_encode(experiment: Experiment, image_set: ImageSet) -> Encode:
-    """Return (uint8 images, rng) -> xs [B, T, H, W, C]: normalised, every step equal.
-
-    Args:
-        experiment: its time_steps are T.
-        image_set: its mean and std normalise.
-    """
-    # NumPy: an array of JAX's here would keep processes from being joined later.
-    mean, std = (np.array(x, np.float32) for x in (image_set.mean, image_set.std))
-
-    def normalise(raw: jax.Array, rng: jax.Array) -> jax.Array:
-        return direct((raw / 255.0 - mean) / std, experiment.time_steps)
-
-    return normalise
 
 
 def make_loss(experiment: Experiment) -> Loss:
@@ -223,7 +230,7 @@ def open_images(experiment: Experiment) -> Task:
     """Return the task of the flags, whose inputs are ``Images``."""
     inputs = cast(Images, experiment.inputs)
     image_set = images.load(inputs.data, inputs.data_dir)
-    encode = make_encode(experiment, image_set)
+    encode = normalised(image_set.mean, image_set.std, experiment.time_steps)
     return Task(image_set, encode, make_augment(inputs), make_crops(inputs))
 
 
@@ -282,7 +289,7 @@ def train(
     return fitted
 
 
-def _build(experiment: Experiment, data: ImageSet | EventSet) -> nnx.Module:
+def _build(experiment: Experiment, data: Data) -> nnx.Module:
     side = getattr(experiment.inputs, "image_size", None)
     model = build_model(
         experiment.network,

@@ -20,7 +20,7 @@ from flax import nnx
 
 from spikejax.data.augment import Crop, center_crop, square_crop
 from spikejax.data.images import ImageSet, eval_batches
-from spikejax.encode import direct
+from spikejax.encode import normalised
 from spikejax.experiment.build import (
     ActivationOptions,
     MultiThresholdOptions,
@@ -76,10 +76,10 @@ class Card:
                 f"encode: expected uint8 images of {rank} axes and {channels} channels,"
                 f" as files have them, got {dtype} {shape}. For one image: image[None]."
             )
-        if self.mean is None:
+        if self.mean is None or self.std is None:
             return images.astype(jnp.float32)
-        mean, std = (jnp.array(x, jnp.float32) for x in (self.mean, self.std))
-        return direct((images / 255.0 - mean) / std, self.flags["time_steps"])
+        encode = normalised(self.mean, self.std, self.flags["time_steps"])
+        return encode(images, jax.random.key(0))
 
     def crop(self, shape: Sequence[int | None]) -> Crop | None:
         """Return the crop that gives images of a shape [H, W, C] the right size."""

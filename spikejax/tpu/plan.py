@@ -120,14 +120,10 @@ def read_plan(
     compiled: Compiled, state: Tree, batch: Tree, target: Slice, *, train_images: float
 ) -> Plan:
     """Return the needs of a compiled training step; arguments as in ``make_plan``."""
-    memory: Any = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis()
     hlo = str(compiled.as_text())
     return _plan(state, batch, target, train_images)(
-        inputs=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        program=memory.generated_code_size_in_bytes,
+        **memory_of(compiled),
         flops=cost["flops"],
         bytes_accessed=cost["bytes accessed"],
         hbm_bytes=hbm_bytes(hlo),
@@ -135,6 +131,17 @@ def read_plan(
         collectives=collectives(hlo),
         loops=len(re.findall(r" while\(", hlo)),
     )
+
+
+def memory_of(compiled: Compiled) -> dict[str, int]:
+    """Return the bytes per device of a compiled function, as fields of ``Plan``."""
+    memory: Any = compiled.memory_analysis()
+    return {
+        "inputs": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+    }
 
 
 def _plan(
