@@ -33,6 +33,7 @@ from spikejax.data import images
 from spikejax.experiment.cli import parse, run_cli
 from spikejax.plot import BLUE, GREY, ORANGE, PINK, SKY, Picture, frame
 from spikejax.train.progress import table
+from spikejax.train.recipe import Ranges, check_settings
 
 DATA = "cifar10"
 SIZES = dataclasses.replace(WORKLOADS["step"].sizes, batch_size=128)
@@ -73,21 +74,18 @@ class Accuracy:
     """Seed of the order of the images and of their augmentation."""
 
     def __post_init__(self):
-        bounds = {
-            "epochs": (self.epochs > 0, "more than 0"),
+        ranges: Ranges = {
+            "epochs": ("more than 0", lambda n: n > 0),
             "target": (
-                self.target and all(0 < a <= 1 for a in self.target),
                 "accuracies, more than 0 and at most 1",
+                lambda target: target and all(0 < a <= 1 for a in target),
             ),
-            "evaluate_every": (self.evaluate_every > 0, "more than 0 epochs"),
-            "test_images": (self.test_images >= 1, "at least 1"),
-            "threads": (self.threads >= 0, "0 (all) or more"),
-            "seed": (self.seed >= 0, "0 or more"),
+            "evaluate_every": ("more than 0 epochs", lambda n: n > 0),
+            "test_images": ("at least 1", lambda n: n >= 1),
+            "threads": ("0 (all) or more", lambda n: n >= 0),
+            "seed": ("0 or more", lambda n: n >= 0),
         }
-        for name, (good, wanted) in bounds.items():
-            if not good:
-                got = getattr(self, name)
-                raise ValueError(f"accuracy: expected {name} {wanted}, got {got}.")
+        check_settings(self, ranges)
 
 
 def write_images(path: Path, data_dir: Path | None) -> int:

@@ -31,6 +31,7 @@ from spikejax.nn.windowed import (
 )
 from spikejax.train import workdir as folder
 from spikejax.train.progress import table
+from spikejax.train.recipe import check_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,10 @@ class Benchmark:
     """Height and width of a map."""
     channels: int = 48
     """Channels of a map."""
+
+    def __post_init__(self):
+        sizes = "repeats", "batch_size", "side", "channels"
+        check_settings(self, dict.fromkeys(sizes, ("at least 1", lambda n: n >= 1)))
 
 
 IS_CPU = jax.default_backend() == "cpu"
@@ -92,12 +97,6 @@ class Step:
 
 def measure(benchmark: Benchmark) -> list[dict]:
     """Return a row per layer: its steps, and their ratio to ReLU's."""
-    sizes = benchmark.repeats, benchmark.batch_size, benchmark.side, benchmark.channels
-    if min(sizes) < 1:
-        raise ValueError(
-            "bench: expected repeats, batch_size, side and channels >= 1, got "
-            f"{', '.join(map(str, sizes))}."
-        )
     steps = {
         name: Step(make, window, benchmark) for name, (make, window) in LAYERS.items()
     }

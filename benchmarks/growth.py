@@ -27,6 +27,7 @@ from spikejax.experiment.cli import parse, run_cli
 from spikejax.plot import BLUE, GREY, ORANGE, Picture, frame
 from spikejax.train import workdir as folder
 from spikejax.train.progress import table
+from spikejax.train.recipe import check_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Growth:
     """Folder for growth.json and growth.png."""
     repeats: int = 9
     """Timed steps of each size, each after one that is not."""
+
+    def __post_init__(self):
+        check_settings(self, {"repeats": ("at least 1", lambda n: n >= 1)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +96,6 @@ def slope(rows: list[dict[str, Any]], what: str) -> float:
 
 def measure(growth: Growth) -> list[dict[str, Any]]:
     """Return a row for each size of each sweep."""
-    if growth.repeats < 1:
-        raise ValueError(f"growth: expected repeats >= 1, got {growth.repeats}.")
     rows, steps = {}, {}
     for name, sweep in SWEEPS.items():
         print(f"{name}: {len(sweep.sizes)} steps to compile", flush=True)

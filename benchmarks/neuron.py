@@ -35,6 +35,7 @@ from spikejax.nn.cpu import compiler_options
 from spikejax.nn.psn import SlidingPSN
 from spikejax.train import workdir as folder
 from spikejax.train.progress import table
+from spikejax.train.recipe import check_settings
 
 COPY = "copy"
 HALVING = neurons.dyadic_thresholds(4)
@@ -68,6 +69,15 @@ class Benchmark:
     channels: int = 64
     """Channels of a map."""
 
+    def __post_init__(self):
+        sizes = "repeats", "maps", "side", "channels"
+        ranges = dict.fromkeys(sizes, ("at least 1", lambda n: n >= 1))
+        ranges["time_steps"] = (
+            f"divisors of the {self.maps} maps",
+            lambda every: all(n >= 1 and self.maps % n == 0 for n in every),
+        )
+        check_settings(self, ranges)
+
 
 def gradient(layer: Callable, xs: jax.Array, gs: jax.Array) -> jax.Array:
     """Return the gradient by xs of the spikes, whose own gradient is gs."""
@@ -89,13 +99,6 @@ def functions() -> dict[tuple[str, str], Callable]:
 
 def measure(given: Benchmark) -> list[dict[str, Any]]:
     """Return a row for each layer, pass and T."""
-    sizes = given.repeats, given.maps, given.side, given.channels, *given.time_steps
-    if min(sizes) < 1 or any(given.maps % steps for steps in given.time_steps):
-        raise ValueError(
-            "neuron: expected repeats, side and channels >= 1, and time_steps that "
-            f"divide the maps, got {given.repeats}, {given.side}, {given.channels}, "
-            f"{given.time_steps} and {given.maps}."
-        )
     return [row for steps in given.time_steps for row in _rows(given, steps)]
 
 

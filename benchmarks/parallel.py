@@ -32,6 +32,7 @@ from spikejax.experiment.cli import parse, run_cli
 from spikejax.layers import LIF, MultiThreshold
 from spikejax.train import workdir as folder
 from spikejax.train.progress import table
+from spikejax.train.recipe import Ranges, check_settings
 from spikejax.unroll import unroll
 
 NEURONS = {
@@ -54,6 +55,18 @@ class Benchmark:
     """Numbers of neurons."""
     batch_size: int = 16
     """Sequences."""
+
+    def __post_init__(self):
+        ranges: Ranges = {
+            "repeats": ("at least 1", lambda n: n >= 1),
+            "time_steps": (
+                "above 4, which unroll writes out",
+                lambda t: min(t) > 4,
+            ),
+            "widths": ("at least 1", lambda widths: min(widths) >= 1),
+            "batch_size": ("at least 1", lambda n: n >= 1),
+        }
+        check_settings(self, ranges)
 
 
 def recurrence(a: jax.Array, b: jax.Array, reverse: bool = False) -> jax.Array:
@@ -128,17 +141,7 @@ def ways(name: str) -> dict[tuple[str, str], Callable]:
 
 
 def measure(given: Benchmark) -> list[dict[str, Any]]:
-    """Return a row for each neuron, size, way and pass.
-
-    Raises:
-        ValueError: a size is out of its range.
-    """
-    sizes = given.repeats, given.batch_size, *given.widths, *given.time_steps
-    if min(sizes) < 1 or min(given.time_steps) < 5:
-        raise ValueError(
-            "parallel: expected repeats, batch_size and widths >= 1 and time_steps > 4,"
-            f" which unroll writes out, got {sizes}."
-        )
+    """Return a row for each neuron, size, way and pass."""
     shapes = [
         (given.batch_size, steps, width)
         for steps in given.time_steps

@@ -25,6 +25,7 @@ from spikejax.experiment.cli import parse, run_cli
 from spikejax.plot import BLUE, COLOURS, GREY, Picture
 from spikejax.train import workdir as folder
 from spikejax.train.progress import table
+from spikejax.train.recipe import Ranges, check_settings
 
 GET = "`make bench` installs it in .venv-peers; --peers PATH is another interpreter."
 
@@ -50,6 +51,14 @@ class Versus:
     """Where every library computes."""
     neurons: int = 512
     """Width of the workload linear."""
+
+    def __post_init__(self):
+        ranges: Ranges = {
+            "repeats": ("at least 1", lambda n: n >= 1),
+            "threads": ("0 (all) or more", lambda n: n >= 0),
+            "neurons": ("at least 1", lambda n: n >= 1),
+        }
+        check_settings(self, ranges)
 
 
 def measure(name: str, workload: Workload, given: Versus) -> list[dict[str, Any]]:
@@ -171,12 +180,6 @@ def _ran(rows, name):
 
 def main(given: Versus) -> None:
     """Measure, print the tables, write bench.json and bench.png."""
-    repeats = 1 if given.repeats is None else given.repeats
-    if repeats < 1 or given.threads < 0 or given.neurons < 1:
-        raise ValueError(
-            "versus: expected repeats and neurons >= 1 and threads >= 0, got "
-            f"{repeats}, {given.neurons} and {given.threads}."
-        )
     path = given.workdir / "bench.json"
     kept = json.loads(path.read_text()) if path.exists() else []
     for name, workload in WORKLOADS.items():

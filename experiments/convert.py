@@ -126,8 +126,7 @@ class Conversions:
         if flags.relu:
             self.start = started(flags.relu, shared)
         self.task = open_images(self.start)
-        source, crop = self.task.data.train, self.task.crops[1]
-        raw = source.take(range(min(SAMPLE, len(source))), crop)
+        raw = images.first(self.task.data.train, SAMPLE, self.task.crops[1])
         self.sample = self.task.encode(jnp.asarray(raw["image"]), jax.random.key(0))
         self.labels = jnp.asarray(raw["label"])
 
@@ -138,10 +137,6 @@ class Conversions:
         if not fitted.finished:
             raise SystemExit(0)
         return fitted
-
-    def relu(self):
-        """Train the ReLU network."""
-        return self.fit(self.start)
 
     def quantised(self, relu: nnx.Module, bits: int, noise: float):
         """Train the ReLU network further, with quantised activations and noise."""
@@ -231,10 +226,6 @@ def started(folder: Path, shared: Experiment) -> Experiment:
     return run
 
 
-def _at(values: list[float], steps: list[int]) -> list[float]:
-    return [values[t - 1] for t in steps if t <= len(values)]
-
-
 def shown(last: int) -> list[int]:
     """Return the numbers of time steps that the table shows."""
     return [steps for steps in SHOWN if steps <= last]
@@ -243,22 +234,23 @@ def shown(last: int) -> list[int]:
 def rows(flags: Conversion) -> Iterator[dict[str, Any]]:
     """Yield one row per setting, when it is ready."""
     nets = Conversions(flags)
-    relu = nets.relu()
+    relu = nets.fit(nets.start)
     settings = [(flags.bits, flags.noise)]
-    several = flags.num_thresholds
     if flags.sweep:
         settings = [(bits, noise) for bits in (2, 3) for noise in (0.0, flags.noise)]
         fine = partial(QuantReLU, 8)
         free = calibrate(
             relu.model, nets.sample, rule=percentile(99.9), neuron=fine
         ).model
-        yield nets.row("no training", free, relu.metrics["accuracy"], several)
+        yield nets.row(
+            "no training", free, relu.metrics["accuracy"], flags.num_thresholds
+        )
     for bits, noise in settings:
         fitted = nets.quantised(relu.model, bits, noise)
         accuracy = fitted.metrics["accuracy"]
         more = {"bits": bits, "noise": noise, "relu_accuracy": relu.metrics["accuracy"]}
         name = f"{bits} bits, noise {noise:g}"
-        yield nets.row(name, fitted.model, accuracy, several) | more
+        yield nets.row(name, fitted.model, accuracy, flags.num_thresholds) | more
         if flags.sweep and noise:
             name = f"{name}, 4 thresholds"
             yield nets.row(name, fitted.model, accuracy, 4) | more
@@ -287,8 +279,10 @@ def main(flags: Conversion) -> None:
             [
                 row["name"],
                 f"{row['ann_accuracy']:.2%}",
-                *(f"{a:.2%}" for a in _at(row["accuracy"], steps_shown)),
-                *("" for t in steps_shown if t > len(row["accuracy"])),
+                *(
+                    f"{row['accuracy'][t - 1]:.2%}" if t <= len(row["accuracy"]) else ""
+                    for t in steps_shown
+                ),
                 "{accuracy:.2%} at {mean_steps:.1f}".format(**row["early_exit"]),
             ]
             for row in found

@@ -59,8 +59,8 @@ def compare(digits: Experiment) -> None:
             result = run(experiment, task._replace(encode=encode))
             if result is None:  # stopped by SIGTERM
                 return
-            several = getattr(experiment.activation, "num_thresholds", 1)
-            row = {"name": name, "neuron": flags["neuron"], "num_thresholds": several}
+            row = {"name": name, "neuron": flags["neuron"]}
+            row["num_thresholds"] = experiment.activation.num_thresholds
             rows.append(row | {"time_steps": experiment.time_steps} | result)
     show(rows, digits.workdir)
 

@@ -147,11 +147,6 @@ def by_class(
     return {name: float(r / c) for name, r, c in rows if c}
 
 
-def _duration(inputs: Events, time_steps: int) -> int:
-    """Return the microseconds of a frame."""
-    return round(inputs.window_ms * 1000) // time_steps
-
-
 def read_stream(
     recording: Path, duration: int, event_set: EventSet, *, sort: bool = False
 ) -> np.ndarray:
@@ -223,7 +218,7 @@ def main(experiment: Experiment) -> None:
     assert isinstance(inputs, Events)
     with processes.distributed(experiment.processes, flatten(experiment)):
         event_set = load(inputs, steps)
-        duration = _duration(inputs, steps)
+        duration = round(inputs.window_ms * 1000) // steps  # microseconds of a frame
         if inputs.stream:  # read first: training takes long
             seen = read_stream(inputs.stream, duration, event_set, sort=inputs.sort)
         task = Task(event_set, encode, make_augment(inputs, event_set.shape))

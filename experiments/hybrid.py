@@ -93,8 +93,8 @@ def run(flags: Hybrid) -> dict[str, Any] | None:
         ),
     )
     start, task = open_images(relu), open_images(experiment)
-    source, (_, crop) = task.data.train, task.crops
-    raw = source.take(range(min(SAMPLE, len(source))), crop)
+    crop = task.crops[1]
+    raw = images.first(task.data.train, SAMPLE, crop)
     sample = start.encode(jnp.asarray(raw["image"]), jax.random.key(0))
     trained = train(relu, start)
 

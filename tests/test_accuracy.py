@@ -233,7 +233,7 @@ def test_a_run_that_ends_says_why_in_a_line(tmp_path, capsys):
 def test_flags_that_cannot_be(name, value, wanted):
     with pytest.raises(ValueError) as error:
         Accuracy(**{name: value})
-    assert str(error.value) == f"accuracy: expected {name} {wanted}, got {value}."
+    assert str(error.value) == f"{name}: expected {wanted}, got {value}."
 
 
 def test_the_other_interpreter_needs_neither_jax_nor_spikejax():

@@ -10,10 +10,10 @@ from pathlib import Path
 import grain
 import numpy as np
 
+from spikejax.data import tfds
 from spikejax.data.augment import Augment, Crop
 from spikejax.data.files import image_folder, tiny_imagenet
 from spikejax.data.split import Arrays, Batch, Folder, Shape, Source, Splits
-from spikejax.data.tfds import prepared_set
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 Shard = tuple[int, int]  # (process index, number of processes)
@@ -88,7 +88,7 @@ def load(name: str, data_dir: Folder = None) -> ImageSet:
     elif name in OWN:
         splits = OWN[name](data_dir)
     else:
-        splits = prepared_set(name, data_dir)
+        splits = tfds.prepared_set(name, data_dir)
     train, test, class_names = splits
     usual = PHOTOGRAPHS if None in train.shape else STATISTICS.get(name)
     mean, std = usual or _statistics(train)
@@ -189,6 +189,17 @@ def eval_batches(
 
     steps = -(-len(source) // (batch_size * count))
     return grain.MapDataset.range(steps).map(make).to_iter_dataset(_READ_AHEAD)
+
+
+def first(source: Source, count: int, crop: Crop | None = None) -> Batch:
+    """Return the first examples as one batch: as many, or all if there are fewer.
+
+    Args:
+        source: the examples, by index.
+        count: how many, >= 1.
+        crop: as in `train_batches`.
+    """
+    return source.take(range(min(count, len(source))), crop)
 
 
 class TrainBatches(grain.DatasetIterator):
@@ -302,5 +313,4 @@ def _in_memory(images: np.ndarray, labels: np.ndarray, count: int) -> Splits:
     return train, test, tuple("0123456789")
 
 
-OWN = {"digits": _digits, "fake": _fake}
-OWN |= {"tiny_imagenet": tiny_imagenet, "folder": image_folder}
+OWN = dict(zip(tfds.OWN, (_digits, _fake, tiny_imagenet, image_folder), strict=True))

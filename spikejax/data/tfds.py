@@ -19,7 +19,7 @@ from spikejax.data.split import DAMAGE, EncodedImages, Folder, Record, Splits
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
 
-OWN = ("digits", "fake", "tiny_imagenet", "folder")  # sets that are not TFDS's
+OWN = ("digits", "fake", "tiny_imagenet", "folder")  # sets of data/images.py
 NAME = re.compile(r"\w+(/[\w.+-]+)?")
 CATALOG = "https://www.tensorflow.org/datasets/catalog"
 PREPARE = "python -m experiments.prepare"

@@ -28,7 +28,7 @@ WIDTH: Ranges = {"width": ("more than 0, at most 100", lambda w: 0 < w <= 100)}
 THRESHOLDS = "1 to 64", lambda n: 1 <= n <= 64
 ADAPTATION = {"tau_adaptation": 20.0, "strength": 1.0}  # of alif, our choice
 TAU = 4.0  # of networks over sequences, in time steps, chosen on spoken digits
-HIDDEN = 128  # units of the GRU, as many as SequenceOptions has neurons
+HIDDEN = 128  # neurons, or units of the GRU
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class SequenceOptions:
     """Dense layers, and a readout of leaky integrators."""
     layers: int = 2
     """Hidden layers."""
-    hidden: int = 128
+    hidden: int = HIDDEN
     """Neurons of each of them."""
     recurrent: bool = False
     """Feed the spikes of a layer back to it, one time step later."""
@@ -267,6 +267,8 @@ class SingleOptions:
     surrogate: Literal["atan", "rectangle"] = "atan"
     """Derivative of a spike; rectangle is as wide as the threshold is high."""
 
+    num_thresholds = 1  # not a flag
+
 
 @dataclass(frozen=True)
 class MultiThresholdOptions:
@@ -306,10 +308,9 @@ def neuron_factory(
     that of the flags of a sequence network. In a General SNN, tau, the threshold and
     the surrogate are its authors'.
     """
-    count = getattr(activation, "num_thresholds", 1)
     # Normalised inputs have a standard deviation of 1. One threshold there is tdBN's
     # choice; of several, 0.5, 1, 1.5 ... cover it. The latter was chosen on the digits.
-    spacing = 0.5 if count > 1 else 1.0
+    spacing = 0.5 if activation.num_thresholds > 1 else 1.0
     kinds = {"atan": surrogate.ATAN, "rectangle": surrogate.rectangle(1 / spacing)}
     options = {"v_threshold": spacing, "surrogate": kinds[activation.surrogate]}
     options["detach_reset"] = True  # our choice
@@ -320,7 +321,7 @@ def neuron_factory(
         tau["tau"] = windowed.TAU
     if isinstance(network, SequenceOptions):
         tau["tau"] = network.tau
-    several = partial(MultiThreshold, count, **options, **tau)
+    several = partial(MultiThreshold, activation.num_thresholds, **options, **tau)
     return {
         "lif": partial(LIF, **options, **tau),
         "plif": partial(PLIF, **options, **tau),

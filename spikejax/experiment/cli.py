@@ -69,8 +69,9 @@ def parse(default: T, description: str | None, *options: Any, usage: str = "") -
     for name, _ in _groups(default):
         first.add_argument(flag_name(name), nargs="?")
     chosen = {k: v for k, v in vars(first.parse_known_args()[0]).items() if v}
+    script = ".".join(Path(sys.argv[0]).with_suffix("").parts[-2:])
     parser = argparse.ArgumentParser(
-        usage=f"python -m experiments.{Path(sys.argv[0]).stem} {usage}[-h] [FLAGS]",
+        usage=f"python -m {script} {usage}[-h] [FLAGS]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -80,12 +81,16 @@ def parse(default: T, description: str | None, *options: Any, usage: str = "") -
     try:
         default = override(default, chosen, *options)
         hints = _add_flags(parser, parser.add_argument, default)
+        valued = {flag_name(k): k for k, hint in hints.items() if hint is not bool}
+        for flag, after in pairwise([*words, "--"]):
+            if flag in valued and after.startswith("--"):
+                _value(valued[flag], hints[valued[flag]], "")  # raises
         given, unknown = parser.parse_known_intermixed_args()
         flags = {k: _value(k, hints[k], v) for k, v in vars(given).items()}
         if unknown:
             fail(f"flags: {_explain(default, unknown[0])}")
         return checked(override(default, flags))
-    except argparse.ArgumentError as error:  # of a switch with a value
+    except argparse.ArgumentError as error:  # a switch with a value
         fail(f"flags: {error}.")
     except ValueError as error:
         fail(str(error))
@@ -122,12 +127,12 @@ def _add_flags(
             group = parser.add_argument_group(f"{name} options", type(value).__doc__)
             found |= _add_flags(parser, group.add_argument, value, get_args(hint))
             continue
-        options: Any = {"dest": name, "metavar": "VALUE", "nargs": "?", "const": ""}
+        options: Any = {"dest": name, "metavar": "VALUE"}
         if get_origin(hint) is Annotated:  # a word without a flag
             hint, flag, options = get_args(hint)[0], name, {"nargs": "?"}
             parser.usage = f"{parser.usage} {name.upper()}"
         if get_origin(hint) is tuple:
-            options |= {"nargs": "*", "const": None}
+            options["nargs"] = "*"
         if hint is bool:
             options = {"dest": name, "action": argparse.BooleanOptionalAction}
         if get_origin(hint) is Literal:
@@ -148,7 +153,7 @@ def _value(name: str, hint: object, value: Any) -> Any:
     # The choices of a Literal, or X of X | None.
     kinds: tuple[Any, ...] = get_args(hint) or (hint,)
     if get_origin(hint) is tuple:
-        return tuple(_value(name, kinds[0], word) for word in value or [""])
+        return tuple(_value(name, kinds[0], word) for word in value)
     if hint is bool:
         return value
     if value == "None" and type(None) in kinds:

@@ -335,8 +335,7 @@ def report(
     test, crop = task.data.test, task.crops[1]
     # 111 photographs of 224x224x3, but all 256 images of Tiny-ImageNet.
     most = ENERGY_VALUES // test.take([0], crop)["image"].size
-    count = min(ENERGY_IMAGES, len(test), most)
-    sample = test.take(range(count), crop)
+    sample = images.first(test, min(ENERGY_IMAGES, most), crop)
     xs = task.encode(jnp.asarray(sample["image"]), jax.random.key(0))
     spent = energy.measure(fitted.model, xs, sample.get("length"))
     result = fitted.metrics | {
@@ -347,14 +346,15 @@ def report(
         "seed": experiment.train.seed,
         "versions": {m.__name__: m.__version__ for m in (spikejax, jax, flax)},
         "device": jax.devices()[0].device_kind,
+        **more,
     }
-    workdir.write(experiment.workdir / "result.json", result | more)
+    workdir.write(experiment.workdir / "result.json", result)
     if processes.is_primary():
         data, flags = task.data, identity(experiment)
         mean, std = (getattr(data, name, None) for name in ("mean", "std"))
-        card = Card(flags, data.class_names, data.shape, mean, std, result | more)
+        card = Card(flags, data.class_names, data.shape, mean, std, result)
         trained.save(experiment.workdir, fitted.model, card)
-    return result | more
+    return result
 
 
 def read(folder: Path | str, data_dir: Path | None = None) -> Experiment:

@@ -74,14 +74,8 @@ def _weights(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
             f"from: expected the folder of a finished run, or of one with an intact "
             f"checkpoint, got {source}."
         )
-    average = any(path.startswith("ema/") for path in saved)
-    parts = "ema/" if average else "params/", "rest/"
-    params, rest = (
-        {
-            path.removeprefix(part): v
-            for path, v in saved.items()
-            if path.startswith(part)
-        }
-        for part in parts
-    )
-    return params, rest
+    parts: dict[str, dict[str, Any]] = {"params": {}, "rest": {}}
+    for path, leaf in saved.items():
+        part, _, name = path.partition("/")
+        parts.setdefault(part, {})[name] = leaf
+    return parts.get("ema") or parts["params"], parts["rest"]

@@ -111,8 +111,8 @@ def make_plan(
         # The compiler has no other way to say how much memory was missing.
         if (needed := out_of_memory(str(error))) is None:
             raise
-        inputs = bytes_per_device((state, batch))
-        return _plan(state, batch, target, train_images)(inputs, needed)
+        needs = {"inputs": bytes_per_device((state, batch)), "temporaries": needed}
+        return _plan(state, batch, target, train_images, **needs)
     return read_plan(compiled, state, batch, target, train_images=train_images)
 
 
@@ -122,7 +122,8 @@ def read_plan(
     """Return the needs of a compiled training step; arguments as in ``make_plan``."""
     cost: Any = compiled.cost_analysis()
     hlo = str(compiled.as_text())
-    return _plan(state, batch, target, train_images)(
+    return _plan(
+        *(state, batch, target, train_images),
         **memory_of(compiled),
         flops=cost["flops"],
         bytes_accessed=cost["bytes accessed"],
@@ -145,11 +146,11 @@ def memory_of(compiled: Compiled) -> dict[str, int]:
 
 
 def _plan(
-    state: Tree, batch: Tree, target: Slice, train_images: float
-) -> Callable[..., Plan]:
-    parameters, opt = map(bytes_per_device, (state["params"], state["opt"]))
+    state: Tree, batch: Tree, target: Slice, train_images: float, **needs: Any
+) -> Plan:
+    parameters, optimizer = map(bytes_per_device, (state["params"], state["opt"]))
     size = batch["label"].shape[0]
-    return partial(Plan, target, size, train_images, parameters, opt)
+    return Plan(target, size, train_images, parameters, optimizer, **needs)
 
 
 def plan_training(
