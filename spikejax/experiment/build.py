@@ -308,9 +308,10 @@ def neuron_factory(
     that of the flags of a sequence network. In a General SNN, tau, the threshold and
     the surrogate are its authors'.
     """
+    count = activation.num_thresholds
     # Normalised inputs have a standard deviation of 1. One threshold there is tdBN's
     # choice; of several, 0.5, 1, 1.5 ... cover it. The latter was chosen on the digits.
-    spacing = 0.5 if activation.num_thresholds > 1 else 1.0
+    spacing = 0.5 if count > 1 else 1.0
     kinds = {"atan": surrogate.ATAN, "rectangle": surrogate.rectangle(1 / spacing)}
     options = {"v_threshold": spacing, "surrogate": kinds[activation.surrogate]}
     options["detach_reset"] = True  # our choice
@@ -321,7 +322,7 @@ def neuron_factory(
         tau["tau"] = windowed.TAU
     if isinstance(network, SequenceOptions):
         tau["tau"] = network.tau
-    several = partial(MultiThreshold, activation.num_thresholds, **options, **tau)
+    several = partial(MultiThreshold, count, **options, **tau)
     return {
         "lif": partial(LIF, **options, **tau),
         "plif": partial(PLIF, **options, **tau),
