@@ -38,7 +38,7 @@ from spikejax.experiment import (
     train,
 )
 from spikejax.experiment.cli import cache_folder, flatten, parse, run_cli
-from spikejax.nn.memory import stepper
+from spikejax.memory import stepper
 from spikejax.train import TrainConfig, processes
 from spikejax.train.progress import table
 from spikejax.train.recipe import Ranges, check_settings

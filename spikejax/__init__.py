@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 from spikejax import encode, losses, neurons, surrogate
 from spikejax.conversion import calibrate, convert, fold_norms
 from spikejax.layers import IF, LI, LIF, PLIF, MultiThreshold, neuron_layers
+from spikejax.memory import drop_membranes, keep_membranes, stepper
 from spikejax.neurons import NeuronParams, cascade, independent, lif, parallel
 from spikejax.nn import online
 from spikejax.nn.balance import balance
 from spikejax.nn.cells import ALIF, ILIF, CubaLIF, RefractoryLIF
 from spikejax.nn.delay import Delay, DelayedLinear
 from spikejax.nn.driven import spike_driven
-from spikejax.nn.memory import drop_membranes, keep_membranes, stepper
 from spikejax.nn.norm import td_batch_norm
 from spikejax.nn.penalty import Penalised
 from spikejax.nn.quant import QuantReLU

@@ -19,8 +19,8 @@ from flax import nnx
 from jax.extend.core import JaxprEqn
 
 from spikejax import trace
-from spikejax.layers import Membrane, neuron_layers
-from spikejax.nn.memory import drop_membranes, evaluation_copy, keep_membranes
+from spikejax.layers import neuron_layers
+from spikejax.memory import Membrane, drop_membranes, evaluation_copy, keep_membranes
 from spikejax.nn.operations import PRODUCTS, multiply, sum_rows
 from spikejax.trace import Match, Pytree, Site, Value
 

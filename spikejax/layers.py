@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 
 from spikejax import neurons, surrogate
 from spikejax._compat import iter_modules
+from spikejax.memory import Memory
 from spikejax.neurons import (
     Cell,
     NeuronOptions,
@@ -35,56 +36,8 @@ Layer = Callable[[jax.Array], jax.Array]  # xs -> ys, a module or a function
 Parameter = Any
 
 
-class Membrane(nnx.Variable):
-    """State that a layer keeps from one call to the next."""
-
-
 class Fixed(nnx.Variable):
     """Parameter of a neuron that is not trained."""
-
-
-class Memory(nnx.Module):
-    """State of a layer between calls, held only after ``keep_membranes``."""
-
-    # On the class: Flax fixes the kind of an attribute when an instance first gets it.
-    held: Any = None  # leaves of the state
-    watch: Callable[[State], Any] | None = None
-
-    def load(self, start: State) -> State:
-        """Return the state to begin with: ``start``, at rest, or what is held.
-
-        Raises:
-            ValueError: the held state is of another shape.
-        """
-        if self.watch is not None:
-            self.watch(start)
-        if self.held is None:
-            return start
-        leaves, structure = jax.tree.flatten(start)
-        held = [leaf[...] for leaf in self.held]
-        if [v.shape for v in held] != [v.shape for v in leaves]:
-            raise ValueError(
-                f"membranes: expected input for membranes {held[0].shape}, got input "
-                f"for {leaves[0].shape}. Call keep_membranes(model, xs) for the new "
-                "shape, or drop_membranes(model)."
-            )
-        return jax.tree.unflatten(structure, held)
-
-    def save(self, state: State) -> None:
-        """Keep the state for the next call, if states are held."""
-        if self.held is not None:
-            for leaf, value in zip(self.held, jax.tree.leaves(state), strict=True):
-                leaf[...] = value
-
-    def extend(self, xs: jax.Array, steps: int) -> jax.Array:
-        """Return xs [B, T, ...] after the steps before it, which are zeros at rest.
-
-        Keep the last ones for the next call, in float32.
-        """
-        start = jnp.zeros((xs.shape[0], steps, *xs.shape[2:]), jnp.float32)
-        seen = jnp.concatenate([self.load(start).astype(xs.dtype), xs], 1)
-        self.save(seen[:, xs.shape[1] :].astype(jnp.float32))
-        return seen
 
 
 class Neuron(nnx.Module):

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from spikejax import neurons
 from spikejax.energy import Report
 from spikejax.layers import Neuron
-from spikejax.nn.memory import drop_membranes
+from spikejax.memory import drop_membranes
 from spikejax.nn.quant import QuantReLU, ScaledIF
 
 # Okabe and Ito's colours without the yellow, which is faint on white.

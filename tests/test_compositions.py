@@ -19,8 +19,8 @@ from spikejax.layers import (
     MultiThreshold,
     Neuron,
 )
+from spikejax.memory import stepper
 from spikejax.neurons import NeuronOptions, NeuronParams
-from spikejax.nn.memory import stepper
 from spikejax.nn.quant import ScaledIF
 from spikejax.nn.recurrent import Recurrent
 

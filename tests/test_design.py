@@ -10,7 +10,8 @@ PACKAGES = ("spikejax", "experiments")
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 
-NEURON = {"_compat", "surrogate", "neurons", "unroll", "layers", "encode", "losses"}
+NEURON = {"_compat", "surrogate", "neurons", "unroll", "memory", "layers"}
+NEURON |= {"encode", "losses"}
 
 # Storey (a file or a folder of spikejax) -> the storeys that it may import.
 STOREYS = {

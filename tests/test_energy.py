@@ -15,8 +15,8 @@ from golden import make_energy as golden
 from spikejax import energy, neurons, trace
 from spikejax._compat import List
 from spikejax.layers import IF, LIF, MultiThreshold
+from spikejax.memory import keep_membranes
 from spikejax.models import general, resnet
-from spikejax.nn.memory import keep_membranes
 from spikejax.nn.psn import PSN
 from spikejax.nn.quant import QuantReLU
 from spikejax.nn.recurrent import LSTM, Recurrent

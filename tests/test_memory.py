@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from spikejax import surrogate
-from spikejax.layers import IF, LIF, PLIF, Membrane, MultiThreshold
+from spikejax.layers import IF, LIF, PLIF, MultiThreshold
+from spikejax.memory import Membrane, drop_membranes, has_held, keep_membranes, stepper
 from spikejax.neurons import cascade, independent
-from spikejax.nn.memory import drop_membranes, has_held, keep_membranes, stepper
 
 # name -> a layer, so that every option is on somewhere
 LAYERS = {

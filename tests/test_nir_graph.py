@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 
 from spikejax.layers import LI, LIF
+from spikejax.memory import keep_membranes
 from spikejax.nir.graph import Graph
 from spikejax.nir.layers import Scale, Threshold
-from spikejax.nn.memory import keep_membranes
 from spikejax.nn.recurrent import Recurrent
 
 XS = jax.random.uniform(jax.random.key(0), (2, 7, 3))

@@ -10,6 +10,7 @@ import pytest
 
 from spikejax import neurons
 from spikejax.layers import IF, LI, LIF, PLIF, MultiThreshold, Neuron
+from spikejax.memory import keep_membranes
 from spikejax.neurons import NeuronOptions, NeuronParams, late_reset
 from spikejax.nir.neurons import (
     EULER,
@@ -24,7 +25,6 @@ from spikejax.nir.neurons import (
     write,
 )
 from spikejax.nn.cells import CubaLIF
-from spikejax.nn.memory import keep_membranes
 from spikejax.nn.quant import ScaledIF
 
 DT = 1e-3

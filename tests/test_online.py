@@ -10,8 +10,8 @@ from flax import nnx
 
 from spikejax import losses
 from spikejax.layers import LIF, MultiThreshold
+from spikejax.memory import has_held
 from spikejax.nn import online
-from spikejax.nn.memory import has_held
 from spikejax.nn.online import Traced
 
 LABELS = jnp.array([[1.0, 0.0], [0.0, 1.0]])

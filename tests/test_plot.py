@@ -10,7 +10,7 @@ from flax import nnx
 from spikejax import neurons
 from spikejax.energy import Firing, Operations, Report
 from spikejax.layers import IF, LIF, MultiThreshold
-from spikejax.nn.memory import keep_membranes
+from spikejax.memory import keep_membranes
 from spikejax.nn.quant import QuantReLU, ScaledIF
 
 pytest.importorskip("matplotlib")

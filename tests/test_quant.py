@@ -15,8 +15,8 @@ from flax import nnx
 from spikejax import encode
 from spikejax.layers import IF
 from spikejax.losses import rate_cross_entropy
+from spikejax.memory import keep_membranes
 from spikejax.models.vgg import VGG
-from spikejax.nn.memory import keep_membranes
 from spikejax.nn.quant import (
     QuantReLU,
     ScaledIF,

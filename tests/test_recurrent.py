@@ -12,9 +12,9 @@ from flax import nnx
 
 from spikejax import LIF, PLIF, MultiThreshold, independent, keep_membranes, losses
 from spikejax.data import images
+from spikejax.memory import stepper
 from spikejax.models.pretrained import snntorch_neuron
 from spikejax.models.recurrent import RecurrentSNN
-from spikejax.nn.memory import stepper
 from spikejax.nn.quant import ScaledIF
 from spikejax.nn.recurrent import GRU, LSTM, Bidirectional, Recurrent
 

@@ -12,8 +12,8 @@ from flax import nnx
 from spikejax import neurons
 from spikejax.encode import direct
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold, neuron_layers
+from spikejax.memory import keep_membranes
 from spikejax.models import resnet
-from spikejax.nn.memory import keep_membranes
 from spikejax.nn.norm import td_batch_norm
 
 # One image at both steps: what differs between them is the membranes' doing.

@@ -15,8 +15,8 @@ from spikejax.conversion.steps import (
     early_exit,
     evaluate_steps,
 )
+from spikejax.memory import has_held
 from spikejax.models.vgg import POOL, VGG
-from spikejax.nn.memory import has_held
 from spikejax.nn.quant import QuantReLU
 
 XS = jax.random.normal(jax.random.key(1), (6, 1, 8, 8, 1))

@@ -11,8 +11,8 @@ from flax import nnx
 
 from spikejax.encode import direct
 from spikejax.layers import LIF, PLIF, MultiThreshold, neuron_layers
+from spikejax.memory import keep_membranes
 from spikejax.models import vgg
-from spikejax.nn.memory import keep_membranes
 from spikejax.nn.norm import td_batch_norm
 
 # One image at both steps: what differs between them is the membranes' doing.

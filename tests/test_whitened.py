@@ -12,8 +12,8 @@ from sklearn.datasets import load_sample_images
 from spikejax import calibrate, convert, energy
 from spikejax.encode import direct
 from spikejax.layers import MultiThreshold
+from spikejax.memory import keep_membranes
 from spikejax.models.whitened import WhitenedCNN, patch_basis
-from spikejax.nn.memory import keep_membranes
 from spikejax.nn.norm import td_batch_norm
 from spikejax.nn.quant import QuantReLU
 

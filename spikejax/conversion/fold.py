@@ -11,7 +11,7 @@ from jax.extend.core import JaxprEqn
 from spikejax import neurons, trace
 from spikejax._compat import iter_modules
 from spikejax.layers import neuron_layers
-from spikejax.nn.memory import drop_membranes, evaluation_copy
+from spikejax.memory import drop_membranes, evaluation_copy
 from spikejax.nn.quant import QuantReLU
 from spikejax.trace import Match, Value
 

@@ -22,9 +22,8 @@ from flax.traverse_util import unflatten_dict
 from spikejax import trace
 from spikejax._compat import List, iter_modules
 from spikejax.conversion.relus import SIGNED, Relus
-from spikejax.layers import Membrane
+from spikejax.memory import Membrane, evaluation_copy, has_held, keep_membranes
 from spikejax.neurons import Number
-from spikejax.nn.memory import evaluation_copy, has_held, keep_membranes
 from spikejax.nn.quant import QuantReLU, ScaledIF
 from spikejax.trace import Site, Traced
 

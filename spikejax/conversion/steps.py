@@ -14,12 +14,11 @@ import numpy as np
 from flax import nnx
 
 from spikejax.conversion.spiking import Replaced, Seen, quantised
-from spikejax.layers import Membrane
-from spikejax.nn.memory import evaluation_copy, keep_membranes
+from spikejax.memory import Membrane, evaluation_copy, keep_membranes
 from spikejax.nn.quant import ScaledIF
 
 Batch = Mapping[str, np.ndarray]
-Step = tuple[jax.Array, jax.Array, dict[str, Seen]]
+Answer = tuple[jax.Array, jax.Array, dict[str, Seen]]  # logits, spikes, activations
 
 
 class Streamed(NamedTuple):
@@ -40,7 +39,7 @@ def _step(
     membranes: nnx.State,
     rest: nnx.State,
     xs: jax.Array,
-) -> tuple[nnx.State, Step]:
+) -> tuple[nnx.State, Answer]:
     """Return membranes, and logits [B, K], spikes [B], activations if watched."""
     model = nnx.merge(graphdef, membranes, rest)
     ys, seen = model.observe(xs)
@@ -65,7 +64,7 @@ def _top(neuron: ScaledIF, y: jax.Array, repeats: int) -> jax.Array:
 
 def _steps(
     who: str, model: Replaced, xs: jax.Array, time_steps: int, *, watched: bool = False
-) -> Iterator[Step]:
+) -> Iterator[Answer]:
     """Yield (logits, spikes, activations) of each step on the same input."""
     spiking = isinstance(model, Replaced) and isinstance(model.sites[0], ScaledIF)
     if not spiking or time_steps < 1 or xs.shape[1:2] != (1,):

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax._compat import List
-from spikejax.layers import Memory, Neuron
+from spikejax.layers import Neuron
+from spikejax.memory import Memory
 from spikejax.unroll import unroll
 
 Edge = tuple[str, str]

@@ -20,10 +20,10 @@ from flax import nnx
 from jax.extend.core import JaxprEqn
 from jax.typing import ArrayLike
 
+from spikejax.memory import evaluation_copy
 from spikejax.nir import layers
 from spikejax.nir.graph import reachable
 from spikejax.nir.neurons import EULER, Integration, SoftReset, loop, specs, write
-from spikejax.nn.memory import evaluation_copy
 from spikejax.nn.operations import Layers, trace_operations
 from spikejax.nn.recurrent import Recurrent
 from spikejax.trace import Site, aval, run, where

@@ -16,8 +16,8 @@ from flax import nnx
 from spikejax import trace
 from spikejax._compat import iter_modules
 from spikejax.layers import Neuron
+from spikejax.memory import check_module, drop_membranes
 from spikejax.nn.driven import MAXIMA, MEANS, SHAPES
-from spikejax.nn.memory import check_module, drop_membranes
 from spikejax.nn.operations import PRODUCTS, Layers, trace_operations
 from spikejax.nn.recurrent import Recurrent
 from spikejax.trace import Site

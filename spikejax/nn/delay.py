@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spikejax.layers import Fixed, Memory, check_sequence
+from spikejax.layers import Fixed, check_sequence
+from spikejax.memory import Memory
 
 
 def place(

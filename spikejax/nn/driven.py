@@ -18,7 +18,7 @@ from jax.extend.core import JaxprEqn
 
 from spikejax import neurons, trace
 from spikejax.layers import Neuron
-from spikejax.nn.memory import drop_membranes, evaluation_copy
+from spikejax.memory import drop_membranes, evaluation_copy
 from spikejax.nn.operations import PRODUCTS, Layers, multiply, trace_operations
 from spikejax.nn.recurrent import Recurrent
 from spikejax.trace import Site

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spikejax.layers import Memory, check_sequence, check_tau
-from spikejax.nn.memory import drop_membranes, keep_membranes
+from spikejax.layers import check_sequence, check_tau
+from spikejax.memory import Memory, drop_membranes, keep_membranes
 from spikejax.unroll import unroll_compiled
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]  # (logits, labels) -> [B]

@@ -17,7 +17,7 @@ from jax.extend.core import JaxprEqn, Primitive
 from spikejax import trace
 from spikejax._compat import iter_modules
 from spikejax.layers import Neuron
-from spikejax.nn.memory import check_module
+from spikejax.memory import check_module
 from spikejax.nn.recurrent import Recurrent
 from spikejax.trace import Match, Pytree, Traced, Value
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax import surrogate
-from spikejax.layers import Fixed, Memory, check_sequence
+from spikejax.layers import Fixed, check_sequence
+from spikejax.memory import Memory
 from spikejax.neurons import spiking_output
 from spikejax.surrogate import Surrogate
 

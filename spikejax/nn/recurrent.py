@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spikejax.layers import Memory, Neuron, check_sequence
+from spikejax.layers import Neuron, check_sequence
+from spikejax.memory import Memory
 from spikejax.neurons import Step
 from spikejax.unroll import unroll_compiled
 

@@ -16,8 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from spikejax.losses import mean_over_time
+from spikejax.memory import has_held
 from spikejax.nn.cpu import compiler_options
-from spikejax.nn.memory import has_held
 from spikejax.train import processes, sharding
 from spikejax.train.checkpoint import Checkpoints
 from spikejax.train.checksum import by_path, parameters_sha256
