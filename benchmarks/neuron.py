@@ -71,7 +71,7 @@ class Benchmark:
 
     def __post_init__(self):
         sizes = "repeats", "maps", "side", "channels"
-        ranges = dict.fromkeys(sizes, ("at least 1", lambda n: n >= 1))
+        ranges: dict[str, Any] = dict.fromkeys(sizes, ("at least 1", lambda n: n >= 1))
         ranges["time_steps"] = (
             f"divisors of the {self.maps} maps",
             lambda every: all(n >= 1 and self.maps % n == 0 for n in every),

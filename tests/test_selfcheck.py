@@ -67,7 +67,8 @@ def test_gathers_are_noticed(fsdp, kind, passed):
 
 @pytest.mark.parametrize(("limit", "passed"), [(None, True), (70, True), (69, False)])
 def test_a_step_that_does_not_fit_is_noticed(limit, passed):
-    sizes = {"argument": 40, "temp": 30, "output": 40, "alias": 40}
+    sizes = {"argument": 40, "temp": 25, "output": 41, "alias": 40}
+    sizes["generated_code"] = 4
     sizes = {f"{name}_size_in_bytes": size for name, size in sizes.items()}
     compiled = SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**sizes))
     stats = {} if limit is None else {"bytes_limit": limit}

@@ -337,7 +337,7 @@ def report(
     most = ENERGY_VALUES // test.take([0], crop)["image"].size
     sample = images.first(test, min(ENERGY_IMAGES, most), crop)
     xs = task.encode(jnp.asarray(sample["image"]), jax.random.key(0))
-    spent = energy.measure(fitted.model, xs, sample.get("length"))
+    spent = energy.measure(fitted.model, xs, cast(Any, sample.get("length")))
     result = fitted.metrics | {
         "spikes_per_image": spent.spikes_per_image,
         "energy_nj": spent.energy_nj,
