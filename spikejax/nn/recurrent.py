@@ -38,7 +38,7 @@ class Recurrent(nnx.Module):
     Args:
         neuron: layer of neurons, such as LIF() or MultiThreshold().
         features: their number, the last axis of the input.
-        rngs: source of the weights U, orthogonal initially.
+        rngs: source of the weights U; initially 0.3 of an orthogonal matrix, our choice.
 
     Raises:
         ValueError: neuron is a class or function, or there are no features.
@@ -54,7 +54,9 @@ class Recurrent(nnx.Module):
             )
         self.neuron = neuron
         self.memory = Memory()
-        orthogonal = nnx.initializers.orthogonal()
+        # On spoken digits 94 % (LIF) and 93 % (four thresholds) of the validation
+        # recordings; a whole orthogonal matrix had 90 and 81 %, a tenth 90 and 90 %.
+        orthogonal = nnx.initializers.orthogonal(0.3)
         self.recurrent = nnx.Linear(
             features, features, use_bias=False, kernel_init=orthogonal, rngs=rngs
         )
