@@ -441,7 +441,7 @@ def test_recurrent_weights_are_met_by_all_spikes_but_the_last():
 
 def test_recurrent_weights_of_an_lstm_see_real_values():
     lstm = LSTM(3, 2, rngs=nnx.Rngs(0))
-    xs = jnp.ones((1, 1, 4, 3))  # four elements of a sequence, all spikes
+    xs = jnp.ones((1, 4, 3))  # four time steps, all spikes
     report = energy.measure(Chain(counter(1), lstm), xs)
     rows = {row.path: (row.acs, row.macs) for row in report.connections}
     assert rows["layers/1/inputs"] == (4 * 3 * 8, 0)

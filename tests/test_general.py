@@ -11,6 +11,7 @@ import slow_general
 from flax import nnx
 
 from spikejax import LIF, MultiThreshold, losses
+from spikejax.memory import stepper
 from spikejax.models import MODELS, general
 from spikejax.nn.windowed import mean, overlap, sine, straight_through, tile, whole
 from spikejax.train import TrainConfig
@@ -185,3 +186,16 @@ def test_images_of_another_size_are_refused():
 def test_no_channels_are_refused(width):
     with pytest.raises(ValueError, match="General: expected a width that leaves chann"):
         general.cnn(10, width=width, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("make", [general.lstm, general.plain])
+def test_time_steps_one_by_one_are_the_sequence(make):
+    """Membranes of windows start anew in each step; those of ``plain`` last."""
+    model = small(make, binarise=half, neuron=partial(LIF, v_threshold=0.2))
+    xs = jax.random.uniform(jax.random.key(2), (2, 3, 8, 8, 3))
+    whole, (state, step), parts = model(xs), stepper(model, xs), []
+    assert bool(jax.tree.leaves(state)) == (make is general.plain)
+    for t in range(3):
+        state, ys = step(state, xs[:, t : t + 1])
+        parts.append(ys)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, rtol=1e-4, atol=1e-5)

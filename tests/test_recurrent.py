@@ -10,11 +10,20 @@ import pytest
 import slow_general
 from flax import nnx
 
-from spikejax import LIF, PLIF, MultiThreshold, independent, keep_membranes, losses
+from spikejax import (
+    LI,
+    LIF,
+    PLIF,
+    DelayedLinear,
+    MultiThreshold,
+    independent,
+    keep_membranes,
+    losses,
+)
 from spikejax.data import images
 from spikejax.memory import stepper
 from spikejax.models.pretrained import snntorch_neuron
-from spikejax.models.recurrent import RecurrentSNN
+from spikejax.models.recurrent import RecurrentSNN, dense, feedback, gru
 from spikejax.nn.quant import ScaledIF
 from spikejax.nn.recurrent import GRU, LSTM, Bidirectional, Recurrent
 
@@ -84,10 +93,10 @@ def test_lstm_is_that_of_plain_numpy(made, features):
     params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
     params = jax.tree.map(np.float64, params)
     read = slow_general.lstm if made is LSTM else slow_general.both_ways
-    hs = module(XS[:, None])
-    assert hs.shape == (2, 1, 6, features)
+    xs = XS if made is LSTM else XS[:, None]  # sequences in space, at one time step
+    hs = module(xs).reshape(2, 6, features)
     for b in range(2):
-        np.testing.assert_allclose(hs[b, 0], read(np.float64(XS[b]), params), atol=1e-6)
+        np.testing.assert_allclose(hs[b], read(np.float64(XS[b]), params), atol=1e-6)
 
 
 def test_lstm_is_that_of_flax():
@@ -146,14 +155,41 @@ def test_a_gru_by_hand():
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_a_gru_takes_slices():
-    layer = GRU(3, 4, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("made", [GRU, LSTM])
+def test_gated_layers_take_slices(made):
+    layer = made(3, 4, rngs=nnx.Rngs(0))
     state, step = stepper(layer, XS)
     parts = []
     for t in (0, 2, 4):
         state, ys = step(state, XS[:, t : t + 2])
         parts.append(ys)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), layer(XS), rtol=1e-6)
+
+
+def lstm(inputs, width, neuron, rngs):
+    return nnx.Sequential(LSTM(inputs, width, rngs=rngs), neuron())
+
+
+delayed = partial(dense, linear=partial(DelayedLinear, max_delay=2))
+KINDS = {"dense": dense, "feedback": feedback, "gru": gru, "lstm": lstm}
+KINDS |= {"delayed": delayed, "both": partial(feedback, **delayed.keywords)}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_networks_answer_step_by_step(name):
+    # Without neurons or a readout, a GRU and an LSTM alone keep a state.
+    options = {"neuron": partial(LIF, v_threshold=0.1), "kind": KINDS[name]}
+    readout = None if name in ("gru", "lstm") else LI(3.0)
+    model = RecurrentSNN(3, (4, 4), 2, readout=readout, rngs=nnx.Rngs(0), **options)
+    model.eval()
+    whole = model(XS)
+    assert jnp.abs(jnp.diff(whole, axis=1)).max() > 0.01
+    state, step = stepper(model, XS)
+    parts = []
+    for t in range(0, 6, 2):
+        state, ys = step(state, XS[:, t : t + 2])
+        parts.append(ys)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, rtol=1e-5, atol=1e-6)
 
 
 # The network

@@ -1,5 +1,6 @@
 """Layers that feed their own outputs back: spiking neurons, LSTM and GRU."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -124,6 +125,19 @@ def _weights(linear: nnx.Linear, dtype: jnp.dtype) -> Weights:
     return linear.kernel[...].astype(dtype), bias[...].astype(dtype)
 
 
+def _run(
+    layer: "GRU | LSTM", cell: Callable, xs: jax.Array, memory: Memory
+) -> jax.Array:
+    """Return h at all steps of xs [B, T, in_features], from the state in a memory."""
+    gates = layer.inputs(xs)  # one matrix product for all steps
+    weights = _weights(layer.recurrent, gates.dtype)
+    h = jnp.zeros((gates.shape[0], weights[0].shape[0]), gates.dtype)
+    start = memory.load((h, h) if cell is _lstm else h)
+    state, hs = unroll_compiled(cell, weights, start, gates)
+    memory.save(state)
+    return hs
+
+
 class GRU(nnx.Module):
     """Gated recurrent unit over a sequence; it does not spike.
 
@@ -150,45 +164,44 @@ class GRU(nnx.Module):
     def __call__(self, xs: jax.Array) -> jax.Array:
         """Return h [B, T, features] for a sequence xs [B, T, in_features]."""
         check_sequence("GRU", xs)
-        gates = self.inputs(xs)  # one matrix product for all steps
-        weights = _weights(self.recurrent, gates.dtype)
-        zero = jnp.zeros((gates.shape[0], weights[0].shape[0]), gates.dtype)
-        h, hs = unroll_compiled(_gru, weights, self.memory.load(zero), gates)
-        self.memory.save(h)
-        return hs
+        return _run(self, _gru, xs, self.memory)
 
 
 class LSTM(nnx.Module):
-    """Long short-term memory over a sequence, from zeros; it does not spike.
+    """Long short-term memory over a sequence; it does not spike.
 
     i, f, g, o = x W + b + h U + d,  c' = sigmoid(f) c + sigmoid(i) tanh(g)
     h' = sigmoid(o) tanh(c')
 
-    Weights and both biases start uniformly in +-1 / sqrt(features), as in PyTorch.
-    Flax's own cells have one bias, and other initial weights.
+    It takes slices of a sequence, as neurons do (``stepper``). Weights and both biases
+    start uniformly in +-1 / sqrt(features), as in PyTorch. Flax's own cells have one
+    bias, and other initial weights.
 
     Args:
         in_features, features: sizes of the last axes of the input and of h.
         rngs: source of the weights.
+
+    Raises:
+        ValueError: the input of a call has no time axis, or no floating point numbers.
 
     Reference: Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735.
     """
 
     def __init__(self, in_features: int, features: int, *, rngs: nnx.Rngs):
         self.inputs, self.recurrent = _linears(in_features, features, 4, rngs)
+        self.memory = Memory()
 
     def __call__(self, xs: jax.Array) -> jax.Array:
-        """Return h [..., L, features] for a sequence xs [..., L, in_features]."""
-        gates = self.inputs(xs)  # one matrix product for all steps
-        gates = gates.reshape(-1, *gates.shape[-2:])
-        weights = _weights(self.recurrent, gates.dtype)
-        zero = jnp.zeros((gates.shape[0], weights[0].shape[0]), gates.dtype)
-        _, hs = unroll_compiled(_lstm, weights, (zero, zero), gates)
-        return hs.reshape(*xs.shape[:-1], -1)
+        """Return h [B, T, features] for a sequence xs [B, T, in_features]."""
+        check_sequence("LSTM", xs)
+        return _run(self, _lstm, xs, self.memory)
 
 
 class Bidirectional(nnx.Module):
-    """Pair of LSTMs, one of which reads the sequence from its end; [.., 2 features]."""
+    """Pair of LSTMs, one of which reads the sequence from its end; [.., 2 features].
+
+    Each call starts from zeros, as a sequence in slices has no end to start from.
+    """
 
     def __init__(self, in_features: int, features: int, *, rngs: nnx.Rngs):
         self.forwards = LSTM(in_features, features, rngs=rngs)
@@ -196,5 +209,8 @@ class Bidirectional(nnx.Module):
 
     def __call__(self, xs: jax.Array) -> jax.Array:
         """Return [..., L, 2 features] for a sequence xs [..., L, in_features]."""
-        backwards = jnp.flip(self.backwards(jnp.flip(xs, -2)), -2)
-        return jnp.concatenate([self.forwards(xs), backwards], -1)
+        flat = xs.reshape(-1, *xs.shape[-2:])
+        forwards = _run(self.forwards, _lstm, flat, Memory())
+        backwards = _run(self.backwards, _lstm, jnp.flip(flat, 1), Memory())
+        both = jnp.concatenate([forwards, jnp.flip(backwards, 1)], -1)
+        return both.reshape(*xs.shape[:-1], -1)
