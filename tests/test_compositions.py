@@ -174,6 +174,23 @@ def test_second_derivatives_are_those_of_the_gradient(name, steps):
     assert jnp.any(found != 0) or name == "i-lif"  # a rectangle has no slope
 
 
+@pytest.mark.parametrize("name", ["parallel", "adaptive"])
+def test_the_program_written_out_for_a_tpu_is_derived_beside_the_loop(
+    written_for_tpus, name
+):
+    layer = NEURONS[name]()
+
+    @jax.vmap
+    @jax.grad
+    def gradient(xs):
+        return jnp.square(layer(xs[None])).sum()
+
+    product = jax.jit(jax.grad(lambda xs: jnp.square(gradient(xs)).sum()))
+    two = XS[..., :2]  # channels of a shape that no other test has traced
+    assert "platform_index" in str(jax.make_jaxpr(product)(two))
+    np.testing.assert_allclose(product(two), product(XS)[..., :2], 1e-6, 1e-6)
+
+
 @every_neuron
 def test_vmap_is_a_batch(name):
     layer = NEURONS[name]()

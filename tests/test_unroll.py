@@ -17,6 +17,8 @@ from spikejax.unroll import unroll
 # ``import spikejax.unroll as x`` would give the function: the package exports it.
 MODULE = sys.modules["spikejax.unroll"]
 
+pytestmark = pytest.mark.usefixtures("written_for_tpus")
+
 # 1 to 4 steps are written out, more run in a loop.
 LENGTHS = [1, 4, 5, 64, 123]
 
