@@ -53,6 +53,7 @@ def test_modules_of_the_reference_exist(page):
     assert modules and not missing, f"{name(page)}: no {missing}"
 
 
+@cache
 def source(module: str) -> ast.Module | None:
     path = ROOT / module.replace(".", "/")
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
@@ -61,7 +62,11 @@ def source(module: str) -> ast.Module | None:
 
 def imports(code: str):
     """Yields (module, name) of what is imported from spikejax."""
-    for node in ast.walk(ast.parse(re.sub("^[!%].*", "", code, flags=re.MULTILINE))):
+    yield from imported(ast.parse(re.sub("^[!%].*", "", code, flags=re.MULTILINE)))
+
+
+def imported(tree: ast.Module):
+    for node in ast.walk(tree):
         module = getattr(node, "module", None) or ""
         if isinstance(node, ast.ImportFrom) and module.split(".")[0] == "spikejax":
             yield from ((module, alias.name) for alias in node.names)
@@ -71,10 +76,17 @@ def home(module: str, name: str) -> tuple[str, str]:
     """The module that defines a name which a package may only hand on."""
     if source(f"{module}.{name}"):
         return f"{module}.{name}", ""
-    handed_on = {inner: outer for outer, inner in imports(ast.unparse(source(module)))}
-    return home(handed_on[name], name) if name in handed_on else (module, name)
+    outer = handed_on(module).get(name)
+    return home(outer, name) if outer else (module, name)
 
 
+@cache
+def handed_on(module: str) -> dict[str, str]:
+    """{name: module} of what a module imports from others of the package."""
+    return {inner: outer for outer, inner in imported(source(module))}
+
+
+@cache
 def documented(module: str) -> set[str]:
     """The names of a module that its page of the reference shows."""
     body = source(module).body
