@@ -3,14 +3,34 @@
 import dataclasses
 import json
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 
 from experiments import convert as script
 from spikejax.experiment.cli import override
 
 
+def numbers(model):
+    """The weights and statistics of a network."""
+    return jax.tree.leaves(nnx.state(model, nnx.Not(nnx.RngState)))
+
+
 def test_the_script_leaves_a_summary_and_a_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script, "SAMPLE", 32)
+    evaluate, evaluated = script.Conversions.row, []
+
+    def row_of(nets, name, ann, *more):
+        """Evaluate the first network, of which the others must be copies."""
+        if not evaluated:
+            evaluated.append((evaluate(nets, name, ann, *more), nets.sample, ann))
+        row, sample, first = evaluated[0]
+        assert all(map(np.array_equal, numbers(first), numbers(ann)))
+        np.testing.assert_array_equal(nets.sample, sample)
+        return dict(row)
+
+    monkeypatch.setattr(script.Conversions, "row", row_of)
     changes = {"workdir": tmp_path, "bits": 3, "max_steps": 2, "test_images": 100}
     flags = override(script.DEFAULT, changes | {"steps": 2, "batch_size": 16})
     script.main(flags)
