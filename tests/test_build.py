@@ -36,6 +36,7 @@ NAMES = ("lif", "plif", "if", "mt-parallel", "mt-cascade", "i-lif", "alif", "rel
 DEEP = {"resnet50", "resnet101", "resnet152"} | {
     name for name, kind in FAMILIES.items() if kind is TransformerOptions
 } - {"transformer-small"}
+DEEP |= {f"efficientnet-lite{k}" for k in range(1, 5)}
 CONVNET = VGGOptions("convnet")
 
 

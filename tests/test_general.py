@@ -82,7 +82,8 @@ def test_blocks_take_both_windows_in_turn():
 
 def test_the_variant_follows_the_number_of_classes():
     def make(kind, classes):
-        return nnx.eval_shape(lambda: MODELS[kind](classes, rngs=nnx.Rngs(0)))
+        made = partial(MODELS[kind], classes, depths=(2, 1), width=1 / 12)
+        return nnx.eval_shape(lambda: made(rngs=nnx.Rngs(0)))
 
     inner = make("general-cnn", 10).stages[0][1].mixer
     assert inner.network.projection is sine and inner.region_threshold is None

@@ -69,6 +69,11 @@ def model(name, neuron=LIF, **options):
     return MODELS[name](rngs=R(0), **options)
 
 
+def shapes(name, **options):
+    """The network without its weights, which such an error comes before."""
+    return nnx.eval_shape(lambda: model(name, **options))
+
+
 def fit_lists(data):
     settings = {"encode": lambda x, rng: x, "steps_per_epoch": 1, "workdir": "unused"}
     return fit(TrainConfig(batch_size=8), lif_net, losses.tet, data, [1], **settings)
@@ -329,14 +334,14 @@ CALLS = {
         lambda: rn(neuron=LIF, rngs=R(0))(jnp.ones((2, 8, 8, 1))),
     ],
     "VGG: expected images [B, T, H, W, 1] of sides of at least 32": [
-        lambda: model("vgg11")(jnp.ones((2, 1, 8, 8, 1))),
+        lambda: shapes("vgg11")(jnp.ones((2, 1, 8, 8, 1))),
     ],
     "General: expected images [B, T, H, W, C] with sides that are multiples of": [
-        lambda: model("general-cnn", depths=(1,) * 4)(jnp.ones((2, 1, 7, 7, 1))),
+        lambda: shapes("general-cnn", depths=(1,) * 4)(jnp.ones((2, 1, 7, 7, 1))),
     ],
     "General: expected images [B, T, H, W, 1] of sides of at least 1": [
-        lambda: model("general-cnn", depths=(1,) * 4)(jnp.ones((2, 32, 32, 1))),
-        lambda: model("general-cnn", depths=(1,) * 4)(jnp.ones((2, 1, 32, 32, 3))),
+        lambda: shapes("general-cnn", depths=(1,) * 4)(jnp.ones((2, 32, 32, 1))),
+        lambda: shapes("general-cnn", depths=(1,) * 4)(jnp.ones((2, 1, 32, 32, 3))),
     ],
     "RecurrentSNN: expected a sequence [B, T, 8]": [
         lambda: RecurrentSNN(8, (4,), 3, neuron=LIF, rngs=R(0))(jnp.ones((2, 8))),
