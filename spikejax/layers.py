@@ -32,6 +32,7 @@ from spikejax.surrogate import Surrogate
 from spikejax.unroll import unroll_compiled
 
 Layer = Callable[[jax.Array], jax.Array]  # xs -> ys, a module or a function
+Factory = Callable[[], Layer]  # such as LIF, or lambda: nnx.relu
 # A number, an array, a sequence of those, or a variable.
 Parameter = Any
 

@@ -320,11 +320,10 @@ class Step(NamedTuple):
         self, params: tuple[Params, Any], state: State, x: jax.Array
     ) -> tuple[State, jax.Array]:
         """Return the state after the currents x, and spikes in the type of x."""
-        values, unit = params
+        _, unit = params
         current = x.astype(jnp.float32)
-        if unit is not None:
-            current = current / unit
-        return self._output(params, current, state, x.dtype)
+        current = current if unit is None else current / unit
+        return self._output(params, state, current, x.dtype)
 
     @property
     def has_phases(self) -> bool:
@@ -354,10 +353,10 @@ class Step(NamedTuple):
         # Without a leak, a membrane of 0 is charged by u to exactly u.
         at_zero = self._replace(options=self.options._replace(decay_input=False))
         given = values._replace(leak=0.0), unit
-        return at_zero._output(given, u, jnp.zeros_like(u), u.dtype)
+        return at_zero._output(given, jnp.zeros_like(u), u, u.dtype)
 
     def _output(
-        self, params: tuple[Params, Any], current: jax.Array, state: State, dtype: Any
+        self, params: tuple[Params, Any], state: State, current: jax.Array, dtype: Any
     ) -> tuple[State, jax.Array]:
         """Return the state and the output after currents in units of a spike."""
         values, unit = params

@@ -17,7 +17,7 @@ XS = jnp.ones((1, 2, 4, 4, 3))
 
 def operations(model, xs=XS):
     """(name, inputs, site, parameters) of each operation; values are their numbers."""
-    traced, state, layers = trace_operations(model, xs, "test")
+    traced, state, layers = trace_operations(model, xs)
     found = []
 
     def handler(number, site, inputs, given):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax import neurons, surrogate
-from spikejax.layers import IF, LI, LIF, PLIF, Layer, MultiThreshold
+from spikejax.layers import IF, LI, LIF, PLIF, Factory, MultiThreshold
 from spikejax.models import MODELS, recurrent, resnet
 from spikejax.nn import cpu, tpu, windowed
 from spikejax.nn.cells import ALIF, ILIF
@@ -22,7 +22,6 @@ from spikejax.nn.delay import DelayedLinear
 from spikejax.nn.norm import fast_td_batch_norm
 from spikejax.train.recipe import Ranges, check_settings
 
-NeuronFactory = Callable[[], Layer]
 WIDTH: Ranges = {"width": ("more than 0, at most 100", lambda w: 0 < w <= 100)}
 # The cells are unrolled over their thresholds: more would compile for minutes.
 THRESHOLDS = "1 to 64", lambda n: 1 <= n <= 64
@@ -248,7 +247,7 @@ def _over_vectors(
     *,
     num_classes: int,
     in_channels: int,
-    neuron: NeuronFactory,
+    neuron: Factory,
     rngs: nnx.Rngs,
     **_: Any,
 ) -> nnx.Module:
@@ -298,9 +297,7 @@ NetworkOptions = ImageOptions | SequenceOptions | BaselineOptions
 ActivationOptions = MultiThresholdOptions | SingleOptions
 
 
-def neuron_factory(
-    activation: ActivationOptions, network: NetworkOptions
-) -> NeuronFactory:
+def neuron_factory(activation: ActivationOptions, network: NetworkOptions) -> Factory:
     """Return the factory of the activation, as models take it.
 
     Neurons have soft reset, which passes no gradient (``detach_reset``), and do not

@@ -1,13 +1,13 @@
 """Checks of the arguments and of the input that all networks share."""
 
 import inspect
-from collections.abc import Callable
-from typing import Any
 
 import jax
 
+from spikejax.layers import Factory
 
-def check_factory(who: str, neuron: Callable[[], Any]) -> None:
+
+def check_factory(who: str, neuron: Factory) -> None:
     """Check that ``neuron`` makes an activation when it is called with no arguments.
 
     Raises:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax._compat import List
-from spikejax.layers import Layer
+from spikejax.layers import Factory, Layer
 from spikejax.models.check import check_factory, check_images
 from spikejax.nn.norm import td_batch_norm
 
@@ -48,7 +48,7 @@ class Block(nnx.Module):
         size: int,
         stride: int,
         *,
-        neuron: Callable[[], Layer],
+        neuron: Factory,
         conv: Callable[..., Layer],
         norm: Callable[..., Layer],
     ):
@@ -99,7 +99,7 @@ class EfficientNet(nnx.Module):
         depth: float,
         num_classes: int,
         *,
-        neuron: Callable[[], Layer],
+        neuron: Factory,
         rngs: nnx.Rngs,
         conv: Callable[..., Layer] = nnx.Conv,
         norm: Callable[..., Layer] = td_batch_norm,

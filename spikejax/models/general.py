@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax._compat import List
-from spikejax.layers import Layer, Neuron
+from spikejax.layers import Factory, Layer, Neuron
 from spikejax.models.check import check_factory, check_images
 from spikejax.neurons import State
 from spikejax.nn.windowed import (
@@ -71,7 +71,7 @@ class General(nnx.Module):
     """A stem 2x2, stages of blocks with patch merging in between, global mean, head.
 
     Blocks of a stage take the two windows in turn; the last stage takes the first only.
-    State that a network carries from block to block are merged between stages too,
+    Membranes that a network carries from block to block are merged between stages too,
     by weights of their own.
 
     Args:
@@ -101,7 +101,7 @@ class General(nnx.Module):
         num_classes: int,
         *,
         network: Callable[..., Network] = conv_network,
-        neuron: Callable[[], Layer] = general_lif,
+        neuron: Factory = general_lif,
         conv: Callable[..., Layer] = nnx.Conv,
         windows: tuple[Window, Window] = (tile, overlap),
         region_threshold: float | None = None,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax._compat import List
-from spikejax.layers import Layer
+from spikejax.layers import Factory, Layer
 from spikejax.models.check import check_factory, check_images
 from spikejax.nn.norm import td_batch_norm
 
@@ -94,7 +94,7 @@ class Block(nnx.Module):
         *,
         bottleneck: bool,
         residual: Residual,
-        neuron: Callable[[], Layer],
+        neuron: Factory,
         conv: Callable[..., Layer],
         norm: Callable[..., Layer],
     ):
@@ -175,7 +175,7 @@ class ResNet(nnx.Module):
         widths: Sequence[int],
         num_classes: int,
         *,
-        neuron: Callable[[], Layer],
+        neuron: Factory,
         rngs: nnx.Rngs,
         residual: Residual = ms,
         bottleneck: bool = False,

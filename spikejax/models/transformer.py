@@ -14,13 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax._compat import List
-from spikejax.layers import Fixed, Layer
+from spikejax.layers import Factory, Fixed, Layer
 from spikejax.models.check import check_factory, check_images
 from spikejax.models.whitened import patch_basis
 from spikejax.nn.attention import token_attention
 from spikejax.nn.norm import td_batch_norm
-
-Factory = Callable[[], Layer]
 
 
 class Make(NamedTuple):

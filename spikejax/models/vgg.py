@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax._compat import List
-from spikejax.layers import Layer
+from spikejax.layers import Factory, Layer
 from spikejax.models.check import check_factory, check_images
 from spikejax.nn.norm import td_batch_norm
 
@@ -43,7 +43,7 @@ class VGG(nnx.Module):
         plan: Sequence[int],
         num_classes: int,
         *,
-        neuron: Callable[[], Layer],
+        neuron: Factory,
         rngs: nnx.Rngs,
         hidden: Sequence[int] = (),
         conv: Callable[..., Layer] = nnx.Conv,

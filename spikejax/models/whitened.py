@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spikejax._compat import List
-from spikejax.layers import Fixed, Layer
+from spikejax.layers import Factory, Fixed, Layer
 from spikejax.models.check import check_factory, check_images
 from spikejax.nn.norm import td_batch_norm
 
@@ -48,7 +48,7 @@ class WhitenedCNN(nnx.Module):
         widths: Sequence[int],
         num_classes: int,
         *,
-        neuron: Callable[[], Layer],
+        neuron: Factory,
         rngs: nnx.Rngs,
         conv: Callable[..., Layer] = nnx.Conv,
         norm: Callable[..., Layer] = td_batch_norm,

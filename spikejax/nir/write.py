@@ -81,7 +81,7 @@ def to_nir(
             f"{type(integration).__name__}."
         )
     model = evaluation_copy("to_nir", model)
-    traced, state, neurons = trace_operations(model, xs, "to_nir")
+    traced, state, neurons = trace_operations(model, xs)
     writer = _Writer(neurons, dt, soft_reset, integration, sum_pool)
     shape = xs.shape[2:]
     node = nir.Input({"input": np.array(_channels_first(shape))})

@@ -86,7 +86,7 @@ def balance(model: nnx.Module, xs: jax.Array, rate: float = 0.1) -> Balanced:
     if not rate > 0:
         raise ValueError(f"balance: expected a rate above 0, got {rate}.")
     model = drop_membranes(nnx.clone(model))
-    traced, state, layers = trace_operations(model, xs, "balance", PRODUCTS)
+    traced, state, layers = trace_operations(model, xs, PRODUCTS)
     if not any(site.kind == "neurons" for site in traced.sites):
         raise ValueError(
             "balance: expected a model with spiking neurons that are called on "

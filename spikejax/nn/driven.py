@@ -108,7 +108,7 @@ def spike_driven(model: nnx.Module, xs: jax.Array) -> SpikeDriven:
             of the model's own.
     """
     model = drop_membranes(evaluation_copy("spike_driven", model))
-    traced, state, layers = trace_operations(model, xs, "spike_driven", PRODUCTS)
+    traced, state, layers = trace_operations(model, xs, PRODUCTS)
     driver = _Driver(layers)
     (logits, _), _ = trace.run(traced, state, _encode_input(xs), driver.operation)
     logits = getattr(logits, "value", logits)

@@ -17,7 +17,6 @@ from jax.extend.core import JaxprEqn, Primitive
 from spikejax import trace
 from spikejax._compat import iter_modules
 from spikejax.layers import Neuron
-from spikejax.memory import check_module
 from spikejax.nn.recurrent import Recurrent
 from spikejax.trace import Match, Pytree, Traced, Value
 
@@ -53,7 +52,7 @@ class _Operations(NamedTuple):
 
 
 def trace_operations(
-    model: nnx.Module, xs: jax.Array, who: str, whole: tuple[str, ...] = ()
+    model: nnx.Module, xs: jax.Array, whole: tuple[str, ...] = ()
 ) -> tuple[Traced, Pytree, Layers]:
     """Return a model in its mode as a jaxpr, its state, and its neurons.
 
@@ -63,10 +62,8 @@ def trace_operations(
     Args:
         model: it is not modified.
         xs: an input of the model; only its shape and type count.
-        who: name of the caller, for an error.
         whole: names of functions that are one operation, as nn.cpu's convolution.
     """
-    check_module(who, model)
     model = nnx.clone(model)
     layers: Layers = {}
     # The longest path first: a Recurrent holds a Neuron, and gives it its own path.

@@ -20,7 +20,7 @@ from flax import nnx
 
 from spikejax import surrogate
 from spikejax._compat import List
-from spikejax.layers import LIF, Layer, Neuron
+from spikejax.layers import LIF, Factory, Layer, Neuron
 from spikejax.neurons import State
 from spikejax.nn.recurrent import Bidirectional
 
@@ -324,7 +324,7 @@ class Mixer(nnx.Module):
 
 def conv_network(
     channels: int,
-    neuron: Callable[[], Layer] = general_lif,
+    neuron: Factory = general_lif,
     *,
     conv: Callable[..., Layer] = nnx.Conv,
     projection: Projection | None = sine,
@@ -337,7 +337,7 @@ def conv_network(
 
 def lstm_network(
     channels: int,
-    neuron: Callable[[], Layer] = general_lif,
+    neuron: Factory = general_lif,
     *,
     projection: Projection = sine,
     rngs: nnx.Rngs,
