@@ -168,15 +168,21 @@ def test_integer_neuron_rounds_as_the_published_one():
     np.testing.assert_allclose(state, found["v_end"], atol=1e-6)
 
 
-def test_integer_neuron_rounds_and_its_gradient_is_that_of_a_clip():
-    x = jnp.linspace(-1.03, 5.13, 41)[None, None]
-    y, pull = jax.vjp(ILIF(4), x)
+@pytest.mark.parametrize("theta", [1.0, 0.5])
+def test_integer_neuron_rounds_and_its_gradient_is_that_of_a_clip(theta):
+    x, neuron = jnp.linspace(-1.03, 5.13, 41)[None, None], ILIF(4, theta)
+    y, pull = jax.vjp(neuron, theta * x)
     np.testing.assert_array_equal(y, jnp.clip(jnp.round(x), 0, 4))
     (dx,) = pull(jnp.ones_like(y))
-    np.testing.assert_array_equal(dx, (x > 0) & (x < 4))
-    trains = ILIF(4)(x, trains=True)
+    np.testing.assert_array_equal(theta * dx, (x > 0) & (x < 4))
+    trains = neuron(theta * x, trains=True)
     assert set(np.unique(trains)) == {0, 1}
     np.testing.assert_array_equal(trains.sum(-1), y)
+
+
+def test_only_the_membrane_starts_from_v_start():
+    v, adaptation = ALIF(v_start=0.25).start((2, 3))
+    assert (v == 0.25).all() and (adaptation == 0).all() and v.shape == (2, 3)
 
 
 @pytest.mark.parametrize("name", EVERY)

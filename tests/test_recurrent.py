@@ -128,6 +128,14 @@ def test_it_holds_the_neuron_and_all_that_it_knows():
     assert set(found) == {"neuron", "recurrent"}
 
 
+@pytest.mark.parametrize("made", [GRU, LSTM])
+def test_weights_and_biases_start_as_in_pytorch(made):
+    layer = made(3, 4, rngs=nnx.Rngs(0))  # uniform in +-1 / sqrt(4)
+    for linear in (layer.inputs, layer.recurrent):
+        for values in (linear.kernel[...], linear.bias[...]):
+            assert -0.5 <= values.min() < -0.25 and 0.25 < values.max() <= 0.5
+
+
 def test_a_gru_is_that_of_flax():
     layer, cell = GRU(3, 4, rngs=nnx.Rngs(0)), nnx.GRUCell(3, 4, rngs=nnx.Rngs(1))
     layer.recurrent.bias[...] = jnp.zeros(12)  # Flax has none

@@ -39,7 +39,7 @@ class Recurrent(nnx.Module):
     Args:
         neuron: layer of neurons, such as LIF() or MultiThreshold().
         features: their number, the last axis of the input.
-        rngs: source of the weights U; initially 0.3 of an orthogonal matrix, our choice.
+        rngs: source of the weights U, initially 0.3 of an orthogonal matrix (ours).
 
     Raises:
         ValueError: neuron is a class or function, or there are no features.
