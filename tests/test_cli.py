@@ -197,15 +197,6 @@ def test_usage_is_what_is_typed(words, usage, monkeypatch, capsys):
     assert first.startswith(f"usage: python -m experiments.imagenet {usage}")
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "edits"),
-    [("", "ab", 2), ("widht", "width", 1), ("data", "width", 4), ("abc", "abc", 0)]
-    + [("kitten", "sitting", 3), ("timesteps", "time-steps", 1)],
-)
-def test_edits_are_counted(a, b, edits):
-    assert cli._edits(a, b) == cli._edits(b, a) == edits
-
-
 def test_a_flag_of_another_group_starts_from_the_options_of_the_script(monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["x", "--model", "resnet20", "--neuron=mt-cascade"]

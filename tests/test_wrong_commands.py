@@ -297,7 +297,7 @@ convert --relu nowhere
 convert --sweep yes
     flags: expected --NAME before each value, got yes. --help lists them.
 convert --quant-steps 3
-    flags: expected those of this script, got --quant-steps. --help lists
+    flags: expected those of this script, got --quant-steps. Did you mean --quant-epoch
 convert --model resnet20 --pool avg
     pool: expected a network for ImageNet, those for CIFAR do not pool, got 'avg' for
 dvs_cifar10 --data empty

@@ -5,6 +5,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import difflib
 import errno
 import inspect
 import logging
@@ -13,7 +14,7 @@ import platform
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -275,25 +276,11 @@ def _explain(config: "DataclassInstance", unknown: str) -> str:
     return f"expected those of this script, got {unknown}. {hint}"
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
+def _nearest(word: str, known: Collection[str]) -> str:
     """Return a question for the known word that is close to this one, if one is."""
     near = [k for k in known if k.startswith(word)]
-    near = near or sorted(known, key=lambda known: _edits(word, known))
-    close = near[0].startswith(word) or _edits(word, near[0]) <= (len(word) - 2) / 3
-    return f"Did you mean {near[0]}?" if close else ""
-
-
-def _edits(a: str, b: str) -> int:
-    """Return the edit distance of two words; two letters in another order are one."""
-    last: list[int] = []
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a):
-        last, before, row = row, last, [i + 1]
-        for j, y in enumerate(b):
-            row.append(min(last[j + 1] + 1, row[j] + 1, last[j] + (x != y)))
-            if i and j and (x, a[i - 1]) == (b[j - 1], y):
-                row[-1] = min(row[-1], before[j - 1] + 1)
-    return row[-1]
+    near = near or difflib.get_close_matches(word, known, 1, 0.75)
+    return f"Did you mean {near[0]}?" if near else ""
 
 
 def fail(message: str) -> NoReturn:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from spikejax.train.checksum import by_path
+
 
 def data_mesh(devices: Sequence[Any] | None = None, fsdp: int = 1) -> Mesh:
     """Return a mesh of the devices with the axes 'data' and 'fsdp'.
@@ -58,12 +60,10 @@ def spec(path: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
     """Return the sharding of every leaf of a state, or of its shapes."""
-
-    def place(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, spec(name, leaf.shape, mesh.shape["fsdp"]))
-
-    return jax.tree_util.tree_map_with_path(place, state)
+    fsdp, leaves = mesh.shape["fsdp"], by_path(state).items()
+    specs = [spec(path, leaf.shape, fsdp) for path, leaf in leaves]
+    places = [NamedSharding(mesh, each) for each in specs]
+    return jax.tree.unflatten(jax.tree.structure(state), places)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -189,7 +189,7 @@ def _folder(path: Path) -> Listing:
         train, test = ([(path / name, -1) for name in names] for names in lists)
         return Listing(train, test, GESTURES, f"{TRIALS[1]}, as given")
     if {"train.npz", "test.npz"} <= set(inside):
-        train, test = ([(inside[f"{part}.npz"], -1)] for part in ("train", "test"))
+        train, test = ([(inside[f"{part}.npz"], -1)] for part in PARTS)
         return Listing(train, test, (), "test.npz, as given")
     if {"train", "test"} <= set(inside):
         train, test = _classes(inside["train"]), _classes(inside["test"])
