@@ -18,7 +18,8 @@ from typing import Any
 import jax
 import pytest
 
-from experiments import cifar10, digits, imagenet
+from benchmarks import neuron
+from experiments import cifar10, digits, imagenet, predict
 from spikejax.data import images
 from spikejax.experiment import MultiThresholdOptions, SingleOptions, VGGOptions, cli
 from spikejax.experiment.cli import flag_name, flatten, parse, run_cli
@@ -224,6 +225,25 @@ def test_flags_of_the_recipe_need_no_prefix(monkeypatch, flags, name, value):
     assert getattr(parsed.train, name) == value
     rest = dataclasses.replace(parsed, train=cifar10.DEFAULT.train)
     assert rest == cifar10.DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("default", "words", "expected"),
+    [
+        (imagenet.DEFAULT, "--augment none --image-size None", {"image_size": None}),
+        (imagenet.DEFAULT, "--profile --clip 2", {"profile": True, "clip": 2.0}),
+        (imagenet.DEFAULT, "--no-profile --steps=3", {"profile": False, "steps": 3}),
+        (neuron.Benchmark(), "--time-steps 1 4", {"time_steps": (1, 4)}),
+        (predict.DEFAULT, "--picture=p R a b", {"network": "R", "images": ("a", "b")}),
+        (predict.DEFAULT, "R --picture p a", {"images": ("a",), "picture": Path("p")}),
+    ],
+)
+def test_words_become_values_of_the_type_of_their_field(
+    default, words, expected, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", ["x", *words.split()])
+    found = flatten(parse(default, None))
+    assert {name: found[name] for name in expected} == expected
 
 
 # Compiled programs
