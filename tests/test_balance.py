@@ -189,7 +189,7 @@ class Streams(nnx.Module):
 
 def test_what_charges_neurons_is_found_through_sums_norms_and_delays():
     xs = jax.random.normal(jax.random.key(0), (32, 3, 3))
-    rows = balance(Streams(), xs, rate=0.2).layers
+    rows = balance(Streams(), xs, rate=0.3).layers
     assert [(row.path, row.weights) for row in rows] == [
         ("neurons/0", ("a", "b")),
         ("neurons/1", ()),
@@ -199,8 +199,8 @@ def test_what_charges_neurons_is_found_through_sums_norms_and_delays():
         ("neurons/4", ()),
     ]
     # The second stream has the scale of the first in it.
-    assert rows[0].scale > 1.05 and rows[0].rate == pytest.approx(0.2, rel=0.1)
-    assert rows[2].rate == pytest.approx(0.2, rel=0.1)
+    assert rows[0].scale > 1.05 and rows[0].rate == pytest.approx(0.3, rel=0.1)
+    assert rows[2].rate == pytest.approx(0.3, rel=0.1)
     for row in rows[1:2] + rows[3:]:
         assert row.before == pytest.approx(row.rate, rel=1e-6)
 

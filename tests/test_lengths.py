@@ -35,7 +35,7 @@ def network(kind=DELAYED):
     # Of unequal size, so that a spike is no 1, and few enough to differ between rows.
     neuron = partial(MultiThreshold, (1.0, 1.7), tau=10.0, decay_input=False)
     options = {"neuron": neuron, "readout": LI(3.0)}
-    return RecurrentSNN(3, [4], 3, kind=kind, **options, rngs=nnx.Rngs(1))
+    return RecurrentSNN(3, [4], 3, kind=kind, **options, rngs=nnx.Rngs(2))
 
 
 def train(loss, readout, rows, ends):
