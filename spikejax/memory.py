@@ -117,8 +117,10 @@ def keep_membranes(model: Model, xs: jax.Array) -> Model:
         )
     graphdef, state = nnx.split(model)
 
-    # Compiled, all but the states at rest is dead code: the network does not run.
-    @jax.jit
+    # Compiled, all but the states at rest is dead code: the network does not run. They
+    # are committed to the device of the parameters, as the states of later slices are:
+    # otherwise the second slice compiles again.
+    @partial(jax.jit, keep_unused=True)
     def starts(state: nnx.State, xs: jax.Array) -> dict[tuple, list[jax.Array]]:
         found: dict[tuple, list[jax.Array]] = {}
         model = nnx.merge(graphdef, state)

@@ -16,15 +16,19 @@ from spikejax import (
     keep_membranes,
     neurons,
     spike_driven,
+    stepper,
 )
+from spikejax.conversion import calibrate, convert
 from spikejax.layers import LI, Neuron
 from spikejax.models import MODELS, resnet
 from spikejax.models.vgg import POOL, VGG
 from spikejax.models.whitened import WhitenedCNN
 from spikejax.neurons import NeuronParams
+from spikejax.nir import node, to_nir
 from spikejax.nn import cpu
 from spikejax.nn.norm import fast_td_batch_norm
 from spikejax.nn.recurrent import Recurrent
+from spikejax.trace import Function
 
 R = nnx.Rngs
 mt = partial(MultiThreshold, 4, v_threshold=0.5, decay_input=False)
@@ -206,6 +210,36 @@ def test_general_snns_meet_binary_spikes():
     assert reasons["stem"] == "the input"
     assert not reasons["stages/0/0/mixer/network/layers/0"]
     assert reasons["stages/0/0/widen"] == "currents"
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_converted_function_of_images_is_as_one_of_sequences(steps):
+    """Its neurons see time, though the function has it in the batch: for NIR, too."""
+    weights = [noise(5, 6), noise(6, 4), noise(4, 3)]
+
+    def f(params, x):
+        first, second, last = params
+        return jax.nn.relu(jax.nn.relu(x @ first) @ second) @ last
+
+    xs = noise(2, steps, 5)
+    found = []
+    for time in (False, True):
+        network = Function(f, weights, time=time)
+        snn = convert(calibrate(network, noise(8, 1, 5)).model, xs).model
+        logits, report = spike_driven(snn, xs)
+        np.testing.assert_allclose(logits, snn(xs), rtol=0, atol=1e-5)
+        nodes = to_nir(snn, xs, dt=1.0, soft_reset=node).nodes.values()
+        assert [type(n).__name__ for n in nodes].count("IF") == 2
+        found.append((logits, report.layers, energy.measure(snn, xs)))
+    folded, whole = found
+    np.testing.assert_allclose(folded[0], whole[0], rtol=0, atol=1e-5)
+    assert folded[1] == whole[1] and str(folded[2]) == str(whole[2])
+    state, step = stepper(snn, xs)  # the path of its own that slices take
+    slices = []
+    for t in range(steps):
+        state, ys = step(state, xs[:, t : t + 1])
+        slices.append(ys)
+    np.testing.assert_allclose(jnp.concatenate(slices, 1), folded[0], 0, 1e-5)
 
 
 def test_held_membranes_are_ignored():

@@ -11,7 +11,14 @@ from flax import nnx
 
 from spikejax import surrogate
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold
-from spikejax.memory import Membrane, drop_membranes, has_held, keep_membranes, stepper
+from spikejax.memory import (
+    Membrane,
+    _advance,
+    drop_membranes,
+    has_held,
+    keep_membranes,
+    stepper,
+)
 from spikejax.neurons import cascade, independent
 
 # name -> a layer, so that every option is on somewhere
@@ -153,6 +160,20 @@ def test_a_stepper_is_a_pure_function_of_one_slice():
     assert len(traced) == 1
     _, again = step(state, xs)  # from rest, of any length
     np.testing.assert_allclose(again, whole, 0, 1e-6)
+
+
+def test_later_slices_do_not_compile_again():
+    """Not even after a training, which puts the parameters on a device of theirs."""
+    network = two_layers(MultiThreshold)
+    graphdef, state = nnx.split(network)
+    network = nnx.merge(graphdef, jax.device_put(state, jax.devices()[0]))
+    xs = currents(3)
+    state, step = stepper(network, xs)
+    state, _ = step(state, xs[:, :1])
+    compiled = _advance._cache_size()
+    for t in (1, 2):
+        state, _ = step(state, xs[:, t : t + 1])
+    assert _advance._cache_size() == compiled
 
 
 def test_a_stepper_runs_in_evaluation_mode():

@@ -1,15 +1,16 @@
 """Trained networks from the command line: accuracy of a set, names of images."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from experiments import evaluate, predict
-from spikejax.experiment import Experiment, open_images, run
+from spikejax.experiment import Experiment, open_images, run, trained
 from spikejax.experiment.cli import parse, run_cli
-from spikejax.experiment.trained import load
+from spikejax.experiment.trained import Trained, load
 from spikejax.train import TrainConfig
 
 
@@ -65,6 +66,15 @@ def test_images_are_named_with_their_cost(folder, tmp_path, monkeypatch, capsys)
     assert [len(row.names) for row in rows] == [3, 3]
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (624, 420)
+
+
+def test_a_run_on_something_else_says_what_to_do(folder, monkeypatch):
+    card = load(folder).card
+    other = Trained(None, replace(card, mean=None, flags={"data": "nmnist"}))
+    monkeypatch.setattr(trained, "load", lambda _: other)
+    line = r"got runs/a, of nmnist\. Its accuracy is in result\.json; in Python, .*load"
+    with pytest.raises(ValueError, match=line):
+        trained.load_images("runs/a")
 
 
 CHANNELS = "10 classes and 1 channels, as the network has, got fake, which has"

@@ -403,6 +403,33 @@ def test_what_is_no_process_of_a_run_is_ignored():
         assert meet((0, 2), port=port) == [""] and other.result() == [""]
 
 
+def test_an_address_of_another_program_is_named():
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        end = pool.submit(meet, (1, 2), seconds=0.05, port=server.getsockname()[1])
+        with server.accept()[0] as link:
+            link.recv(64)
+            link.sendall(b"HTTP/1.1 400 Bad Request")
+        (line,) = end.result()
+    assert re.search(
+        r"expected process 0 at 127\.0\.0\.1:\d+ within 0\.05 s, got no answer "
+        r"\(another program says 'HTTP/1\.1 400 Bad Request'\)\. Start it",
+        line,
+    )
+
+
+def test_auto_says_where_it_works(monkeypatch):
+    def initialize(*_, **options):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    line = "Slurm or a TPU pod, where auto finds the processes, got neither. Take HOST:"
+    with pytest.raises(ValueError, match=line):
+        processes._initialize(None, None, None, 20)
+
+
 def test_processes_agree_on_their_settings(monkeypatch):
     def all_gather(value):
         return [value, value, value | {"seed": "1"}]

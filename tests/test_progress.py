@@ -172,6 +172,13 @@ def test_elsewhere_a_line_about_every_ten_seconds(tmp_path, capsys, clock):
     ]
 
 
+@pytest.mark.parametrize("start, more", [(40, ""), (100, "; nothing is left to train")])
+def test_a_run_that_is_resumed_says_so(tmp_path, capsys, start, more):
+    train(tmp_path, [], start=start)
+    line = f"step {start}/100  resumed from {tmp_path}{more}\n"
+    assert capsys.readouterr().out == line
+
+
 def test_the_last_step_has_its_line(tmp_path, capsys, clock):
     with Progress(tmp_path, 3) as shown:
         for step in (1, 2, 3):

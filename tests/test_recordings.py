@@ -339,7 +339,8 @@ def test_npy_of_another_layout(tmp_path, rows):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    assert "No such file" in refused(tmp_path / "a.bin")
+    path = tmp_path / "a.bin"
+    assert f"{path}: expected a file, got none. Check its path" in refused(path)
 
 
 # Any recording

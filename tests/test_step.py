@@ -384,6 +384,13 @@ def test_padding_is_selected_and_not_multiplied():
     assert result == {"loss": pytest.approx(loss), "accuracy": 0.5}
 
 
+def test_a_batch_that_is_too_large_for_an_evaluation():
+    batch = {"image": np.zeros((9, 3)), "label": np.zeros(9)}
+    line = "evaluate: expected batches of up to 8 images, as in training, got one of 9."
+    with pytest.raises(ValueError, match=line):
+        evaluate(lambda *_: {}, {}, [batch], 8, ALL)
+
+
 @pytest.fixture(scope="module")
 def scores(run, trained):
     """(loss, accuracy) of each of 19 examples, without spikejax.train.step."""

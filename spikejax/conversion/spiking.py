@@ -119,10 +119,16 @@ class Replaced(nnx.Module):
 
     def _has_time(self, traced: Traced, xs: jax.Array) -> bool:
         """Return whether neurons may be called with sequences, from rest."""
-        shapes = {(*site.repeats, *_shape(site)[:2]) for site in traced.sites}
-        return shapes == {xs.shape[:2]} and not any(
+        lead = self._lead(xs)
+        shapes = {(*site.repeats, *_shape(site)[: len(lead)]) for site in traced.sites}
+        return shapes == {lead} and not any(
             site.memory.watch or site.memory.held for site in self.sites
         )
+
+    def _lead(self, xs: jax.Array) -> tuple[int, ...]:
+        """Return the axes of batch and time, which a function of images has as one."""
+        folds = isinstance(self.model, trace.Function) and not self.model.time
+        return (xs.shape[0] * xs.shape[1],) if folds else xs.shape[:2]
 
     def _run(
         self, params: trace.Pytree, traced: Traced, xs: jax.Array
@@ -131,7 +137,7 @@ class Replaced(nnx.Module):
         held = map(_given, self.sites, traced.sites)
         given = dict(enumerate(zip(held, biases, strict=True)))
         spiking = isinstance(self.sites[0], ScaledIF)
-        whole = spiking and self._has_time(traced, xs)
+        lead, whole = self._lead(xs), spiking and self._has_time(traced, xs)
 
         def handler(n: int, site: Site, values: list, given: tuple) -> tuple:
             x, module, state = _input(site, values), self.sites[n], None
@@ -140,7 +146,8 @@ class Replaced(nnx.Module):
             if isinstance(module, QuantReLU):
                 y = module.quantise(x, *given)
             elif whole:
-                y = module(x)
+                y = module(x.reshape(*xs.shape[:2], *x.shape[len(lead) :]))
+                y = y.reshape(x.shape)
             else:
                 unit, state = given  # of this layer, if the site is in a scan
                 step, (params, _) = module.bind()

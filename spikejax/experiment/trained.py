@@ -205,13 +205,18 @@ def load_images(network: str) -> Trained:
         network: folder of the run, or the name of a network of the package.
 
     Raises:
-        ValueError: as ``load``; there is no folder, or the run was one on events.
+        ValueError: as ``load``; there is no folder, or the run was not one on images.
     """
     if not network:
         raise ValueError("network: expected the folder of a finished run, got none.")
     found = load(find(network))
     if found.card.mean is None:
-        raise ValueError(f"network: expected one of images, got {network}, of events.")
+        raise ValueError(
+            f"network: expected one of images, got {network}, of "
+            f"{found.card.flags['data']}. Its accuracy is in result.json; in Python, "
+            f"model, card = spikejax.load({str(network)!r}). Recordings of a camera: "
+            "the command of the training with --stream FILE."
+        )
     return found
 
 

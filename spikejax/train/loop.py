@@ -59,6 +59,9 @@ def evaluate(
             them, the last of which may be smaller, and even empty.
         batch_size: of this process, to which the last batch is padded.
         mesh: of the devices of all processes.
+
+    Raises:
+        ValueError: a batch is larger.
     """
 
     def padded(values: np.ndarray) -> np.ndarray:  # the step is compiled for one shape
@@ -67,7 +70,12 @@ def evaluate(
 
     sums = []
     for batch in batches:
-        batch = batch | {"weight": np.ones(len(batch["label"]), np.float32)}
+        if (size := len(batch["label"])) > batch_size:
+            raise ValueError(
+                f"evaluate: expected batches of up to {batch_size} images, as in "
+                f"training, got one of {size}. Make them as small."
+            )
+        batch = batch | {"weight": np.ones(size, np.float32)}
         names = [name for name in (*ARRAYS, "weight") if name in batch]
         whole = {name: padded(batch[name]) for name in names}
         sums.append(eval_step(state, sharding.shard_batch(whole, mesh)))

@@ -83,16 +83,14 @@ def distributed(
     if flags.coordinator_address is None:
         yield
         return
-    auto = flags.coordinator_address == "auto"  # JAX asks Slurm, or the TPU's metadata
+    auto = flags.coordinator_address == "auto"
     address = None if auto else flags.coordinator_address
     try:
         if not jax.distributed.is_initialized():  # else by an earlier run of the script
             count, index = flags.num_processes, flags.process_id
             if address and count is not None and index is not None:
                 meet(address, count, index, flags.join_timeout)
-            jax.distributed.initialize(
-                address, count, index, heartbeat_timeout_seconds=flags.heartbeat
-            )
+            _initialize(address, count, index, flags.heartbeat)
         agree(settings or {})
         yield
     except (Exception, KeyboardInterrupt) as error:  # the peers wait for this process
@@ -107,12 +105,30 @@ def distributed(
             message = f"{type(error).__name__}: {message[:200]}"
         joined = jax.distributed.is_initialized()
         index = jax.process_index() if joined else flags.process_id
-        print(f"process {index}: {message}", file=sys.stderr)
+        who = "" if index is None else f"process {index}: "
+        print(f"{who}{message}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         # sys.exit would run JAX's shutdown barrier, which waits for the peers, which
         # wait for this process in a collective.
         os._exit(1)
+
+
+def _initialize(
+    address: str | None, count: int | None, index: int | None, heartbeat: int
+) -> None:
+    """Connect JAX; without an address it asks Slurm, or the metadata of a TPU."""
+    try:
+        jax.distributed.initialize(
+            address, count, index, heartbeat_timeout_seconds=heartbeat
+        )
+    except ValueError as error:
+        if address:
+            raise
+        raise ValueError(
+            "coordinator_address: expected Slurm or a TPU pod, where auto finds the "
+            "processes, got neither. Take HOST:PORT, --num-processes and --process-id."
+        ) from error
 
 
 def agree(settings: Mapping[str, Any]) -> None:

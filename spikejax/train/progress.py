@@ -85,6 +85,9 @@ class Progress:
         if self._primary:
             self._open_files(workdir, start)
             self._console = _console()
+            if start:
+                more = "" if start < total_steps else "; nothing is left to train"
+                self._print(start, f"resumed from {workdir}{more}")
         if self._primary and self._console.is_terminal:
             self._bar = _bar(self._console)
             self._opened.enter_context(self._bar)

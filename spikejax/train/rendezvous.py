@@ -72,7 +72,7 @@ def _collect(address: str, count: int, seconds: float) -> str:
             links.append(link)
         for link in links:
             with contextlib.suppress(OSError):  # it has ended since
-                link.sendall(answer.encode())
+                link.sendall(json.dumps(answer).encode())
     return answer
 
 
@@ -85,10 +85,14 @@ def _join(address: str, place: list[int], seconds: float) -> str:
             with socket.create_connection((host.strip("[]"), int(port)), 5) as link:
                 link.sendall(json.dumps(place).encode())
                 link.settimeout(seconds + 5)  # process 0 may have started after this
-                answer = link.makefile(errors="replace").read()
+                said = link.makefile(errors="replace").read()
+            reason = f" (another program says {said[:40]!r})" if said else reason
+            answer = json.loads(said)
         except OSError as error:
             reason = f" ({error.strerror or error})"
             time.sleep(0.1)  # process 0 may not have started yet
+        except ValueError:
+            time.sleep(0.1)
     return answer or (
         f"coordinator_address: expected process 0 at {address} within {seconds:g} s, "
         f"got no answer{reason}. Start it, or raise --join-timeout."

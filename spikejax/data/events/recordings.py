@@ -86,6 +86,8 @@ def naming(path: Path, expected: str) -> Iterator[None]:
         if not isinstance(error, CorruptRecording):
             reason = f"expected {expected}, got damaged data ({reason[:160]})"
         hint = "Copy it again, leave it out, or convert another format to npz"
+        if isinstance(error, FileNotFoundError):
+            reason, hint = "expected a file, got none", "Check its path, or make an npz"
         if isinstance(error, Unsorted):
             hint = "Read it with sort=True (--sort), or sort it and make an npz"
         if isinstance(error, OtherFormat):
