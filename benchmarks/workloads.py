@@ -164,7 +164,10 @@ CLASSES = 10
 
 
 def filters() -> np.ndarray:
-    """The products of cosines before the first layer of ``whitened``, [12, 3, 2, 2]."""
+    """The products of cosines before the first layer of ``whitened``, [12, 3, 2, 2].
+
+    Those of spikejax.models.whitened, for interpreters without JAX.
+    """
 
     def cosines(n: int) -> np.ndarray:
         k, place = np.arange(n)[:, None], np.arange(n)

@@ -83,6 +83,18 @@ def test_two_layers_by_hand():
     assert made.model(xs).sum() == 3 and model(xs).sum() == 0
 
 
+def test_a_bias_is_scaled_as_its_kernel():
+    """Currents 0.05 and 0.15, of which one in two is to reach 1: g = 1/0.15."""
+    model = nnx.Sequential(nnx.Linear(2, 2, rngs=R(0)), IF())
+    model.layers[0].kernel[...] = jnp.eye(2) / 10
+    model.layers[0].bias[...] = jnp.array([-0.05, 0.05])
+    made = balance(model, jnp.ones((1, 1, 2)), rate=0.5)
+    linear = made.model.layers[0]
+    np.testing.assert_allclose(linear.kernel[...], np.eye(2) / 1.5, rtol=2e-3)
+    np.testing.assert_allclose(linear.bias[...], [-1 / 3, 1 / 3], rtol=2e-3)
+    assert made.model(jnp.ones((1, 1, 2))).tolist() == [[[0, 1]]]
+
+
 @pytest.mark.parametrize(
     ("make", "image"),
     [(partial(dense, 20), ()), (partial(convolutional, 10), (8, 8, 1))],

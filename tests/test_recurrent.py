@@ -40,6 +40,11 @@ def layer(name="lif", features=3):
     return Recurrent(NEURONS[name](), features, rngs=nnx.Rngs(0))
 
 
+def test_the_first_weights_are_three_tenths_of_an_orthogonal_matrix():
+    weights = np.asarray(layer(features=5).recurrent.kernel[...])
+    np.testing.assert_allclose(weights @ weights.T, 0.09 * np.eye(5), atol=1e-6)
+
+
 def test_by_hand():
     """u[t] = u[t-1] / 2 + x[t] + 0.8 z[t-1], threshold 1, soft reset.
 

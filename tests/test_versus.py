@@ -19,7 +19,16 @@ from benchmarks import turns, versus
 from benchmarks.sides import ours
 from benchmarks.turns import Failed, Missing, Worker
 from benchmarks.versus import Versus
-from benchmarks.workloads import WORKLOADS, Run, Sizes, Workload, batch, weights
+from benchmarks.workloads import (
+    WORKLOADS,
+    Run,
+    Sizes,
+    Workload,
+    batch,
+    filters,
+    weights,
+)
+from spikejax.models.whitened import patch_basis
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
@@ -223,6 +232,12 @@ def test_weights_and_data_are_the_same_every_time():
         first, second = batch(sizes), batch(sizes)
         np.testing.assert_array_equal(first[0], second[0])
         np.testing.assert_array_equal(first[1], second[1])
+
+
+def test_the_filters_of_the_other_side_are_ours():
+    np.testing.assert_allclose(
+        filters(), patch_basis(3).transpose(3, 2, 0, 1), atol=1e-6
+    )
 
 
 def told(python, run, sizes, tmp_path, steps=3):
