@@ -4,10 +4,11 @@ A batch is {"image": [B, T, F], "label": int32 [B], "length": int32 [B]}: a sequ
 padded with zeros behind its end, and cut where it is longer than T.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -17,8 +18,12 @@ ADDRESS = "https://zenkelab.org/datasets"
 UNITS = 700  # of the cochlea of SHD and SSC
 
 
-class SequenceSet(NamedTuple):
-    """A labelled set of sequences: two splits; split says in words what is tested."""
+@dataclasses.dataclass(frozen=True)
+class SequenceSet:
+    """A labelled set of sequences: two splits, and what a model needs.
+
+    split says in words what is tested.
+    """
 
     train: Arrays
     test: Arrays
@@ -27,7 +32,7 @@ class SequenceSet(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one step, (F,)."""
+        """Shape of one step: (F,), or (H, W, C) of frames."""
         return self.train.shape[1:]
 
     @property

@@ -24,6 +24,7 @@ from spikejax.data.events.columns import (
     from_columns,
     named_columns,
 )
+from spikejax.data.sequences import SequenceSet
 from spikejax.data.split import Arrays, Folder
 
 KINDS: dict[str, frames.ToFrames] = {
@@ -73,27 +74,10 @@ class Framing:
 
 
 @dataclasses.dataclass(frozen=True)
-class EventSet:
-    """A labelled set of frames of events: two splits, and what a model needs.
+class EventSet(SequenceSet):
+    """A labelled set of frames of events; sensor is (height, width) of the camera."""
 
-    split describes the test split in words; sensor is (height, width) of the camera.
-    """
-
-    train: Arrays
-    test: Arrays
-    class_names: tuple[str, ...]
-    split: str
     sensor: Size
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one frame, (H, W, C)."""
-        return self.train.shape[1:]
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
 
 
 def load(
