@@ -93,7 +93,7 @@ digits --image-size 0
 digits --image-size 1000000
     image_size: expected 1 to 10000, got 1000000.
 digits --model vgg
-    flags: expected --model resnet18, resnet19, resnet20, resnet18-imagenet, resnet34,
+    flags: expected --model with a name that --help lists, got 'vgg'. Did you mean
 digits --model resnet20 --pool avg
     pool: expected a network for ImageNet, those for CIFAR do not pool, got 'avg' for
 digits --model convnet --widht 2

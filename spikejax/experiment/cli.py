@@ -226,8 +226,10 @@ def override(config: T, flags: dict[str, Any], *options: Any) -> T:
             if kinds := get_args(hints[field.name]):
                 name, kind_of = alternatives(kinds)
                 if (choice := flags.get(name, getattr(value, name))) not in kind_of:
-                    known = f"{flag_name(name)} {', '.join(kind_of)}"
-                    text = f"flags: expected {known}, got {choice!r}."
+                    known = ", ".join(kind_of)
+                    if len(kind_of) > 10:  # networks: more than a line is read for
+                        known = "with a name that --help lists"
+                    text = f"flags: expected {flag_name(name)} {known}, got {choice!r}."
                     raise ValueError(f"{text} {_nearest(str(choice), kind_of)}".strip())
                 kind = kind_of[choice]
                 value = next(g for g in (value, *options, kind()) if type(g) is kind)
