@@ -2,7 +2,7 @@
 
     python -m experiments.cifar10 --workdir runs/mt
 
-From scratch to 92.5 % in 1.6 hours of two CPU cores; --neuron lif and relu are its
+From scratch to 92.2 % in 1.6 hours of two CPU cores; --neuron lif and relu are its
 twins:
 
     python -m experiments.cifar10 --model whitened --surrogate rectangle

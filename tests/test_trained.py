@@ -167,13 +167,8 @@ def test_names_and_folders_that_are_none(tmp_path):
         spikejax.lode  # noqa: B018
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    return spikejax.pretrained("cifar10-mt4")
-
-
-def test_the_shipped_network_gives_the_logits_that_it_was_shipped_with(shipped):
-    model, card = shipped
+def test_the_shipped_network_gives_the_logits_that_it_was_shipped_with():
+    model, card = spikejax.pretrained("cifar10-mt4")
     pixels = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
     expected = [
         *(-0.3072, -0.5449, 1.2817, 0.4103, 0.9908),
@@ -197,10 +192,13 @@ def test_shipped_networks_name_real_images(name, right, data_dir):
     assert abs(int((named == batch["label"]).sum()) - right) <= 1
 
 
-def test_behind_the_input_every_weight_of_the_shipped_network_meets_spikes(shipped):
-    model, card = shipped
+@pytest.mark.parametrize("name, thresholds", [("cifar10-mt4", 4), ("cifar10-lif", 1)])
+def test_behind_the_input_every_weight_of_a_shipped_network_meets_spikes(
+    name, thresholds
+):
+    model, card = spikejax.pretrained(name)
     pixels = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
     logits, report = spikejax.spike_driven(model, card.encode(pixels))
-    assert [layer.trains for layer in report.layers] == [0] + 7 * [4]
+    assert [layer.trains for layer in report.layers] == [0] + 7 * [thresholds]
     assert report.layers[0].reason == "the input"
     np.testing.assert_allclose(logits, model(card.encode(pixels)), atol=1e-5)
