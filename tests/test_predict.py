@@ -86,12 +86,12 @@ CHANNELS = "10 classes and 1 channels, as the network has, got fake, which has"
         (predict, [], "network: expected the folder of a finished run"),
         (predict, ["RUN"], "images: expected files of images, got none."),
         (predict, ["RUN", "no.png"], "expected files of images, got no file no.png."),
-        (predict, ["nowhere", "a.png"], "with card.json, got nowhere."),
+        (predict, ["nowhere", "a.png"], "cifar10-mt4, cifar10-relu, got nowhere. Rerun"),
         (predict, ["RUN", __file__], "expected a readable image (JPEG, "),
         (predict, ["RUN", "a.png", "--pictures", "b"], "got --pictures. Did you mean"),
         (evaluate, ["RUN", "--data", "fake"], CHANNELS),
         (evaluate, ["RUN", "--data", "cifar11"], "data: expected digits, fake, "),
-        (evaluate, ["."], "load: expected the folder of a finished run, with card"),
+        (evaluate, ["."], "network: expected the folder of a finished run, with card"),
     ],
 )
 def test_wrong_words_are_one_line(script, words, line, folder, monkeypatch, capsys):

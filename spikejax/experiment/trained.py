@@ -172,10 +172,15 @@ def pretrained(name: str) -> Trained:
     Raises:
         ValueError: there is none of that name.
     """
-    names = sorted(path.parent.name for path in SHIPPED.glob(f"*/{CARD}"))
-    if name not in names:
-        raise ValueError(f"pretrained: expected one of {', '.join(names)}, got {name}.")
+    if name not in _shipped():
+        raise ValueError(
+            f"pretrained: expected one of {', '.join(_shipped())}, got {name}."
+        )
     return load(SHIPPED / name)
+
+
+def _shipped() -> list[str]:
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{CARD}"))
 
 
 def round_weights(model: nnx.Module) -> nnx.Module:
@@ -207,9 +212,14 @@ def load_images(network: str) -> Trained:
     Raises:
         ValueError: as ``load``; there is no folder, or the run was not one on images.
     """
-    if not network:
-        raise ValueError("network: expected the folder of a finished run, got none.")
-    found = load(find(network))
+    folder = find(network)
+    if not network or not (folder / CARD).exists():
+        raise ValueError(
+            f"network: expected the folder of a finished run, with {CARD}, or one of "
+            f"{', '.join(_shipped())}, got {network or 'none'}. Rerun the command of a "
+            "run that did not finish."
+        )
+    found = load(folder)
     if found.card.mean is None:
         raise ValueError(
             f"network: expected one of images, got {network}, of "
