@@ -72,9 +72,9 @@ def test_a_run_on_something_else_says_what_to_do(folder, monkeypatch):
     card = load(folder).card
     other = Trained(None, replace(card, mean=None, flags={"data": "nmnist"}))
     monkeypatch.setattr(trained, "load", lambda _: other)
-    line = r"got runs/a, of nmnist\. Its accuracy is in result\.json; in Python, .*load"
+    line = r"/run0, of nmnist\. Its accuracy is in result\.json; in Python, .*load"
     with pytest.raises(ValueError, match=line):
-        trained.load_images("runs/a")
+        trained.load_images(str(folder))
 
 
 CHANNELS = "10 classes and 1 channels, as the network has, got fake, which has"
@@ -86,7 +86,7 @@ CHANNELS = "10 classes and 1 channels, as the network has, got fake, which has"
         (predict, [], "network: expected the folder of a finished run"),
         (predict, ["RUN"], "images: expected files of images, got none."),
         (predict, ["RUN", "no.png"], "expected files of images, got no file no.png."),
-        (predict, ["nowhere", "a.png"], "cifar10-mt4, cifar10-relu, got nowhere. Rerun"),
+        (predict, ["nowhere", "a.png"], "cifar10-relu, got nowhere. Rerun the"),
         (predict, ["RUN", __file__], "expected a readable image (JPEG, "),
         (predict, ["RUN", "a.png", "--pictures", "b"], "got --pictures. Did you mean"),
         (evaluate, ["RUN", "--data", "fake"], CHANNELS),

@@ -65,7 +65,7 @@ def test_a_band_sees_the_last_steps_alone(order):
 
     t, s = np.mgrid[:6, :6]
     np.testing.assert_array_equal(seen(), (s <= t) & (s > t - order))
-    layer.mask[...] = 0.5  # half on: all are seen
+    layer.mask[...] = jnp.float32(0.5)  # half on: all are seen
     assert seen().all()
 
 

@@ -172,11 +172,13 @@ def _shifted(x: Array, size: tuple[int, ...], grid: _Grid) -> list[Array]:
     (kh, kw), (sy, sx) = size, grid.strides
     edges = (0, 0), *grid.padding, (0, 0)
     x = lax.pad(x, jnp.float32(0), [(a, b, 0) for a, b in edges])
-    height, width = (x.shape[1] - kh) // sy + 1, (x.shape[2] - kw) // sx + 1
-    return [
-        x[:, u : u + (height - 1) * sy + 1 : sy, v : v + (width - 1) * sx + 1 : sx]
-        for u, v in product(range(kh), range(kw))
-    ]
+
+    # Not x[:, u::sy, v::sx], which is a gather in JAX 0.7, and its gradient a scatter.
+    def pixels(u: int, v: int) -> Array:
+        end = x.shape[0], x.shape[1] - kh + u + 1, x.shape[2] - kw + v + 1, x.shape[3]
+        return lax.slice(x, (0, u, v, 0), end, (1, sy, sx, 1))
+
+    return [pixels(u, v) for u, v in product(range(kh), range(kw))]
 
 
 def _in_patches(x: Array, kernel: Array, grid: _Grid) -> Array:
@@ -285,9 +287,11 @@ def _pool_backward(
         xs = jnp.pad(xs, pads, constant_values=-jnp.inf)
         seen = []
         for offset in product(*map(range, window)):
-            sizes = zip(offset, xs.shape[batch:], window, strides, strict=False)
-            pixels = [slice(i, i + n - w + 1, step) for i, n, w, step in sizes]
-            seen.append(xs[(..., *pixels, slice(None))])
+            sizes = zip(offset, xs.shape[batch:], window, strict=False)
+            ends = [i + n - w + 1 for i, n, w in sizes]
+            start = (0,) * batch + (*offset, 0)
+            end = (*xs.shape[:batch], *ends, xs.shape[-1])
+            seen.append(lax.slice(xs, start, end, (1,) * batch + (*strides, 1)))
         return reduce(lambda a, b: jnp.where(a >= b, a, b), seen)
 
     return jax.vjp(compared, xs)[1](g)

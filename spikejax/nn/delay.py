@@ -59,7 +59,7 @@ class _Delays(nnx.Module):
         self.max_delay = max_delay
         start = jax.random.uniform(rngs.params(), shape, maxval=float(max_delay))
         self.delays = nnx.Param(start)
-        # A variable: a training may narrow it, layer.width[...] = sigma.
+        # A variable: a training may narrow it, layer.width[...] = jnp.float32(sigma).
         self.width = None if width is None else Fixed(jnp.float32(width))
         self.deterministic = False  # set by model.eval() and model.train()
         self.memory = Memory()
@@ -93,7 +93,7 @@ class Delay(_Delays):
         features: their number, the last axis of the input; delays are uniform in 0 to
             max_delay initially.
         width: None for two taps, else the standard deviation of a Gaussian, which a
-            training narrows: ``layer.width[...] = sigma``.
+            training narrows: ``layer.width[...] = jnp.float32(sigma)``.
         rngs: source of the delays.
 
     Raises:

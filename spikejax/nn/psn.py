@@ -59,7 +59,7 @@ class PSN(nnx.Module):
         )
         self.bias = nnx.Param(jnp.full(time_steps, START))
         self.order = order
-        # A variable: a training may raise it, layer.mask[...] = 0.5.
+        # A variable: a training may raise it, layer.mask[...] = jnp.float32(0.5).
         self.mask = None if order is None else Fixed(jnp.float32(1))
         self.surrogate = surrogate
 
