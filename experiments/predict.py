@@ -17,8 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from spikejax import energy
-from spikejax.data.files import file_reader
-from spikejax.data.split import EncodedImages
 from spikejax.experiment.cli import Positional, parse, run_cli
 from spikejax.experiment.trained import Trained, load_images
 
@@ -58,16 +56,8 @@ def predict(trained: Trained, files: Sequence[str]) -> tuple[np.ndarray, list[Na
     Raises:
         ValueError: a file is missing, or no image.
     """
-    paths = [str(Path(file).absolute()) for file in files]
-    missing = [file for file in files if not Path(file).is_file()]
-    if missing or not files:
-        got = f"no file {missing[0]}" if missing else "none"
-        raise ValueError(f"images: expected files of images, got {got}.")
     model, card = trained
-    read = file_reader(Path.cwd(), paths, [0] * len(files))
-    channels = int(card.shape[-1] or 3)
-    source = EncodedImages("predict", len(files), read, (None, None, channels), 1)
-    seen = source.take(range(len(files)), card.crop((None, None, channels)))["image"]
+    seen = card.read(files)
     xs = card.encode(jnp.asarray(seen))
     probabilities = np.asarray(jax.nn.softmax(model(xs).mean(1)))
     rows = []

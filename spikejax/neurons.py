@@ -421,7 +421,12 @@ def check_thresholds(
         problem = "rising thresholds"
     else:
         return
+    got, hint = thresholds, ""
+    if problem.startswith("rising"):
+        hint = " A parallel neuron takes them sorted, without equal ones."
+    if any(v.ndim for v in values):
+        got = f"arrays {[v.shape for v in values[:3]]}"
+        hint = f" Currents are for the layer that is made: {who}()(xs)."
     raise ValueError(
-        f"{who}: expected at least one threshold, {problem}, got {thresholds}. A "
-        "parallel neuron takes them sorted, without equal ones."
+        f"{who}: expected at least one threshold, {problem}, got {got}.{hint}"
     )

@@ -62,6 +62,28 @@ def test_convolutions_and_back(options, padding):
     assert same(conv(**options), (6, 6, 2)).padding == padding
 
 
+@pytest.mark.parametrize("size", [(6, 6), (7, 6), (8, 5)])
+@pytest.mark.parametrize(
+    ("kernel", "options", "side"),
+    [
+        ((3, 3), {"padding": "SAME", "strides": 2}, None),  # a row more below, or not
+        ((2, 2), {"padding": "SAME"}, 3),
+        ((4, 4), {"padding": ((0, 3), (2, 1))}, 7),
+        ((3, 1), {"padding": "SAME"}, 3),
+        ((1, 4), {"padding": ((0, 1), (1, 2)), "strides": 2}, None),
+        ((3, 3), {"padding": ((1, 3), (4, 2)), "kernel_dilation": 2}, 4),
+    ],
+)
+def test_zeros_make_kernels_square_and_padding_even(kernel, options, side, size):
+    layer = nnx.Conv(2, 3, kernel, rngs=RNGS, **options)
+    layer.bias[...] = jnp.arange(3.0)
+    made = same(layer, (*size, 2))
+    height, width = made.weight.shape[2:]
+    assert height == width and side in (None, width)
+    expected = layer(jnp.zeros((1, 1, *size, 2))).shape[2:4]
+    assert tuple(made.output_type["output"][1:]) == expected
+
+
 def test_convolutions_over_one_axis_and_back():
     layer = nnx.Conv(2, 3, 5, strides=2, padding=2, rngs=RNGS)
     layer.bias = nnx.Param(jnp.arange(3.0))
@@ -72,9 +94,9 @@ def test_convolutions_over_one_axis_and_back():
 @pytest.mark.parametrize(
     "layer",
     [
-        conv(padding="SAME", strides=2),  # one row more below than above
+        conv(padding=((0, 1), (0, 1)), kernel_dilation=2),
         nnx.Conv(2, 2, (3, 3), feature_group_count=2, rngs=RNGS),
-        nnx.Conv(2, 3, (3, 1), rngs=RNGS),
+        nnx.Conv(2, 3, (3, 2), padding="VALID", rngs=RNGS),
         conv(input_dilation=2),
         nnx.ConvTranspose(2, 2, (3, 3), strides=(2, 2), rngs=RNGS),
     ],

@@ -72,7 +72,7 @@ def test_a_run_on_something_else_says_what_to_do(folder, monkeypatch):
     card = load(folder).card
     other = Trained(None, replace(card, mean=None, flags={"data": "nmnist"}))
     monkeypatch.setattr(trained, "load", lambda _: other)
-    line = r"/run0, of nmnist\. Its accuracy is in result\.json; in Python, .*load"
+    line = r"/run\d, of nmnist\. Its accuracy is in result\.json; in Python, .*load"
     with pytest.raises(ValueError, match=line):
         trained.load_images(str(folder))
 

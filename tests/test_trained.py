@@ -58,7 +58,7 @@ def test_a_finished_run_is_loaded_without_its_data(folder, digits):
 
 def test_of_events_the_frames_are_the_input(folder):
     card = dataclasses.replace(load(folder).card, mean=None, std=None)
-    frames = np.arange(16, dtype=np.uint8).reshape(1, 2, 2, 4, 1)
+    frames = np.arange(128, dtype=np.uint8).reshape(1, 2, 8, 8, 1)
     np.testing.assert_array_equal(card.encode(frames), frames.astype(np.float32))
 
 
@@ -68,10 +68,11 @@ def test_of_events_the_frames_are_the_input(folder):
         np.zeros((8, 8, 1), np.uint8),
         np.zeros((1, 8, 8, 1)),
         np.zeros((1, 8, 8, 3), "u1"),
+        np.zeros((1, 16, 8, 1), "u1"),
     ],
 )
 def test_images_are_raw_ones(folder, images):
-    with pytest.raises(ValueError, match="encode: expected uint8 images of 4 axes"):
+    with pytest.raises(ValueError, match=r"expected uint8 images \[B, 8, 8, 1\] as in"):
         load(folder).card.encode(images)
 
 
@@ -160,7 +161,7 @@ def test_names_and_folders_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="load: expected the folder of a finished run"):
         spikejax.load(tmp_path)
     with pytest.raises(
-        ValueError, match="one of cifar10-lif, cifar10-mt4, .*, got resnet."
+        ValueError, match="one of cifar10-lif, cifar10-mt4, .*, got 'resnet'."
     ):
         spikejax.pretrained("resnet")
     with pytest.raises(AttributeError, match="'spikejax' has no attribute 'lode'"):

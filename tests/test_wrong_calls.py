@@ -74,9 +74,10 @@ def shapes(name, **options):
     return nnx.eval_shape(lambda: model(name, **options))
 
 
-def fit_lists(data):
+def fit_lists(data, evaluation=(1,)):
     settings = {"encode": lambda x, rng: x, "steps_per_epoch": 1, "workdir": "unused"}
-    return fit(TrainConfig(batch_size=8), lif_net, losses.tet, data, [1], **settings)
+    config = TrainConfig(batch_size=8)
+    return fit(config, lif_net, losses.tet, data, evaluation, **settings)
 
 
 # Start of the message -> calls that raise it.
@@ -330,6 +331,9 @@ CALLS = {
         lambda: vgg(neuron=LIF, rngs=R(0))(jnp.ones((2, 1, 8, 8, 3))),
         lambda: vgg(neuron=LIF, rngs=R(0))(jnp.ones((2, 8, 8, 1))),
     ],
+    "VGG: expected images in floating point, got uint8": [
+        lambda: vgg(neuron=LIF, rngs=R(0))(jnp.ones((2, 1, 8, 8, 1), jnp.uint8)),
+    ],
     "ResNet: expected images [B, T, H, W, 1] of sides of at least 1": [
         lambda: rn(neuron=LIF, rngs=R(0))(jnp.ones((2, 8, 8, 1))),
     ],
@@ -427,6 +431,12 @@ CALLS = {
     ],
     "expected events in the order of time": [
         lambda: recordings.from_columns([-1], [1], [0], [1]),
+    ],
+    "fit: expected evaluation batches that can be read again and again, got none": [
+        lambda: fit_lists(images.train_batches(DIGITS.train, 8, seed=0), []),
+    ],
+    "fit: expected evaluation batches that can be read again and again, got an iter": [
+        lambda: fit_lists(images.train_batches(DIGITS.train, 8, seed=0), iter([1])),
     ],
     "fit: expected an iterator of Grain, as iter(dataset) gives": [
         lambda: fit_lists([1]),

@@ -105,7 +105,7 @@ digits --leraning-rate 3
 digits --lr 3
     flags: expected those of this script, got --lr. --help lists them.
 digits --model convnet --width 2
-    flags: expected a flag of --model convnet (--pool, --dtype), got --width.
+    flags: expected a flag of --model convnet (--pool, --dtype), got --width, which is
 digits --model resnet20 --width -1
     width: expected more than 0, at most 100, got -1.0.
 digits --model resnet20 --width 1e9
@@ -113,7 +113,7 @@ digits --model resnet20 --width 1e9
 digits --model general-cnn --width -1 --neuron lif
     width: expected more than 0, at most 100, got -1.0.
 digits --model general-cnn --dtype bfloat16
-    flags: expected a flag of --model general-cnn (--width, --binarise), got --dtype.
+    flags: expected a flag of --model general-cnn (--width, --binarise), got --dtype
 digits --model general-cnn --norm-groups 2 --neuron lif
     norm_groups: expected 1 for a General SNN, which has no norms, got 2.
 digits --model resnet20 --residual none
@@ -129,7 +129,7 @@ digits --model dense
 digits --neuron lfi
     flags: expected --neuron mt-parallel, mt-cascade, i-lif, lif, plif, if, alif, relu
 digits --neuron lif --num-thresholds 3
-    flags: expected a flag of --neuron lif (--surrogate), got --num-thresholds.
+    flags: expected a flag of --neuron lif (--surrogate), got --num-thresholds, which is
 digits --neuron relu --time-steps 4
     time_steps: expected 1 for --neuron relu: it has no state, got 4.
 digits --num-thresholds 0
@@ -195,7 +195,7 @@ cifar10 --model gru --neuron relu
 cifar10 --pool avg
     pool: expected a network for ImageNet, those for CIFAR do not pool, got 'avg' for
 cifar10 --model convnet --width 2
-    flags: expected a flag of --model convnet (--pool, --dtype), got --width.
+    flags: expected a flag of --model convnet (--pool, --dtype), got --width, which is
 cifar10
     cifar10: expected one prepared set
 cifar10 --data-dir nowhere
@@ -221,9 +221,9 @@ tinyimagenet --data-dir file
 tinyimagenet --norm-groups 2
     norm_groups: expected 1 for a General SNN, which has no norms, got 2.
 tinyimagenet --num-thresholds 2
-    flags: expected a flag of --neuron lif (--surrogate), got --num-thresholds.
+    flags: expected a flag of --neuron lif (--surrogate), got --num-thresholds, which is
 tinyimagenet --residual ms
-    flags: expected a flag of --model general-cnn (--width, --binarise), got --residual.
+    flags: expected a flag of --model general-cnn (--width, --binarise), got --residual
 imagenet resnet34
     recipe: expected plan or one of mt-resnet34, lif-resnet34, relu-resnet34,
 imagenet plan resnet34
@@ -245,7 +245,7 @@ imagenet plan --image-siz 64
 imagenet plan --compare yes
     flags: expected --NAME before each value, got yes. --help lists them.
 imagenet lif-resnet34 --num-thresholds 2
-    flags: expected a flag of --neuron lif (--surrogate), got --num-thresholds.
+    flags: expected a flag of --neuron lif (--surrogate), got --num-thresholds, which is
 imagenet relu-resnet34 --time-steps 2
     time_steps: expected 1 for --neuron relu: it has no state, got 2.
 imagenet --data-dir nowhere
@@ -257,7 +257,7 @@ imagenet --plan
 general --network lif
     flags: expected one of all, bernoulli, straight-through, multi-threshold, relu,
 general --num-thresholds 3
-    flags: expected a flag of --neuron lif (--surrogate), got --num-thresholds.
+    flags: expected a flag of --neuron lif (--surrogate), got --num-thresholds, which is
 general --time-steps 4
     time_steps: expected no such flag, as --network all sets it, got 4.
 general --neuron mt-parallel

@@ -217,7 +217,7 @@ class EncodedImages:
             raise ValueError(
                 f"{self.name}: expected a readable image ({', '.join(FORMATS)}) at "
                 f"{record.place}, got: {str(error).split(' <')[0]}. Copy it again, "
-                "make it smaller, or leave it out."
+                "or leave it out."
             ) from error
         size = pixels.shape[:2] if None in self.shape or crop else self.shape[:2]
         if pixels.shape[:2] != size or not 0 <= record.label < self.num_classes:

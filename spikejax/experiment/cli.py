@@ -262,11 +262,15 @@ def _explain(config: "DataclassInstance", unknown: str) -> str:
     """Return the reason why a flag is not one of the config."""
     flag, flags = unknown.split("=")[0], flatten(config)
     for name, kind_of in _groups(config):
-        if any(flag in map(flag_name, flatten(kind())) for kind in kind_of.values()):
+        owners = [v for v in kind_of if flag in map(flag_name, flatten(kind_of[v]()))]
+        if owners:
             own = [flag_name(n) for n in flatten(kind_of[flags[name]]()) if n != name]
             takes = ", ".join(own) or "none of its own"
             which = f"{flag_name(name)} {flags[name]}"
-            return f"expected a flag of {which} ({takes}), got {flag}."
+            return (
+                f"expected a flag of {which} ({takes}), got {flag}, which is one of "
+                f"{flag_name(name)} {owners[0]}."
+            )
     if not flag.startswith("-"):
         return f"expected --NAME before each value, got {unknown}. --help lists them."
     # Flags of other groups too: their own line then says which value selects them.

@@ -19,7 +19,9 @@ import numpy as np
 from flax import nnx
 
 from spikejax.data.augment import Crop, center_crop, square_crop
+from spikejax.data.files import file_reader
 from spikejax.data.images import ImageSet, eval_batches
+from spikejax.data.split import EncodedImages
 from spikejax.encode import normalised
 from spikejax.experiment.build import (
     ActivationOptions,
@@ -57,24 +59,50 @@ class Card:
     result: dict[str, Any]
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def read(self, files: Sequence[str | Path]) -> np.ndarray:
+        """Return photographs as the network takes them, uint8 [B, H, W, C].
+
+        The largest square in the middle is scaled to the size of the training images.
+
+        Args:
+            files: JPEG, PNG, GIF or BMP of any size.
+
+        Raises:
+            ValueError: a file is missing, or no image.
+        """
+        missing = [file for file in files if not Path(file).is_file()]
+        if missing or not files:
+            got = f"no file {missing[0]}" if missing else "none"
+            raise ValueError(f"images: expected files of images, got {got}.")
+        paths = [str(Path(file).absolute()) for file in files]
+        stored = file_reader(Path.cwd(), paths, [0] * len(files))
+        unknown = (None, None, self.shape[-1] or 3)
+        source = EncodedImages("images", len(files), stored, unknown, 1)
+        return source.take(range(len(files)), self.crop(unknown))["image"]
+
     def encode(self, images: jax.Array) -> jax.Array:
         """Return the input of the network, [B, T, ...], for raw images.
 
         Args:
-            images: uint8 [B, H, W, C], frames of events [B, T, H, W, C], or sequences
-                [B, T, F] of any type.
+            images: uint8 [B, H, W, C] as ``read`` returns them, frames of events
+                [B, T, H, W, C], or sequences [B, T, F] of any type.
 
         Raises:
-            ValueError: they are of another type, or have other channels.
+            ValueError: they are of another type or size than in training.
         """
-        rank = 4 if self.mean else len(self.shape) + 2
-        channels, images = self.shape[-1], jnp.asarray(images)
-        dtype, shape = images.dtype, images.shape
-        is_kind = dtype == jnp.uint8 or len(self.shape) == 1
-        if not is_kind or len(shape) != rank or shape[-1] != channels:
+        images, side = jnp.asarray(images), self.flags.get("image_size")
+        shape = (side, side, self.shape[-1]) if side else self.shape
+        lead = ("B",) if self.mean else ("B", "T")
+        given, vectors = images.shape[len(lead) :], len(shape) == 1
+        fits = [a in (None, b) for a, b in zip(shape, given, strict=False)]
+        is_kind = vectors or images.dtype == jnp.uint8
+        if not (is_kind and len(given) == len(shape) and all(fits)):
+            sizes = [str(a or name) for a, name in zip(shape, "HWC", strict=False)]
             raise ValueError(
-                f"encode: expected uint8 images of {rank} axes and {channels} channels,"
-                f" as files have them, got {dtype} {shape}. For one image: image[None]."
+                f"encode: expected {'sequences' if vectors else 'uint8 images'} "
+                f"[{', '.join([*lead, *sizes])}] as in training, got {images.dtype} "
+                f"{images.shape}. card.read(files) returns photographs so; one image "
+                "of your own is image[None]."
             )
         if self.mean is None or self.std is None:
             return images.astype(jnp.float32)
@@ -140,7 +168,8 @@ def load(folder: Path | str) -> Trained:
     if not (folder / CARD).exists():
         raise ValueError(
             f"load: expected the folder of a finished run, with {CARD}, got {folder}. "
-            "Rerun its command, which finishes it."
+            "Rerun its command, which finishes it. For a network of the package, "
+            f"spikejax.pretrained({_shipped()[0]!r})."
         )
     try:
         content = json.loads((folder / CARD).read_text("utf-8"))
@@ -174,7 +203,8 @@ def pretrained(name: str) -> Trained:
     """
     if name not in _shipped():
         raise ValueError(
-            f"pretrained: expected one of {', '.join(_shipped())}, got {name}."
+            f"pretrained: expected one of {', '.join(_shipped())}, got {name!r}. For a "
+            "run of yours, spikejax.load(folder)."
         )
     return load(SHIPPED / name)
 

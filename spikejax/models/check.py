@@ -3,6 +3,7 @@
 import inspect
 
 import jax
+import jax.numpy as jnp
 
 from spikejax.layers import Factory
 
@@ -35,7 +36,7 @@ def check_images(who: str, xs: jax.Array, channels: int, side: int = 1) -> None:
         side: the smallest height and width that it takes.
 
     Raises:
-        ValueError: xs is not [B, T, H, W, C] of those sizes.
+        ValueError: xs is not [B, T, H, W, C] of those sizes, in floating point.
     """
     shape = xs.shape
     if len(shape) != 5 or shape[4] != channels or min(shape[2:4]) < side:
@@ -43,4 +44,9 @@ def check_images(who: str, xs: jax.Array, channels: int, side: int = 1) -> None:
             f"{who}: expected images [B, T, H, W, {channels}] of sides of at least "
             f"{side}, got shape {shape}. Without time, add the axis: images[:, None]; "
             "for other channels, build the network with in_channels."
+        )
+    if not jnp.issubdtype(xs.dtype, jnp.floating):
+        raise ValueError(
+            f"{who}: expected images in floating point, got {xs.dtype}. Scale them as "
+            "in training: card.encode(images) of a trained run, or images / 255."
         )

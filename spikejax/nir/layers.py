@@ -111,12 +111,15 @@ def convolution(
 ) -> nir.Conv1d | nir.Conv2d | None:
     """Return a Conv1d or Conv2d node without bias, or None if NIR 1.0 has none.
 
+    Its kernel has zeros at its edges where it would not be square otherwise, or where
+    its padding would differ between two sides.
+
     Args:
         kernel: [H, W, in, out] or [L, in, out].
         size: [H, W] or [L] of the input.
         params: those of ``jax.lax.conv_general_dilated_p``.
     """
-    rank, pads = kernel.ndim - 2, params["padding"]
+    rank = kernel.ndim - 2
     axes = tuple(range(rank))
     last = (0, rank + 1, *(a + 1 for a in axes))  # batch and channels of [B, H, W, C]
     if (
@@ -125,19 +128,55 @@ def convolution(
         or tuple(params["dimension_numbers"]) != (last, (rank + 1, rank, *axes), last)
         or params["feature_group_count"] * params["batch_group_count"] != 1
         or set(params["lhs_dilation"]) != {1}  # a transposed convolution
-        or any(a != b or a < 0 for a, b in pads)
-        or len(set(kernel.shape[:rank])) > 1  # nir 1.0 infers a wrong shape for these
+        or (edges := _edges(kernel.shape, size, **params)) is None
     ):
         return None
-    weight = np.ascontiguousarray(np.moveaxis(kernel, (-1, -2), (0, 1)))
-    padding = tuple(a for a, _ in pads)
-    numbers = (size, params["window_strides"], padding, params["rhs_dilation"])
+    weight = np.moveaxis(np.pad(kernel, [*edges, (0, 0), (0, 0)]), (-1, -2), (0, 1))
+    weight, dilation = np.ascontiguousarray(weight), params["rhs_dilation"]
+    sides = zip(params["padding"], edges, dilation, strict=True)
+    padding = tuple(low + front * step for (low, _), (front, _), step in sides)
+    numbers = (size, params["window_strides"], padding, dilation)
     if rank == 1:
         numbers = tuple(n[0] for n in numbers)
     shape, *strides_and_pads, dilation = numbers
     kind: Any = (nir.Conv1d, nir.Conv2d)[rank - 1]
     bias = np.zeros(len(weight), np.float32)
     return kind(shape, weight, *strides_and_pads, dilation, 1, bias)
+
+
+def _edges(
+    shape: Sequence[int],
+    size: Sequence[int],
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    rhs_dilation: Sequence[int],
+    **_: Any,
+) -> list[tuple[int, int]] | None:
+    """Return the zeros before and behind a kernel that NIR needs, None if none do.
+
+    NIR pads both sides alike, and nir 1.0 infers a wrong shape for kernels that are not
+    square. Zeros before a kernel move its first weight, those behind it only its end:
+    y[i] = sum over u of x[s i + r u - low] w[u] stays the same with low + r zeros.
+    """
+    axes = list(zip(shape, size, window_strides, padding, rhs_dilation, strict=False))
+
+    def zeros_before(side: int, axis: tuple) -> int | None:
+        k, n, stride, (low, high), step = axis
+        last = n + low + high - step * (k - 1) - 1  # place of the last weight's end
+        for zeros in range(side - k + 1):
+            start = low + step * zeros
+            end = n + 2 * start - step * (side - 1) - 1
+            if start >= 0 <= end and end // stride == last // stride:
+                return zeros
+        return None
+
+    largest, most = max(shape[: len(size)]), max(map(sum, padding), default=0)
+    for side in range(largest, largest + most + 2):
+        found = [zeros_before(side, axis) for axis in axes]
+        if None not in found:
+            pairs: Any = zip(found, shape, strict=False)
+            return [(zeros, side - k - zeros) for zeros, k in pairs]
+    return None
 
 
 def absorb(

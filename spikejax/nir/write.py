@@ -55,7 +55,8 @@ def to_nir(
 
     Not possible, with an error that names the line: time in the model's own code (a
     mean of the logits over T, a ``lax.scan``), products of two values, attention,
-    grouped or transposed convolutions, kernels that are not square.
+    grouped or transposed convolutions, kernels that zeros at the edges cannot make
+    square with the same padding on all sides, such as (3, 2).
 
     Args:
         model: network of convolutions, linear layers and neurons; it is not modified.
@@ -221,8 +222,8 @@ class _Writer:
             what = (
                 f"a convolution of kernel {kernel.shape[:-2]}, padding "
                 f"{eqn.params['padding']}, {eqn.params['feature_group_count']} groups "
-                "(NIR 1.0 has one group, square kernels over 1 or 2 axes, and the same "
-                "padding with zeros on both sides)"
+                "(NIR 1.0 has one group, kernels over 1 or 2 axes that zeros can make "
+                "square, and the same padding with zeros on both sides)"
             )
         else:
             if len(value.shape) == 1:

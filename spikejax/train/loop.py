@@ -141,7 +141,7 @@ def fit(
     """
     mesh, workdir = mesh or sharding.data_mesh(), Path(workdir).absolute()
     sharding.check_batch_size(config.batch_size, mesh)
-    _check(model, train_data, workdir)
+    _check(model, train_data, eval_data, workdir)
     steps = _steps(config, steps_per_epoch)
     processes.agree(dataclasses.asdict(config) | {"steps": steps} | mesh.shape)
     optimizer = optimizer or make_optimizer(config, steps)
@@ -304,7 +304,7 @@ def _fitted(
     return Fitted(nnx.merge(graphdef, params, rest), metrics, finished)
 
 
-def _check(model: nnx.Module, train_data: Any, workdir: Path) -> None:
+def _check(model: nnx.Module, train_data: Any, eval_data: Any, workdir: Path) -> None:
     if has_held(model):
         raise ValueError(
             "fit: expected a model whose neurons start from rest, got one that keeps "
@@ -314,6 +314,12 @@ def _check(model: nnx.Module, train_data: Any, workdir: Path) -> None:
         raise ValueError(
             "fit: expected an iterator of Grain, as iter(dataset) gives, got "
             f"{type(train_data).__name__}. docs/model.md makes one of arrays."
+        )
+    if hasattr(eval_data, "__next__") or eval_data == []:
+        got = "none" if eval_data == [] else "an iterator, which ends"
+        raise ValueError(
+            "fit: expected evaluation batches that can be read again and again, got "
+            f"{got}. Give the dataset or a list, not iter(dataset)."
         )
     check_path(workdir)
 
