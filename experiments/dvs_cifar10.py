@@ -62,8 +62,9 @@ class Events(Inputs):
     """Frames of equal counts of events, of equal duration, voxels or time surfaces."""
     side: int | None = 48
     """Height and width of the frames; None takes those of the camera."""
-    window_ms: float = 100.0
-    """Length of a sample, where long recordings are cut into samples."""
+    window_ms: float | None = None
+    """Milliseconds of a sample, into which recordings are cut; by default they are
+    whole, and those of which a class has one are cut into 100 ms."""
     sort: bool = False
     """Put events in the order of time, in files that have them in another."""
     stream: Path | None = None
@@ -103,7 +104,7 @@ DEFAULT = Experiment(
 
 def load(inputs: Events, time_steps: int) -> EventSet:
     """Return the event set of the flags; its frames are kept in the cache folder."""
-    window = round(inputs.window_ms * 1000)
+    window = round(inputs.window_ms * 1000) if inputs.window_ms else None
     framing = Framing(time_steps, inputs.frames, inputs.side, window, inputs.sort)
     return load_events(inputs.data, framing, inputs.data_dir, cache_dir=cache_folder())
 
@@ -156,11 +157,18 @@ def read_stream(
         ValueError: the camera is not that of the training, or the recording is shorter
             than a frame.
     """
+    if not duration:
+        raise ValueError(
+            "stream: expected a network that was trained on samples of one length, got "
+            "one of whole recordings. Train with --window-ms, in another --workdir."
+        )
     seen, size = recordings.read(recording, sort=sort)
-    if size not in (None, event_set.sensor):
+    # A file that does not name its camera may still have events outside of it.
+    least = np.maximum(event_set.sensor, recordings.extent(seen))
+    if (size or tuple(least.tolist())) != event_set.sensor:
         raise ValueError(
             f"stream: expected a recording of a camera {event_set.sensor}, as in "
-            f"training, got {recording} of {size}."
+            f"training, got {recording} of {size or least.tolist()}."
         )
     if np.ptp(seen["t"]) + 1 < duration:
         raise ValueError(
@@ -200,9 +208,11 @@ def run_stream(
         state, logits = advance(state, xs)
         last.append(np.asarray(logits[0, 0]))
         seconds = time.perf_counter() - began
-        name = event_set.class_names[int(np.mean(last, 0).argmax())]
-        end = (step + 1) * duration / 1e6
-        lines.append({"seconds": end, "class": name, "latency_ms": 1e3 * seconds})
+        chances = np.asarray(jax.nn.softmax(np.mean(last, 0)))
+        best, end = int(chances.argmax()), (step + 1) * duration / 1e6
+        answer = {"class": event_set.class_names[best]}
+        answer |= {"probability": float(chances[best]), "latency_ms": 1e3 * seconds}
+        lines.append({"seconds": end} | answer)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     latency = np.array([line["latency_ms"] for line in lines])
     middle, most = np.percentile(latency, [50, 99])
@@ -218,7 +228,7 @@ def main(experiment: Experiment) -> None:
     assert isinstance(inputs, Events)
     with processes.distributed(experiment.processes, flatten(experiment)):
         event_set = load(inputs, steps)
-        duration = round(inputs.window_ms * 1000) // steps  # microseconds of a frame
+        duration = (event_set.window or 0) // steps  # microseconds of a frame
         if inputs.stream:  # read first: training takes long
             seen = read_stream(inputs.stream, duration, event_set, sort=inputs.sort)
         task = Task(event_set, encode, make_augment(inputs, event_set.shape))

@@ -263,7 +263,20 @@ class Function(nnx.Module):
         params = jax.tree.unflatten(self.structure, leaves)
         if self.time:
             return self.f(params, xs)
-        ys = self.f(params, xs.reshape(-1, *xs.shape[2:]))
+        images = xs.reshape(-1, *xs.shape[2:])
+        try:
+            ys = self.f(params, images)
+        except Exception as error:
+            error.add_note(
+                f"Function: f was given {images.shape}, of {xs.shape} [B, T, ...]. "
+                "Images without time get the axis by images[:, None]."
+            )
+            raise
+        if not isinstance(ys, jax.Array):
+            raise ValueError(
+                f"Function: expected f to return an array, got a {type(ys).__name__}. "
+                "In Linen, call apply without mutable, in evaluation mode."
+            )
         return ys.reshape(*xs.shape[:2], *ys.shape[1:])
 
 

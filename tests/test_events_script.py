@@ -72,6 +72,7 @@ def test_it_trains_reports_by_class_and_streams(folder, tmp_path, capsys, monkey
     assert [row["seconds"] for row in rows[:3]] == [0.004, 0.008, 0.012]
     assert {row["class"] for row in rows} <= {"left", "right"}
     assert min(row["latency_ms"] for row in rows) > 0
+    assert all(0.5 <= row["probability"] <= 1 for row in rows)  # of two classes
 
 
 def test_a_stream_that_is_too_short_is_refused(folder, tmp_path):
@@ -85,6 +86,11 @@ def test_a_stream_that_is_too_short_is_refused(folder, tmp_path):
     message = r"of a camera \(16, 16\), as in training, got .*short.npz of \(8, 8\)"
     with pytest.raises(ValueError, match=message):  # before it trains
         script.main(override(chosen, {"stream": short}))
+    np.savez(short, x=[1, 20], y=[1, 2], t=[5, 9999], p=[0, 1])  # no size, but events
+    with pytest.raises(ValueError, match=r"got .*short.npz of \[16, 21\]"):
+        script.read_stream(short, 4000, event_set)
+    with pytest.raises(ValueError, match="got one of whole recordings. Train with --w"):
+        script.read_stream(short, 0, event_set)
 
 
 def test_a_flag_sorts_events(folder, tmp_path):

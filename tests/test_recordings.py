@@ -245,7 +245,7 @@ def test_unsorted_recordings_are_refused_or_sorted(file):
     events["t"][20:] -= 5000
     message = refused(written(path, write(events)))
     assert "in the order of time" in message and "got event 20 with x=" in message
-    assert "Read it with sort=True (--sort)" in message
+    assert "read it with sort=True (--sort)" in message
     if path.suffix == ".npy":
         events["t"] = events["t"] // 1000 * 1000
     expected = events[np.argsort(events["t"], kind="stable")]
@@ -269,8 +269,8 @@ def test_columns_of_different_lengths_and_kinds(tmp_path):
     e = made_up()
     path = tmp_path / "a.npz"
     for more, text in (
-        ({"x": e["x"][:-1]}, "must have the same shape"),
-        ({"x": e["x"][:1]}, "must have the same shape"),
+        ({"x": e["x"][:-1]}, "as many x as y, t and p"),
+        ({"x": e["x"][:1]}, "as many x as y, t and p"),
         ({"t": e["t"] * 1e-6}, "t in microseconds, got int16, int16, float64, bool"),
         ({"p": np.where(e["p"], "ON", "OFF")}, "int64, <U3"),
         ({"x": np.where(e["p"], np.nan, 1.0)}, "got float64"),

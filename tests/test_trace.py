@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from spikejax.conversion import calibrate
 from spikejax.conversion.relus import Relus
@@ -128,6 +128,49 @@ def test_what_is_neither_affine_nor_a_relu_is_an_error_with_its_place(f, name):
     model = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), f, nnx.relu)
     with pytest.raises(ValueError, match=rf"calibrate: .* {name} at [a-z_]*.py:\d+"):
         calibrate(model, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("f", "hint"),
+    [
+        (nnx.softmax, r"max at .* \(a softmax\? leave it out"),
+        (nnx.gelu, r" \(an activation that has no spiking twin: train with ReLU\)"),
+        (nnx.silu, r"silu at .* \(an activation that has no spiking twin"),
+        (nnx.tanh, r"tanh at .* \(an activation that has no spiking twin"),
+    ],
+)
+def test_what_to_do_about_it_is_said(f, hint):
+    model = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.relu, f)
+    with pytest.raises(ValueError, match=hint):
+        calibrate(model, ROWS)
+
+
+def test_a_function_in_training_mode_is_named():
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x, train):
+            norm = linen.BatchNorm(use_running_average=not train)
+            return linen.relu(norm(linen.Dense(4)(x)))
+
+    variables = Net().init(jax.random.key(0), ROWS[:, 0], False)
+    training = partial(Net().apply, train=True, mutable=["batch_stats"])
+    with pytest.raises(ValueError, match="return an array, got a tuple. In Linen"):
+        calibrate(Function(training, variables), ROWS)
+
+    def first(variables, x):
+        return training(variables, x)[0]
+
+    with pytest.raises(ValueError, match=r"\(statistics of a batch: take the net"):
+        calibrate(Function(first, variables), ROWS)
+
+
+def test_a_function_without_the_axis_of_time_is_given_what_it_was_given():
+    function = Function(lambda w, x: x @ w, jnp.ones((8, 2)))
+    with pytest.raises(TypeError) as info:
+        function(ROWS[:, 0, :4])
+    assert info.value.__notes__[-1].startswith(
+        "Function: f was given (16,), of (4, 4) [B, T, ...]."
+    )
 
 
 def test_a_max_pool_of_stride_one_is_no_activation():

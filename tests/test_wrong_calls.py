@@ -28,7 +28,7 @@ from spikejax import (
 from spikejax.conversion import percentile
 from spikejax.conversion.steps import agreement, stream
 from spikejax.data import images
-from spikejax.data.events import Framing, recordings
+from spikejax.data.events import Framing, frames, recordings
 from spikejax.experiment import (
     Experiment,
     MultiThresholdOptions,
@@ -429,8 +429,23 @@ CALLS = {
         lambda: Framing(time_steps=4, kind="time"),
         lambda: Framing(time_steps=0),
     ],
-    "expected events in the order of time": [
+    "expected events inside a camera 2048x2048, got event 0 with x=-1": [
         lambda: recordings.from_columns([-1], [1], [0], [1]),
+    ],
+    "expected events with polarities -1, 0 or 1, got event 0": [
+        lambda: recordings.from_columns([1], [1], [0], [2]),
+    ],
+    "expected events over less than 12 days, got event 1": [
+        lambda: recordings.from_columns([1, 1], [1, 1], [0, 2**41], [1, 1]),
+    ],
+    "expected events in the order of time, got event 1": [
+        lambda: recordings.from_columns([1, 1], [1, 1], [1, 0], [1, 1]),
+    ],
+    "expected as many x as y, t and p, got 2, 1, 1, 1": [
+        lambda: recordings.from_columns([1, 1], [1], [1], [1]),
+    ],
+    "windows: expected at least 1 us, got 0": [
+        lambda: frames.windows(recordings.from_columns([1], [1], [1], [1]).events, 0),
     ],
     "fit: expected evaluation batches that can be read again and again, got none": [
         lambda: fit_lists(images.train_batches(DIGITS.train, 8, seed=0), []),

@@ -216,7 +216,7 @@ def _sites(
         modules[site.name] if site.kind == "quantised_relu" else None
         for site in traced.sites
     ]
-    problems = [f"{name} at {line}" for name, line in traced.others]
+    problems = [f"{name} at {line}{_hint(name, line)}" for name, line in traced.others]
     for quant, site in zip(found, traced.sites, strict=True):
         at = f"{site.kind} at {site.where}"
         if site.custom:
@@ -237,6 +237,17 @@ def _sites(
             f"pooling and ReLUs, got {'; '.join(problems)}."
         )
     return model, traced._replace(sites=_unique(traced.sites)), found
+
+
+def _hint(name: str, line: str) -> str:
+    """Return what to do about an operation that is not affine, if that is known."""
+    if line.startswith(("normalization.py", "norm.py")):
+        return " (statistics of a batch: take the network in evaluation mode)"
+    if name in ("softmax", "exp", "max", "reduce_max"):
+        return " (a softmax? leave it out: the largest logit is the answer)"
+    if name in ("gelu", "silu", "tanh", "logistic", "erf", "integer_pow", "pow"):
+        return " (an activation that has no spiking twin: train with ReLU)"
+    return ""
 
 
 def _unique(sites: Sequence[Site]) -> tuple[Site, ...]:

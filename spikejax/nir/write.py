@@ -30,7 +30,7 @@ from spikejax.trace import Site, aval, run, where
 
 PRODUCT = "a product of two values or a division by one"
 HINTS = {
-    "max": "For a ReLU network, call calibrate and convert first.",
+    "max": "For a ReLU network, first convert(calibrate(model, xs).model, xs).",
     "scan": "For recurrent neurons, use spikejax.nn.recurrent.Recurrent.",
 }
 
@@ -63,7 +63,7 @@ def to_nir(
         xs: an input [B, T, H, W, C] or [B, T, C]; only its shape counts.
         dt: seconds per time step, > 0. It fixes NIR's time constants and nothing else.
         soft_reset: ``loop`` is exact; ``node`` is for readers that subtract, as Sinabs
-            does.
+            does. Neurons with several thresholds are loops in any case.
         integration: EULER, or EXPONENTIAL for readers that integrate so.
         sum_pool: write a mean over windows as SumPool2d, with its factor in the weights
             that follow, for readers without AvgPool2d, as Sinabs and Norse.

@@ -77,7 +77,11 @@ def from_columns(
             "expected integers x, y and p, and t in microseconds, got "
             + ", ".join(str(column.dtype) for column in given)
         )
-    # stack refuses columns of different lengths, which an assignment would broadcast.
+    if len({column.shape for column in given}) > 1:  # an assignment would broadcast
+        raise CorruptRecording(
+            "expected as many x as y, t and p, got "
+            + ", ".join(str(column.size) for column in given)
+        )
     stacked = np.stack(given, dtype=np.int64, casting="same_kind")
     if sort:
         stacked = stacked[:, stacked[2].argsort(kind="stable")]
@@ -88,20 +92,23 @@ def from_columns(
             f"expected a camera of up to {SIDE}x{SIDE} pixels, got {width}x{height}"
         )
     # Compared, as differences of damaged times can overflow.
-    falls = np.append(False, t[1:] < t[:-1])[: len(t)]
-    wrong = (t > t[:1] + LONGEST) | (p < -1) | (p > 1)
-    wrong |= (x < 0) | (x >= width) | (y < 0) | (y >= height)
-    if (wrong | falls).any() or not len(t):
-        got, n = "no events", int((wrong | falls).argmax()) if len(t) else 0
-        if len(t):
+    order = "in the order of time"
+    outside = (x < 0) | (x >= width) | (y < 0) | (y >= height)
+    wrong = {
+        f"inside a camera {width}x{height}": outside,
+        "with polarities -1, 0 or 1": (p < -1) | (p > 1),
+        "over less than 12 days": t > t[:1] + LONGEST,
+        order: np.append(False, t[1:] < t[:-1])[: len(t)],
+    }
+    if not len(t):
+        raise CorruptRecording("expected at least one event, got no events")
+    for what, at in wrong.items():  # sorting does not fix damage, so order comes last
+        if at.any():
+            n = int(at.argmax())
             got = f"event {n} with x={x[n]}, y={y[n]}, t={t[n]}, p={p[n]}"
             got += f" after t={t[n - 1]}" if n else ""
-        # Sorting does not fix damage.
-        kind = CorruptRecording if wrong.any() or not len(t) else Unsorted
-        raise kind(
-            "expected events in the order of time, over less than 12 days, with "
-            f"polarities -1, 0 or 1 and inside a camera {width}x{height}, got {got}"
-        )
+            kind = Unsorted if what == order else CorruptRecording
+            raise kind(f"expected events {what}, got {got}")
     events = np.empty(len(t), EVENTS)
     events["x"], events["y"], events["t"], events["p"] = x, y, t, p > 0
     return Recording(events, size)

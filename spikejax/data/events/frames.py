@@ -125,8 +125,10 @@ def windows(events: np.ndarray, duration: int) -> list[np.ndarray]:
         duration: microseconds per window, >= 1.
 
     Raises:
-        ValueError: more windows than events.
+        ValueError: duration is below 1, or more windows than events.
     """
+    if duration < 1:
+        raise ValueError(f"windows: expected at least 1 us, got {duration}.")
     start, stop = _span(events)
     # A single damaged time would make gigabytes of empty windows.
     if (count := (stop - start) // duration) > max(1, len(events)):

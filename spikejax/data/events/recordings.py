@@ -89,7 +89,8 @@ def naming(path: Path, expected: str) -> Iterator[None]:
         if isinstance(error, FileNotFoundError):
             reason, hint = "expected a file, got none", "Check its path, or make an npz"
         if isinstance(error, Unsorted):
-            hint = "Read it with sort=True (--sort), or sort it and make an npz"
+            hint = "If its camera wrote it so, read it with sort=True (--sort); else "
+            hint += "copy it again, or sort it and make an npz"
         if isinstance(error, OtherFormat):
             hint = "Or make an npz of its events"
         raise ValueError(

@@ -34,6 +34,7 @@ KINDS: dict[str, frames.ToFrames] = {
     "surface": frames.time_surface,
 }
 PARTS = ("train", "test")
+WINDOW = 100_000  # microseconds of a sample, where a class has one recording
 VERSION = 3  # part of the cached folder's name: a change of the frames needs a new one
 
 # name: (folder in data_dir, call of tonic.datasets that downloads it)
@@ -62,22 +63,30 @@ class Framing:
     time_steps: int  # T, frames per recording
     kind: str = "number"  # a key of KINDS
     side: int | None = None  # height and width of the frames; None is the camera's
-    window: int = 100_000  # microseconds per sample, if recordings are cut into samples
+    # Microseconds of a sample; None takes recordings whole, and cuts them after WINDOW
+    # where a class has one alone.
+    window: int | None = None
     sort: bool = False  # put the events of a recording in the order of time
 
     def __post_init__(self):
-        if self.kind not in KINDS or not 1 <= self.time_steps <= self.window:
+        most = self.window or WINDOW
+        if self.kind not in KINDS or not 1 <= self.time_steps <= most:
             raise ValueError(
-                f"frames: expected one of {', '.join(KINDS)} and 1 to {self.window} "
+                f"frames: expected one of {', '.join(KINDS)} and 1 to {most} "
                 f"time steps, got {self.kind!r} and {self.time_steps}."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class EventSet(SequenceSet):
-    """A labelled set of frames of events; sensor is (height, width) of the camera."""
+    """A labelled set of frames of events.
+
+    sensor: (height, width) of the camera.
+    window: microseconds of a sample; None if samples are whole recordings.
+    """
 
     sensor: Size
+    window: int | None
 
 
 def load(
@@ -111,7 +120,8 @@ def load(
     train, test = (_open(folder, part, info) for part in PARTS)
     most = max(info["train"] + info["test"])
     names = listing.class_names or tuple(map(str, range(most + 1)))
-    return EventSet(train, test, names, listing.split, tuple(info["sensor"]))
+    sensor, window = tuple(info["sensor"]), _window(listing, framing)
+    return EventSet(train, test, names, listing.split, sensor, window)
 
 
 class Listing(NamedTuple):
@@ -139,9 +149,9 @@ def _find(name: str, data_dir: Folder) -> Listing:
         raise ValueError(
             f"{name}: expected {', '.join(NAMED)} or a folder, with recordings "
             f"({', '.join(recordings.READERS)}) of at least 2 classes to train and to "
-            f"test on, got {len(listing.train)} and {len(listing.test)} in {path}, of "
-            f"the classes {', '.join(names) or 'none'}, and none of "
-            f"{', '.join(missing) or 'others'}. {hint}."
+            f"test on, got {len(listing.train)} and {len(listing.test)} in {path}. "
+            f"Classes: {', '.join(names) or 'none'}; not in both splits: "
+            f"{', '.join(missing) or 'none'}. {hint}."
         )
     return listing
 
@@ -226,25 +236,38 @@ class _Sample(NamedTuple):
     span: frames.Span | None = None  # of a window
 
 
+def _window(listing: Listing, framing: Framing) -> int | None:
+    return framing.window or (WINDOW if listing.cut else None)
+
+
 def _samples(listing: Listing, part: str, framing: Framing) -> Iterator[_Sample]:
     """Yield the samples of a split, one recording in memory at a time."""
+    window = _window(listing, framing)
     for path, label in getattr(listing, part):
-        if label < 0:
-            packed = _packed if path.suffix.lower() == ".npz" else _labelled
-            yield from packed(path, framing.sort)
-            continue
-        events, size = recordings.read(path, sort=framing.sort)
-        if not listing.cut:
-            yield _Sample(events, label, size)
-            continue
-        with recordings.naming(path, "windows of events"):
-            cuts, start = frames.windows(events, framing.window), int(events["t"][0])
-        # Nothing is to be seen in a window without events, such as in a pause.
-        ks = [k for k, cut in enumerate(cuts) if len(cut)]
-        trained = -(-len(ks) * 4 // 5)
-        for k in ks[:trained] if part == "train" else ks[trained:]:
-            since = start + k * framing.window
-            yield _Sample(cuts[k], label, size, (since, since + framing.window))
+        for whole in _recordings(path, label, framing.sort):
+            if window is None:
+                yield whole
+                continue
+            with recordings.naming(path, "windows of events"):
+                cuts = frames.windows(whole.events, window)
+            # Nothing is to be seen in a window without events, such as in a pause.
+            ks = [k for k, cut in enumerate(cuts) if len(cut)]
+            if listing.cut:
+                trained = -(-len(ks) * 4 // 5)
+                ks = ks[:trained] if part == "train" else ks[trained:]
+            for k in ks:
+                since = int(whole.events["t"][0]) + k * window
+                yield whole._replace(events=cuts[k], span=(since, since + window))
+
+
+def _recordings(path: Path, label: int, sort: bool) -> Iterator[_Sample]:
+    """Yield the recordings in a file, one of a label, or many."""
+    if label < 0:
+        packed = _packed if path.suffix.lower() == ".npz" else _labelled
+        yield from packed(path, sort)
+    else:
+        events, size = recordings.read(path, sort=sort)
+        yield _Sample(events, label, size)
 
 
 def _labelled(path: Path, sort: bool) -> Iterator[_Sample]:
