@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from spikejax import encode, losses, neurons, surrogate
 from spikejax.conversion import calibrate, convert, fold_norms
+from spikejax.functions import Function
 from spikejax.layers import IF, LI, LIF, PLIF, MultiThreshold, neuron_layers
 from spikejax.memory import drop_membranes, keep_membranes, stepper
 from spikejax.neurons import NeuronParams, cascade, independent, lif, parallel
@@ -42,6 +43,7 @@ __all__ = [
     "CubaLIF",
     "Delay",
     "DelayedLinear",
+    "Function",
     "MultiThreshold",
     "NeuronParams",
     "Penalised",

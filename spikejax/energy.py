@@ -19,6 +19,7 @@ from flax import nnx
 from jax.extend.core import JaxprEqn
 
 from spikejax import trace
+from spikejax.functions import functional
 from spikejax.layers import neuron_layers
 from spikejax.memory import Membrane, drop_membranes, evaluation_copy, keep_membranes
 from spikejax.nn.operations import PRODUCTS, multiply, sum_rows
@@ -169,7 +170,7 @@ def measure(
 
     Args:
         model: module over sequences; for Linen or a function of your own,
-            ``trace.Function(net.apply, variables)``. Not modified. Membranes that it
+            ``Function(net.apply, variables)``. Not modified. Membranes that it
             keeps between calls are ignored: it is measured from rest.
         xs: input [B, T, ...] as the model takes it; the report is the mean over B.
         lengths: [B], steps of each sequence, 1 to T; the rest is padding, and does not
@@ -212,7 +213,7 @@ def _traced(
 ) -> tuple[trace.Traced, Callable[..., Any], tuple]:
     """Return a model, or one step of it, traced; what counts it, and the arguments."""
     if lengths is None:
-        f, state = trace.functional(model)
+        f, state = functional(model)
         return trace.trace(f, state, xs, _Costs()), _count, (state, xs)
     f, state, held = _one_step(model, xs)
     traced = trace.trace(f, state, (held, xs[:, :1]), _Costs())

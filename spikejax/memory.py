@@ -78,7 +78,7 @@ def check_module(who: str, model: nnx.Module) -> None:
         raise ValueError(
             f"{who}: expected an nnx.Module, got a {type(model).__name__}. Make an "
             "instance of a class; take .model of a result; wrap a function or Linen's "
-            "apply: trace.Function(f, params)."
+            "apply: Function(f, params)."
         )
 
 

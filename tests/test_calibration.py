@@ -12,8 +12,8 @@ from flax import nnx
 from spikejax import energy
 from spikejax._compat import List
 from spikejax.conversion import calibrate, convert, least_squares, steps
+from spikejax.functions import Function
 from spikejax.nn.quant import QuantReLU, ScaledIF, half_up
-from spikejax.trace import Function
 
 SIGNED = -math.inf
 

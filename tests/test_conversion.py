@@ -19,10 +19,10 @@ from spikejax.conversion import (
     percentile,
     steps,
 )
+from spikejax.functions import Function
 from spikejax.layers import neuron_layers
 from spikejax.models import resnet, vgg
 from spikejax.nn.quant import QuantReLU, ScaledIF
-from spikejax.trace import Function
 
 XS = jax.random.normal(jax.random.key(0), (4, 1, 8, 8, 1))
 

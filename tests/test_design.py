@@ -15,15 +15,16 @@ NEURON |= {"encode", "losses"}
 
 # Storey (a file or a folder of spikejax) -> the storeys that it may import.
 STOREYS = {
-    "": NEURON | {"nn", "conversion"},
+    "": NEURON | {"nn", "conversion", "functions"},
     **{name: NEURON for name in NEURON},
-    "nn": NEURON | {"trace"},
+    "nn": NEURON | {"trace", "functions"},
     "trace": set(),
-    "energy": NEURON | {"nn", "trace"},
+    "functions": {"trace"},
+    "energy": NEURON | {"nn", "trace", "functions"},
     "models": NEURON | {"nn"},
     "data": set(),
     "train": NEURON | {"nn"},
-    "conversion": NEURON | {"nn", "trace"},
+    "conversion": NEURON | {"nn", "trace", "functions"},
     "nir": NEURON | {"nn", "trace"},
     "plot": NEURON | {"nn", "energy"},
     "tpu": {"train"},

@@ -19,6 +19,7 @@ from spikejax import (
     stepper,
 )
 from spikejax.conversion import calibrate, convert
+from spikejax.functions import Function
 from spikejax.layers import LI, Neuron
 from spikejax.models import MODELS, resnet
 from spikejax.models.vgg import POOL, VGG
@@ -28,7 +29,6 @@ from spikejax.nir import node, to_nir
 from spikejax.nn import cpu
 from spikejax.nn.norm import fast_td_batch_norm
 from spikejax.nn.recurrent import Recurrent
-from spikejax.trace import Function
 
 R = nnx.Rngs
 mt = partial(MultiThreshold, 4, v_threshold=0.5, decay_input=False)

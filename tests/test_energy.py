@@ -12,8 +12,9 @@ import pytest
 from flax import linen, nnx
 from golden import make_energy as golden
 
-from spikejax import energy, neurons, trace
+from spikejax import energy, neurons
 from spikejax._compat import List
+from spikejax.functions import Function
 from spikejax.layers import IF, LIF, MultiThreshold
 from spikejax.memory import keep_membranes
 from spikejax.models import general, resnet
@@ -365,7 +366,7 @@ def test_products_in_scans_and_under_transformations(wrap):
 
         return jax.lax.scan(body, xs, params["layers"]["w"])[0]
 
-    model = trace.Function(network, {"layers": {"w": weights}}, time=True)
+    model = Function(network, {"layers": {"w": weights}}, time=True)
     (row,) = energy.measure(model, jnp.full((2, 4, 3), 0.5)).connections
     assert row == energy.Operations("layers", 0, 4 * 2 * 3, 2 * 3 * 3)
 
@@ -379,7 +380,7 @@ def test_networks_of_linen():
 
     images = jnp.ones((2, 4, 4, 2)) / 2
     variables = Net().init(jax.random.key(0), images)
-    model = trace.Function(Net().apply, variables)
+    model = Function(Net().apply, variables)
     conv, dense = energy.measure(model, images[:, None]).connections
     assert (conv.path, conv.macs, conv.dense_macs) == ("Conv_0", 200, 200)
     assert (dense.path, dense.macs, dense.dense_macs) == ("Dense_0", 10, 10)

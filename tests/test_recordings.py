@@ -274,7 +274,7 @@ def test_columns_of_different_lengths_and_kinds(tmp_path):
         ({"t": e["t"] * 1e-6}, "t in microseconds, got int16, int16, float64, bool"),
         ({"p": np.where(e["p"], "ON", "OFF")}, "int64, <U3"),
         ({"x": np.where(e["p"], np.nan, 1.0)}, "got float64"),
-        ({"p": e["p"] + 1}, "polarities -1, 0 or 1 .*p=2"),
+        ({"p": e["p"] + 1}, "polarities -1, 0 or 1, got .*p=2"),
         (
             {"x": e["x"].astype(int) + 40_000, "height": None},
             "camera 2048x2048, .*x=40",

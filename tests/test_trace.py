@@ -10,7 +10,8 @@ from flax import linen, nnx
 
 from spikejax.conversion import calibrate
 from spikejax.conversion.relus import Relus
-from spikejax.trace import Function, functional, run, trace
+from spikejax.functions import Function, functional
+from spikejax.trace import run, trace
 
 ROWS = jax.random.normal(jax.random.key(0), (4, 1, 8))
 

@@ -10,6 +10,7 @@ from jax.extend.core import JaxprEqn
 
 from spikejax import neurons, trace
 from spikejax._compat import iter_modules
+from spikejax.functions import functional
 from spikejax.layers import neuron_layers
 from spikejax.memory import drop_membranes, evaluation_copy
 from spikejax.nn.quant import QuantReLU
@@ -41,7 +42,7 @@ def fold_norms(model: nnx.Module, xs: jax.Array) -> nnx.Module:
     """
     model = evaluation_copy("fold_norms", model)
     order = _Order()
-    trace.trace(*trace.functional(model), xs, order)
+    trace.trace(*functional(model), xs, order)
     folded = nnx.clone(model)
     modules = {"/".join(map(str, path)): (path, m) for path, m in iter_modules(folded)}
     left = []

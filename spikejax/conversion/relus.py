@@ -89,6 +89,17 @@ class Relus:
         return CURRENT if name in PRODUCTS or scaled else min(levels)
 
 
+def advise(name: str, line: str) -> str:
+    """Return what to do about an operation that is not affine, if we know it."""
+    if line.startswith(("normalization.py", "norm.py")):
+        return " (statistics of a batch: take the network in evaluation mode)"
+    if name in ("softmax", "exp", "max", "reduce_max"):
+        return " (a softmax? leave it out: the largest logit is the answer)"
+    if name in ("gelu", "silu", "tanh", "logistic", "erf", "integer_pow", "pow"):
+        return " (an activation that has no spiking twin: train with ReLU)"
+    return ""
+
+
 def _extreme(eqn: JaxprEqn, operands: Sequence[float | None]) -> float | None:
     """Return the output of maxima and minima of numbers, None of anything else."""
     name = eqn.primitive.name

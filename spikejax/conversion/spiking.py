@@ -21,7 +21,8 @@ from flax.traverse_util import unflatten_dict
 
 from spikejax import trace
 from spikejax._compat import List, iter_modules
-from spikejax.conversion.relus import SIGNED, Relus
+from spikejax.conversion.relus import SIGNED, Relus, advise
+from spikejax.functions import Function, functional
 from spikejax.memory import Membrane, evaluation_copy, has_held, keep_membranes
 from spikejax.neurons import Number
 from spikejax.nn.quant import QuantReLU, ScaledIF
@@ -107,7 +108,7 @@ class Replaced(nnx.Module):
         return self._run(*self._trace(xs), xs)
 
     def _trace(self, xs: jax.Array) -> tuple[trace.Pytree, Traced]:
-        f, params = trace.functional(self.model)
+        f, params = functional(self.model)
         rule = Relus(self.places, currents=self.currents)
         traced = trace.trace(f, params, xs, rule)
         if len(traced.sites) != len(self.sites):
@@ -127,7 +128,7 @@ class Replaced(nnx.Module):
 
     def _lead(self, xs: jax.Array) -> tuple[int, ...]:
         """Return the axes of batch and time, which a function of images has as one."""
-        folds = isinstance(self.model, trace.Function) and not self.model.time
+        folds = isinstance(self.model, Function) and not self.model.time
         return (xs.shape[0] * xs.shape[1],) if folds else xs.shape[:2]
 
     def _run(
@@ -209,14 +210,14 @@ def _sites(
         currents = model.currents
         model, found = model.model, list(model.sites)
     rule = Relus(currents=currents)
-    traced = trace.trace(*trace.functional(model), xs, rule)
+    traced = trace.trace(*functional(model), xs, rule)
     modules = {"/".join(map(str, path)): module for path, module in iter_modules(model)}
     # A QuantReLU names its site; the name of a ReLU is that of the layer before it.
     found = found or [
         modules[site.name] if site.kind == "quantised_relu" else None
         for site in traced.sites
     ]
-    problems = [f"{name} at {line}{_hint(name, line)}" for name, line in traced.others]
+    problems = [f"{each[0]} at {each[1]}{advise(*each)}" for each in traced.others]
     for quant, site in zip(found, traced.sites, strict=True):
         at = f"{site.kind} at {site.where}"
         if site.custom:
@@ -237,17 +238,6 @@ def _sites(
             f"pooling and ReLUs, got {'; '.join(problems)}."
         )
     return model, traced._replace(sites=_unique(traced.sites)), found
-
-
-def _hint(name: str, line: str) -> str:
-    """Return what to do about an operation that is not affine, if that is known."""
-    if line.startswith(("normalization.py", "norm.py")):
-        return " (statistics of a batch: take the network in evaluation mode)"
-    if name in ("softmax", "exp", "max", "reduce_max"):
-        return " (a softmax? leave it out: the largest logit is the answer)"
-    if name in ("gelu", "silu", "tanh", "logistic", "erf", "integer_pow", "pow"):
-        return " (an activation that has no spiking twin: train with ReLU)"
-    return ""
 
 
 def _unique(sites: Sequence[Site]) -> tuple[Site, ...]:
@@ -411,7 +401,7 @@ def calibrate(
 
     Args:
         model: network of ReLUs, however they are called; for Linen or a function of
-            your own, ``trace.Function(net.apply, variables)``. A QuantReLU in it gets a
+            your own, ``Function(net.apply, variables)``. A QuantReLU in it gets a
             new scale. Not modified.
         xs: input [B, T, ...] as the model takes it.
         rule: from activations to a threshold, as a function that ``jax.jit`` takes:
@@ -445,7 +435,7 @@ def calibrate(
     handler = _calibrating(quants, rule, per_channel, correct)
     # Compiled as a whole, or the activations of all layers would be held.
     run = jax.jit(partial(trace.run, traced, handler=handler))
-    _, kept = run(trace.functional(model)[1], xs)
+    _, kept = run(functional(model)[1], xs)
     swaps, made = [], Replaced(model, quants, traced.sites)
     for n, (quant, site) in enumerate(zip(quants, traced.sites, strict=True)):
         threshold, bias = kept[n]

@@ -15,6 +15,7 @@ from flax import nnx
 
 from spikejax import trace
 from spikejax._compat import iter_modules
+from spikejax.functions import functional
 from spikejax.layers import Neuron
 from spikejax.memory import check_module, drop_membranes
 from spikejax.nn.driven import MAXIMA, MEANS, SHAPES
@@ -100,7 +101,7 @@ def balance(model: nnx.Module, xs: jax.Array, rate: float = 0.1) -> Balanced:
             variable = getattr(modules[path], name)
             variable[...] = variable[...] * scale
     rates = partial(_rates, layers)
-    _, after = trace.run(traced, trace.functional(model)[1], xs, rates)
+    _, after = trace.run(traced, functional(model)[1], xs, rates)
     rows = [row._replace(rate=float(after[n])) for n, row in balancer.rows.items()]
     return Balanced(model, tuple(rows))
 

@@ -16,6 +16,7 @@ from jax.extend.core import JaxprEqn, Primitive
 
 from spikejax import trace
 from spikejax._compat import iter_modules
+from spikejax.functions import functional
 from spikejax.layers import Neuron
 from spikejax.nn.recurrent import Recurrent
 from spikejax.trace import Match, Pytree, Traced, Value
@@ -72,7 +73,7 @@ def trace_operations(
             name = "/".join(map(str, path)) or type(module).__name__
             _neuron(module).name = name
             layers[name] = module
-    f, state = trace.functional(model)
+    f, state = functional(model)
     with _whole(layers):
         traced = trace.trace(f, state, xs, _Operations(whole), enter=True)
     return traced, state, layers

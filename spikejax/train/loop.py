@@ -304,7 +304,9 @@ def _fitted(
     return Fitted(nnx.merge(graphdef, params, rest), metrics, finished)
 
 
-def _check(model: nnx.Module, train_data: Any, eval_data: Any, workdir: Path) -> None:
+def _check(
+    model: nnx.Module, train_data: Any, eval_data: Iterable[HostBatch], workdir: Path
+) -> None:
     if has_held(model):
         raise ValueError(
             "fit: expected a model whose neurons start from rest, got one that keeps "

@@ -91,6 +91,16 @@ def from_columns(
         raise CorruptRecording(
             f"expected a camera of up to {SIDE}x{SIDE} pixels, got {width}x{height}"
         )
+    _check(x, y, t, p, height, width)
+    events = np.empty(len(t), EVENTS)
+    events["x"], events["y"], events["t"], events["p"] = x, y, t, p > 0
+    return Recording(events, size)
+
+
+def _check(
+    x: np.ndarray, y: np.ndarray, t: np.ndarray, p: np.ndarray, height: int, width: int
+) -> None:
+    """Raise a ValueError for the first event that is not possible, and say why."""
     # Compared, as differences of damaged times can overflow.
     order = "in the order of time"
     outside = (x < 0) | (x >= width) | (y < 0) | (y >= height)
@@ -109,9 +119,6 @@ def from_columns(
             got += f" after t={t[n - 1]}" if n else ""
             kind = Unsorted if what == order else CorruptRecording
             raise kind(f"expected events {what}, got {got}")
-    events = np.empty(len(t), EVENTS)
-    events["x"], events["y"], events["t"], events["p"] = x, y, t, p > 0
-    return Recording(events, size)
 
 
 def named_columns(
