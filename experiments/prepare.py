@@ -17,7 +17,7 @@ from spikejax.experiment.cli import Positional, parse, run_cli
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """An image set of TFDS."""
+    """A set of TFDS."""
 
     name: Positional[str] = ""
     """Name of a TFDS set, such as mnist."""
@@ -63,7 +63,10 @@ def main(flags: Preparation) -> None:
     try:
         print(f"{name} is prepared in {prepare(name, flags.data_dir)}")
     except OSError as error:  # no network, disk full
-        raise ValueError(f"prepare {name}: {error}") from error
+        raise ValueError(
+            f"prepare {name}: {error}. Without a network, copy the folder of the set "
+            "from a machine that has prepared it into --data-dir."
+        ) from error
 
 
 if __name__ == "__main__":

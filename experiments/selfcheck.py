@@ -47,7 +47,6 @@ from spikejax.train import TrainConfig, processes, sharding
 from spikejax.train.checkpoint import Checkpoints
 from spikejax.train.checksum import parameters_sha256
 from spikejax.train.loop import graphs, jit_train_step
-from spikejax.train.progress import table
 from spikejax.train.recipe import make_optimizer
 from spikejax.train.step import initial_state
 
@@ -88,10 +87,10 @@ class Row(NamedTuple):
 def check(flags: Selfcheck) -> Iterator[Row]:
     """Yield a row for each thing that a training relies on."""
     experiment = flags.experiment
-    yield check_devices(flags.topology)
-    yield check_numbers()
     mesh = sharding.data_mesh(fsdp=experiment.fsdp)
     sharding.check_batch_size(experiment.train.batch_size, mesh)
+    yield check_devices(flags.topology)
+    yield check_numbers()
     images = _Images(experiment, mesh)
     state, step = make_step(experiment, mesh)
     batch = next(images)
@@ -102,8 +101,12 @@ def check(flags: Selfcheck) -> Iterator[Row]:
     seconds = []
     for _ in range(STEPS + 1):
         start = time.perf_counter()
-        state, metrics = compiled(state, batch)
-        jax.block_until_ready((state, metrics))
+        try:
+            state, metrics = compiled(state, batch)
+            jax.block_until_ready((state, metrics))
+        except jax.errors.JaxRuntimeError as error:  # such as too little memory
+            yield Row("a step runs", str(error).splitlines()[0][:120], False)
+            return
         seconds.append(time.perf_counter() - start)
     loss = float(metrics["loss"])
     yield Row("the loss is a number", f"{loss:.3f}", bool(np.isfinite(loss)))
@@ -233,7 +236,7 @@ def check_time(seconds: float, bound: float | None, batch_size: int) -> Row:
     text = f"{1000 * seconds:,.1f} ms, {batch_size / seconds:,.0f} images/s"
     if bound is None:
         return Row("time of a step", text, True)
-    text += f", {seconds / bound:.1f} of the plan's bound, at most {SLOWEST}"
+    text += f", {seconds / bound:.1f} times the plan's bound, at most {SLOWEST}"
     # Faster than the bound is no good news: a step that was not waited for.
     return Row("time of a step", text, bound <= seconds <= SLOWEST * bound)
 
@@ -288,11 +291,9 @@ def main(flags: Selfcheck) -> None:
         for row in check(flags):
             rows.append((row.what, row.found, "pass" if row.passed else "FAIL"))
             if processes.is_primary():
-                print(f"{rows[-1][2]}  {row.what}", flush=True)
-        if processes.is_primary():
-            table(f"Selfcheck, {flags.experiment.network.model}", ["", "", ""], rows)
+                print(f"{rows[-1][2]}  {row.what}: {row.found}", flush=True)
     if failed := [what for what, _, verdict in rows if verdict == "FAIL"]:
-        fail(f"selfcheck: failed: {', '.join(failed)}. docs/tpu.md says what each is.")
+        fail(f"selfcheck: failed: {', '.join(failed)}.")
 
 
 if __name__ == "__main__":

@@ -35,8 +35,6 @@ from spikejax.train import TrainConfig, processes
 from spikejax.train.progress import table
 from spikejax.train.recipe import Ranges, check_settings
 
-DELTA = 0.5  # threshold of --coding delta, in deviations of a band
-
 
 @dataclasses.dataclass(frozen=True)
 class Speech(Inputs):
@@ -106,7 +104,7 @@ def load(inputs: Speech, time_steps: int) -> SequenceSet:
     return speech.spoken_digit(
         *options,
         step_ms=inputs.step_ms,
-        threshold=DELTA if inputs.coding == "delta" else None,
+        threshold=speech.DELTA if inputs.coding == "delta" else None,
         hold_out=inputs.hold_out,
         **part,
     )

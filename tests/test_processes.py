@@ -10,10 +10,12 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import jax
@@ -62,7 +64,7 @@ class Data:
 
     def __next__(self):
         step = self.get_state()["next_index"] + 1
-        if self.at and step == self.at:
+        if step == self.at:
             os.kill(os.getpid(), self.number)
         return next(self.batches)
 
@@ -89,6 +91,8 @@ def child(workdir, address, index, number, at):
     flags = Processes(address, 2, index, heartbeat=HEARTBEAT)
     with processes.distributed(flags, {"workdir": workdir, "process_id": index}):
         data = Data(number, at if index == 1 else 0)
+        if at < 0 and index == 1:  # before the training
+            os.kill(os.getpid(), number)
         fitted = run(workdir, data, fsdp=4)
     kernel = fitted.model.first.kernel[...]
     told = fitted.metrics | {"finished": fitted.finished, "shape": kernel.shape}
@@ -249,6 +253,30 @@ def test_sigterm_to_one_saves_the_same_step_of_both(killed, terminated):
     assert one["parameters_sha256"] == other["parameters_sha256"]
     assert TERMINATED_AT <= one["steps"] < CONFIG.steps
     assert max(metrics(workdir)) == one["steps"]
+
+
+def test_a_signal_before_the_training_ends_it_after_a_step(tmp_path):
+    with pair(tmp_path, signal.SIGTERM, -1) as both:
+        one, other = results(finish(both))
+    assert not one["finished"] and one["steps"] == other["steps"] <= 2
+    assert saved(tmp_path) == [one["steps"]]
+    with processes.Terminated(), processes.Terminated() as inner:
+        os.kill(os.getpid(), signal.SIGHUP)
+        with processes.Terminated() as innermost:
+            assert innermost.requested and inner.requested
+
+
+def leave_alone(address):
+    signal.signal(signal.SIGALRM, lambda *_: sys.exit(7))
+    signal.alarm(2)
+    with processes.distributed(Processes(address, 2, 0)):
+        pass
+
+
+def test_a_process_that_is_told_to_leave_while_it_joins_leaves():
+    with forked.Child(leave_alone, f"127.0.0.1:{free_port()}", devices=1) as process:
+        code, _, err = process.finish()
+    assert code == 7 and not err
 
 
 def test_killed_and_terminated_both_end_with_the_same_bits(
@@ -443,6 +471,15 @@ def test_processes_agree_on_their_settings(monkeypatch):
         processes.agree({"epochs": 3.0, "seed": 0, "workers": 2})
     monkeypatch.setattr(processes, "all_gather", lambda value: [{}, value])
     processes.agree(dict.fromkeys(("workers", "process_id", "data_dir"), 5))
+
+
+def test_processes_with_other_numbers_of_devices(monkeypatch):
+    devices = [SimpleNamespace(process_index=k) for k in (0, 1, 1)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    with pytest.raises(
+        ValueError, match="^devices: expected as many in every .* got 1"
+    ):
+        processes.agree({})
 
 
 def test_one_process_needs_no_word_with_others():

@@ -5,7 +5,16 @@ import pytest
 from scipy import signal
 
 from spikejax.data import speech
-from spikejax.data.speech import FLOOR, RATE, delta, log_mel, mel_filters
+from spikejax.data.speech import (
+    DELTA,
+    FLOOR,
+    RATE,
+    delta,
+    log_mel,
+    mel_filters,
+    spoken_digit,
+)
+from spikejax.experiment.trained import Card
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -177,6 +186,20 @@ def test_spikes_are_those_of_the_normalised_frames(folder):
     for row, found in pairs:
         np.testing.assert_array_equal(found, delta(row, 0.5))
     assert spikes.shape == (80,) and spikes.test.values.dtype == np.uint8
+
+
+@pytest.mark.parametrize("threshold", [None, DELTA])
+def test_a_card_codes_raw_frames_as_the_set_is_coded(folder, threshold):
+    data = spoken_digit(folder, 20, threshold=threshold)
+    flags = {"coding": "delta" if threshold else "current"}
+    card = Card(flags, data.class_names, data.shape, data.mean, data.std, {})
+    tested = [n for n in NAMES if n.endswith(("_0.wav", "_4.wav"))]
+    raw = [log_mel(samples(n) / 32768, RATE) for n in tested]
+    coded = [np.asarray(card.encode(frames[None]))[0] for frames in raw]
+    for row in frames_of(data.test):
+        assert sum(same(row, found) for found in coded) == 1
+    with pytest.raises(ValueError, match=r"expected sequences \[B, T, 40\] as in tra"):
+        card.encode(np.zeros((1, 20, 80)))
 
 
 def test_a_speaker_that_is_not_there(folder):

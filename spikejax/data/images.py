@@ -274,7 +274,7 @@ def _check(
             f"{who}: expected batch_size >= 1, shard (process, processes) with 0 <= "
             f"process < processes, and at least {needed} examples, got batch_size "
             f"{size}, shard {shard} and {len(source)} examples. Take a smaller "
-            "batch, or shard=(0, 1) for one process."
+            "batch (--batch-size), or shard=(0, 1) for one process."
         )
 
 

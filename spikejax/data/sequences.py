@@ -22,13 +22,16 @@ UNITS = 700  # of the cochlea of SHD and SSC
 class SequenceSet:
     """A labelled set of sequences: two splits, and what a model needs.
 
-    split says in words what is tested.
+    split says in words what is tested. mean and std are those of the features before
+    they were normalised, None where they are not.
     """
 
     train: Arrays
     test: Arrays
     class_names: tuple[str, ...]
     split: str
+    mean: tuple[float, ...] | None = dataclasses.field(default=None, kw_only=True)
+    std: tuple[float, ...] | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ RATE = 8000  # samples per second
 WINDOW = 256  # samples of a Fourier transform, 32 ms
 FLOOR = 1e-6  # of a power, where full scale is 1: the noise of 16 bits is below
 TESTED, VALIDATED = range(5), range(5, 10)  # indices of recordings
+DELTA = 0.5  # threshold of spikes where frames change, in deviations of a band
 
 
 def mel_filters(bands: int) -> np.ndarray:
@@ -140,4 +141,5 @@ def spoken_digit(
         pad([frames[i] for i in rows], labels[rows], time_steps)
         for rows in map(np.flatnonzero, (trains, tests))
     )
-    return SequenceSet(train, test, tuple("0123456789"), split)
+    known = {"mean": tuple(mean.tolist()), "std": tuple(std.tolist())}
+    return SequenceSet(train, test, tuple("0123456789"), split, **known)

@@ -153,6 +153,11 @@ class Experiment:
                 f"model: expected a network over {self.inputs.over}, got "
                 f"{self.network.model}, which is over {over}. docs/flags.md lists them."
             )
+        if (delays := getattr(self.network, "delays", 0)) >= max(1, self.time_steps):
+            raise ValueError(
+                f"delays: expected fewer than the {self.time_steps} time steps, got "
+                f"{delays}. What is delayed for longer does not arrive."
+            )
         once, flags, static = self.time_steps == 1, flatten(self), relu and not vectors
         for name, default, useless, why in (
             # Values that would do nothing, and on which a comparison could rest.

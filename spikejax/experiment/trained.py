@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from spikejax.data import speech
 from spikejax.data.augment import Crop, center_crop, square_crop
 from spikejax.data.files import file_reader
 from spikejax.data.images import ImageSet, eval_batches
@@ -45,8 +46,9 @@ class Card:
     flags: of its run, as in config.json.
     class_names: of its logits, in order.
     shape: [H, W, C] of an image, None where sizes differ; [F] of a step of a sequence.
-    mean, std: of the channels of the training images, where white is 1; None for
-        frames of events and for sequences, which are not normalised here.
+    mean, std: of the channels of the training images, where white is 1, or of the
+        bands of speech; None for frames of events and for other sequences, which are
+        not normalised.
     result: content of result.json: accuracy, spikes and energy, versions.
     notes: what else is known of a network of the package, such as its command.
     """
@@ -58,6 +60,11 @@ class Card:
     std: tuple[float, ...] | None
     result: dict[str, Any]
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def of_images(self) -> bool:
+        """Tell if the network takes images, not frames of events or sequences."""
+        return self.mean is not None and len(self.shape) == 3
 
     def read(self, files: Sequence[str | Path]) -> np.ndarray:
         """Return photographs as the network takes them, uint8 [B, H, W, C].
@@ -85,26 +92,35 @@ class Card:
 
         Args:
             images: uint8 [B, H, W, C] as ``read`` returns them, frames of events
-                [B, T, H, W, C], or sequences [B, T, F] of any type.
+                [B, T, H, W, C], or sequences [B, T, F] of any type: of speech what
+                ``data.speech.log_mel`` returns.
 
         Raises:
             ValueError: they are of another type or size than in training.
         """
         images, side = jnp.asarray(images), self.flags.get("image_size")
         shape = (side, side, self.shape[-1]) if side else self.shape
-        lead = ("B",) if self.mean else ("B", "T")
-        given, vectors = images.shape[len(lead) :], len(shape) == 1
+        vectors, lead = len(shape) == 1, ("B",) if self.of_images else ("B", "T")
+        if vectors and self.mean:  # of speech, before it is coded
+            shape = (len(self.mean),)
+        given = images.shape[len(lead) :]
         fits = [a in (None, b) for a, b in zip(shape, given, strict=False)]
         is_kind = vectors or images.dtype == jnp.uint8
         if not (is_kind and len(given) == len(shape) and all(fits)):
             sizes = [str(a or name) for a, name in zip(shape, "HWC", strict=False)]
+            kind = "sequences" if vectors else "uint8 images"
+            hint = "" if vectors else "; card.read(files) returns photographs so"
             raise ValueError(
-                f"encode: expected {'sequences' if vectors else 'uint8 images'} "
-                f"[{', '.join([*lead, *sizes])}] as in training, got {images.dtype} "
-                f"{images.shape}. card.read(files) returns photographs so; one image "
-                "of your own is image[None]."
+                f"encode: expected {kind} [{', '.join([*lead, *sizes])}] as in "
+                f"training, got {images.dtype} {images.shape}. A single one is x[None]"
+                f"{hint}."
             )
-        if self.mean is None or self.std is None:
+        if vectors and self.mean and self.std:
+            images = (images - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+            if self.flags["coding"] == "delta":
+                coded = [speech.delta(np.asarray(x), speech.DELTA) for x in images]
+                images = jnp.asarray(np.stack(coded))
+        if not (self.of_images and self.mean and self.std):
             return images.astype(jnp.float32)
         encode = normalised(self.mean, self.std, self.flags["time_steps"])
         return encode(images, jax.random.key(0))
@@ -250,12 +266,12 @@ def load_images(network: str) -> Trained:
             "run that did not finish."
         )
     found = load(folder)
-    if found.card.mean is None:
+    if not found.card.of_images:
+        page = "sequences" if len(found.card.shape) == 1 else "events"
         raise ValueError(
             f"network: expected one of images, got {network}, of "
             f"{found.card.flags['data']}. Its accuracy is in result.json; in Python, "
-            f"model, card = spikejax.load({str(network)!r}). Recordings of a camera: "
-            "the command of the training with --stream FILE."
+            f"model, card = spikejax.load({str(network)!r}): docs/{page}.md."
         )
     return found
 

@@ -11,9 +11,10 @@ import signal
 import sys
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -91,8 +92,13 @@ def distributed(
             if address and count is not None and index is not None:
                 meet(address, count, index, flags.join_timeout)
             _initialize(address, count, index, flags.heartbeat)
-        agree(settings or {})
-        yield
+        # JAX has installed a handler that a signal would be lost in. One that comes
+        # before the training stops it after its first step, in all processes.
+        with Terminated():
+            agree(settings or {})
+            yield
+    except SystemExit as error:  # of a signal while joining
+        _leave(error.code if isinstance(error.code, int) else bool(error.code))
     except (Exception, KeyboardInterrupt) as error:  # the peers wait for this process
         message = " ".join(str(error).split())
         if isinstance(error, PEER_ERRORS):
@@ -107,11 +113,15 @@ def distributed(
         index = jax.process_index() if joined else flags.process_id
         who = "" if index is None else f"process {index}: "
         print(f"{who}{message}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # sys.exit would run JAX's shutdown barrier, which waits for the peers, which
-        # wait for this process in a collective.
-        os._exit(1)
+        _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # sys.exit would run JAX's shutdown barrier, which waits for the peers, which wait
+    # for this process in a collective.
+    os._exit(code)
 
 
 def _initialize(
@@ -135,8 +145,15 @@ def agree(settings: Mapping[str, Any]) -> None:
     """Check that all processes have the same settings, but for those in `LOCAL`.
 
     Raises:
-        ValueError: one of them differs.
+        ValueError: one of them differs, or has more devices than another.
     """
+    counts = Counter(device.process_index for device in jax.devices())
+    for index, count in counts.items():
+        if count != counts[0]:
+            raise ValueError(
+                f"devices: expected as many in every process, got {counts[0]} in "
+                f"process 0 and {count} in process {index}. Start all alike."
+            )
     shared = {k: str(v) for k, v in settings.items() if k not in LOCAL}
     every = all_gather(shared)
     for index, other in enumerate(every):
@@ -173,11 +190,12 @@ def shard() -> tuple[int, int]:
 class Terminated:
     """A context in which SIGTERM, SIGHUP and Ctrl-C are recorded instead of obeyed.
 
-    A second Ctrl-C interrupts. With several processes the signal may reach only one.
-    `flag` therefore goes into each batch, the training step reduces it over all of
-    them, and all stop at the same step. (JAX's own preemption service does the same,
-    but Orbax calls it for an older step from another thread, and then the processes can
-    miss the step agreed on.)
+    A second Ctrl-C interrupts. A context inside of another knows what that recorded.
+
+    With several processes the signal may reach only one. `flag` therefore goes into
+    each batch, the training step reduces it over all of them, and all stop at the same
+    step. (JAX's own preemption service does the same, but Orbax calls it for an older
+    step from another thread, and then the processes can miss the step agreed on.)
     """
 
     requested = agreed = False
@@ -188,8 +206,12 @@ class Terminated:
         # installed a C handler of its own; this one replaces it.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                handler = signal.getsignal(number)
+                outer = getattr(handler, "__self__", None)
+                if isinstance(outer, Terminated):
+                    self.requested |= outer.requested
                 # Ignored under nohup, or in the background: then it stays ignored.
-                if signal.getsignal(number) is not signal.SIG_IGN:
+                if handler is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._record)
         return self
 
