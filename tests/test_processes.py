@@ -64,7 +64,7 @@ class Data:
 
     def __next__(self):
         step = self.get_state()["next_index"] + 1
-        if step == self.at:
+        if self.at and step == self.at:
             os.kill(os.getpid(), self.number)
         return next(self.batches)
 
@@ -91,8 +91,6 @@ def child(workdir, address, index, number, at):
     flags = Processes(address, 2, index, heartbeat=HEARTBEAT)
     with processes.distributed(flags, {"workdir": workdir, "process_id": index}):
         data = Data(number, at if index == 1 else 0)
-        if at < 0 and index == 1:  # before the training
-            os.kill(os.getpid(), number)
         fitted = run(workdir, data, fsdp=4)
     kernel = fitted.model.first.kernel[...]
     told = fitted.metrics | {"finished": fitted.finished, "shape": kernel.shape}
@@ -255,15 +253,17 @@ def test_sigterm_to_one_saves_the_same_step_of_both(killed, terminated):
     assert max(metrics(workdir)) == one["steps"]
 
 
-def test_a_signal_before_the_training_ends_it_after_a_step(tmp_path):
-    with pair(tmp_path, signal.SIGTERM, -1) as both:
-        one, other = results(finish(both))
-    assert not one["finished"] and one["steps"] == other["steps"] <= 2
-    assert saved(tmp_path) == [one["steps"]]
-    with processes.Terminated(), processes.Terminated() as inner:
-        os.kill(os.getpid(), signal.SIGHUP)
-        with processes.Terminated() as innermost:
-            assert innermost.requested and inner.requested
+def signalled(address):
+    with processes.distributed(Processes(address, 1, 0)):
+        os.kill(os.getpid(), signal.SIGTERM)  # as it loads data
+        with processes.Terminated() as training:
+            print("requested", training.requested, flush=True)
+
+
+def test_a_signal_before_the_training_counts_for_it():
+    with forked.Child(signalled, f"127.0.0.1:{free_port()}", devices=1) as process:
+        code, out, err = process.finish()
+    assert code == 0 and out == "requested True\n", err
 
 
 def leave_alone(address):
