@@ -77,7 +77,7 @@ DEFAULT = Selfcheck()
 
 
 class Row(NamedTuple):
-    """Row of the table: a thing that was checked."""
+    """Line of the output: a thing that was checked."""
 
     what: str
     found: str
@@ -285,14 +285,15 @@ def check_resume(workdir: Path, compiled: Compiled, state: Any, images: _Images)
 
 
 def main(flags: Selfcheck) -> None:
-    """Check, print the table, and exit with code 1 if something failed."""
+    """Check, print a line for each, and exit with code 1 if something failed."""
     with processes.distributed(flags.experiment.processes, flatten(flags)):
-        rows = []
+        failed = []
         for row in check(flags):
-            rows.append((row.what, row.found, "pass" if row.passed else "FAIL"))
+            failed += [] if row.passed else [row.what]
             if processes.is_primary():
-                print(f"{rows[-1][2]}  {row.what}: {row.found}", flush=True)
-    if failed := [what for what, _, verdict in rows if verdict == "FAIL"]:
+                verdict = "pass" if row.passed else "FAIL"
+                print(f"{verdict}  {row.what}: {row.found}", flush=True)
+    if failed:
         fail(f"selfcheck: failed: {', '.join(failed)}.")
 
 

@@ -413,20 +413,20 @@ def check_thresholds(
     """
     values = [np.asarray(t) for t in thresholds]
     numeric = all(np.issubdtype(v.dtype, np.number) for v in values)
+    hint = ""
     if not values or not numeric or not all((v > 0).all() for v in values):
         problem = "positive thresholds"
     elif not all(np.isfinite(v).all() for v in values):
         problem = "finite thresholds"
     elif rising and any((a >= b).any() for a, b in zip(values, values[1:])):  # noqa: B905
         problem = "rising thresholds"
+        hint = " A parallel neuron takes them sorted, without equal ones."
     else:
         return
-    got, hint = thresholds, ""
-    if problem.startswith("rising"):
-        hint = " A parallel neuron takes them sorted, without equal ones."
+    got = thresholds
     if any(v.ndim for v in values):
         got = f"arrays {[v.shape for v in values[:3]]}"
-        hint = f" Currents are for the layer that is made: {who}()(xs)."
+        hint += f" If these are currents, give them to the layer: {who}()(xs)."
     raise ValueError(
         f"{who}: expected at least one threshold, {problem}, got {got}.{hint}"
     )

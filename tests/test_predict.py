@@ -75,6 +75,8 @@ def test_a_run_on_something_else_says_what_to_do(folder, monkeypatch):
     line = r"/run\d, of nmnist\. Its accuracy is in result\.json; in Python, .*load"
     with pytest.raises(ValueError, match=line):
         trained.load_images(str(folder))
+    with pytest.raises(ValueError, match="read: expected a network of images"):
+        other.card.read(["a.png"])
 
 
 CHANNELS = "10 classes and 1 channels, as the network has, got fake, which has"

@@ -39,6 +39,25 @@ def test_what_fails_is_named_and_the_exit_code_is_1(monkeypatch, capsys):
     assert "selfcheck: failed: devices." in capsys.readouterr().err
 
 
+class TooLarge:
+    """A compiled step for which there is no memory."""
+
+    def lower(self, *_):
+        return self
+
+    compile, as_text = lower, lambda self: ""
+
+    def __call__(self, state, batch):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 37 GB\nmore")
+
+
+def test_a_step_that_does_not_fit_is_a_row(monkeypatch):
+    monkeypatch.setattr(selfcheck, "make_step", lambda *_: ({}, TooLarge()))
+    monkeypatch.setattr(selfcheck, "check_memory", lambda *_: None)
+    *_, last = selfcheck.check(override(selfcheck.DEFAULT, SMALL))
+    assert last == ("a step runs", "RESOURCE_EXHAUSTED: 37 GB", False)
+
+
 def test_devices_are_as_many_as_the_slice_has():
     assert selfcheck.check_devices(None).passed
     assert selfcheck.check_devices("v5e:2x4").passed

@@ -76,6 +76,7 @@ def test_it_trains_and_reports_and_the_network_loads(tmp_path, tiny, changes, ca
         ({"data": "shd", "hold_out": "theo"}, "hold_out: expected no such flag for"),
         ({"data": "mnist-1d", "step_ms": 8.0}, "step_ms: expected no such flag for"),
         ({"tau": 0.5}, "tau: expected at least 1, got 0.5"),
+        ({"delays": 6}, "delays: expected fewer than the 6 time steps, got 6"),
         ({"layers": 0}, "layers: expected 1 to 100, got 0"),
     ],
 )

@@ -161,7 +161,7 @@ def test_a_function_in_training_mode_is_named():
     def first(variables, x):
         return training(variables, x)[0]
 
-    with pytest.raises(ValueError, match=r"\(statistics of a batch: take the net"):
+    with pytest.raises(ValueError, match=r"\(statistics of the input: BatchNorm"):
         calibrate(Function(first, variables), ROWS)
 
 

@@ -140,6 +140,9 @@ CALLS = {
         lambda: MultiThreshold((1.0, -1.0), neurons.cascade),
         lambda: MultiThreshold((1.0, math.nan)),
     ],
+    "MultiThreshold: expected at least one threshold, positive thresholds, got arr": [
+        lambda: MultiThreshold(jnp.zeros((2, 1, 3))),
+    ],
     "MultiThreshold: expected at least one threshold, rising thresholds": [
         lambda: MultiThreshold((2.0, 1.0)),
         lambda: MultiThreshold((1.0, 1.0)),

@@ -92,7 +92,7 @@ class Relus:
 def advise(name: str, line: str) -> str:
     """Return what to do about an operation that is not affine, if we know it."""
     if line.startswith(("normalization.py", "norm.py")):
-        return " (statistics of a batch: take the network in evaluation mode)"
+        return " (statistics of the input: BatchNorm has none in evaluation mode)"
     if name in ("softmax", "exp", "max", "reduce_max"):
         return " (a softmax? leave it out: the largest logit is the answer)"
     if name in ("gelu", "silu", "tanh", "logistic", "erf", "integer_pow", "pow"):

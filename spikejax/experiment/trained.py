@@ -75,8 +75,10 @@ class Card:
             files: JPEG, PNG, GIF or BMP of any size.
 
         Raises:
-            ValueError: a file is missing, or no image.
+            ValueError: a file is missing, or no image; the network takes no images.
         """
+        if not self.of_images:
+            raise ValueError("read: expected a network of images, got one of others.")
         missing = [file for file in files if not Path(file).is_file()]
         if missing or not files:
             got = f"no file {missing[0]}" if missing else "none"
