@@ -1,6 +1,10 @@
 """The kernels for CPUs: values and gradients of Flax and JAX, and how they compile."""
 
 import logging
+import os
+import platform
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -11,7 +15,7 @@ from flax import nnx
 from jax import export, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spikejax import encode
+from spikejax import encode, energy
 from spikejax.layers import LIF
 from spikejax.losses import rate_cross_entropy
 from spikejax.models.resnet import ResNet
@@ -229,6 +233,70 @@ def test_a_kernel_that_does_not_fit_is_named_by_jax():
         convolve(some(0, 2, 4, 4, 3), some(1, 3, 3, 2, 2), (2, 2), "SAME", **OPTIONS)
 
 
+# Linear layers
+
+LAST = (((1,), (0,)), ((), ()))
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (1, 4), (3, 2, 4), (2, 1, 3, 3, 4)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_linear_equals_that_of_flax_forward_and_gradient(shape, dtype):
+    found, expected = (
+        value_and_gradients(
+            lambda x, k, kind=kind: nnx.merge(
+                *nnx.split(kind(4, 3, dtype=dtype, rngs=nnx.Rngs(0)))
+            ).dot_general(x, k, (((x.ndim - 1,), (0,)), ((), ()))),
+            some(0, *shape).astype(dtype),
+            some(1, 4, 3).astype(dtype),
+        )
+        for kind in (cpu.Linear, nnx.Linear)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype == dtype and ours.shape == theirs.shape
+        tolerance = 1e-6 if dtype == jnp.float32 else 0.02
+        np.testing.assert_allclose(
+            *(a.astype(jnp.float32) for a in (ours, theirs)), tolerance, tolerance
+        )
+
+
+def test_the_gradient_of_a_linear_layer_transposes_nothing():
+    def text(multiply):
+        def loss(x, kernel):
+            return multiply(x, kernel, LAST).sum()
+
+        gradient = jax.jit(jax.grad(loss, (0, 1)))
+        return gradient.lower(some(0, 5, 4), some(1, 4, 3)).as_text()
+
+    assert "transpose" in text(lax.dot_general)
+    assert "transpose" not in text(cpu.dot_general)
+
+
+@pytest.mark.parametrize(
+    "dimensions, options",
+    [
+        ((((0,), (0,)), ((), ())), {}),
+        ((((1,), (1,)), ((), ())), {}),
+        ((((1,), (1,)), ((0,), (0,))), {}),
+        (LAST, {"precision": lax.Precision.HIGHEST}),
+        (LAST, {"preferred_element_type": jnp.float32}),
+    ],
+)
+def test_other_products_are_left_to_jax(dimensions, options):
+    x, kernel = some(0, 4, 4), some(1, 4, 4)
+    theirs = jax.make_jaxpr(lambda *a: lax.dot_general(*a, dimensions, **options))
+    ours = jax.make_jaxpr(lambda *a: cpu.dot_general(*a, dimensions, **options))
+    assert str(ours(x, kernel)) == str(theirs(x, kernel))
+
+
+def test_energy_of_linear_layers_does_not_depend_on_their_kernel():
+    def measure(linear):
+        layers = linear(4, 3, rngs=nnx.Rngs(0)), LIF(), linear(3, 2, rngs=nnx.Rngs(1))
+        report = energy.measure(nnx.Sequential(*layers), 9 * some(0, 2, 3, 4))
+        return report.acs, report.macs, report.dense_macs
+
+    assert measure(cpu.Linear) == measure(nnx.Linear)
+
+
 # Max-pooling
 
 
@@ -331,6 +399,38 @@ def compiled_step(options):
     batch = {"image": images, "label": jnp.arange(16) % 3}
     jitted = jax.jit(step, compiler_options=options)
     return jitted.lower(state, batch).compile(), state, batch
+
+
+def test_memory_is_kept_from_one_step_to_the_next():
+    program = """
+import resource
+from spikejax.nn import cpu
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    b"x" * 2**27  # 32,768 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+assert faults() > 10_000
+assert cpu.keep_memory()
+faults()
+assert faults() < 100
+"""
+    libc = platform.libc_ver()[0]
+    if libc != "glibc":
+        pytest.skip(f"the C library is {libc or 'unknown'}, which is left as it is")
+    environment = {k: v for k, v in os.environ.items() if "MALLOC" not in k}
+    environment["JAX_PLATFORMS"] = "cpu"
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
+def test_a_c_library_without_the_settings_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda name: object())
+    assert not cpu.keep_memory.__wrapped__()
+    monkeypatch.setattr(cpu, "POSIX", False)
+    monkeypatch.setattr(cpu.ctypes, "CDLL", None)
+    assert not cpu.keep_memory.__wrapped__()
 
 
 def test_options_of_the_compiler_spare_memory_and_change_nothing():

@@ -35,9 +35,11 @@ NEURONS = {
     "cascade": partial(MultiThreshold, 4, neurons.cascade, **OPTIONS),
     "ReLU": lambda: nnx.relu,
 }
+cpu.keep_memory()  # as the scripts do, before JAX starts its threads
 # What an experiment passes too: the kernels for a CPU, else those of Flax.
 IS_CPU = jax.default_backend() == "cpu"
 Conv = cpu.Conv if IS_CPU else nnx.Conv
+Linear = cpu.Linear if IS_CPU else nnx.Linear
 batch_norm = fast_td_batch_norm if IS_CPU else td_batch_norm
 max_pool = cpu.max_pool if IS_CPU else nnx.max_pool
 # Those of SpikingJelly's own benchmark.
@@ -104,7 +106,7 @@ class OneLinear(nnx.Module):
 
     def __init__(self, sizes, neuron, rngs):
         (n,) = sizes.channels
-        self.linear = nnx.Linear(n, n, rngs=rngs)
+        self.linear = Linear(n, n, rngs=rngs)
         self.neuron = neuron()
         xla.give_weights([self.linear])
 

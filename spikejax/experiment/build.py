@@ -64,6 +64,8 @@ class ResNetOptions:
                 f"got {self.pool!r} for {self.model}. Leave it out."
             )
 
+    kernels = ("conv", "norm", "pool")  # that ``build`` takes; not a flag
+
     def build(self, **parts: Any) -> nnx.Module:
         """Return the network; see ``build_model``."""
         if self.pool == "avg":
@@ -99,6 +101,8 @@ class VGGOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters, statistics and membranes are float32."""
 
+    kernels = ("conv", "norm", "pool")
+
     def build(self, **parts: Any) -> nnx.Module:
         """Return the network; see ``build_model``."""
         if self.pool == "avg":
@@ -121,9 +125,10 @@ class EfficientNetOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters, statistics and membranes are float32."""
 
+    kernels = ("conv", "norm")
+
     def build(self, **parts: Any) -> nnx.Module:
         """Return the network; see ``build_model``."""
-        parts.pop("pool", None)
         return MODELS[self.model](dtype=jnp.dtype(self.dtype), **parts)
 
 
@@ -141,10 +146,11 @@ class GeneralOptions:
     def __post_init__(self):
         check_settings(self, WIDTH)
 
+    kernels = ("conv", "linear")
+
     def build(self, **parts: Any) -> nnx.Module:
         """Return the network; see ``build_model``."""
         binarise = getattr(windowed, self.binarise.replace("-", "_"))
-        parts = {k: v for k, v in parts.items() if k not in ("norm", "pool")}
         return MODELS[self.model](width=self.width, binarise=binarise, **parts)
 
 
@@ -183,6 +189,8 @@ class TransformerOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters, statistics and membranes are float32."""
 
+    kernels = ("conv", "linear", "norm", "pool")
+
     def build(self, **parts: Any) -> nnx.Module:
         """Return the network; see ``build_model``."""
         remat, dtype = self.remat == "blocks", jnp.dtype(self.dtype)
@@ -217,11 +225,16 @@ class SequenceOptions:
         }
         check_settings(self, ranges)
 
-    def build(self, **parts: Any) -> nnx.Module:
+    kernels = ("linear",)
+
+    def build(
+        self, *, linear: Callable[..., nnx.Module] = nnx.Linear, **parts: Any
+    ) -> nnx.Module:
         """Return the network; see ``build_model``."""
-        kind = recurrent.feedback if self.recurrent else recurrent.dense
         if self.delays:
-            kind = partial(kind, linear=partial(DelayedLinear, max_delay=self.delays))
+            linear = partial(DelayedLinear, max_delay=self.delays)
+        kind = recurrent.feedback if self.recurrent else recurrent.dense
+        kind = partial(kind, linear=linear)
         return _over_vectors([self.hidden] * self.layers, kind, self.tau, **parts)
 
 
@@ -233,6 +246,8 @@ class BaselineOptions:
     """One layer of gated recurrent units, or a linear classifier."""
     readout: Literal["mean", "max"] = "mean"
     """Logits: the mean or the maximum over time of the readout of dense."""
+
+    kernels = ()
 
     def build(self, **parts: Any) -> nnx.Module:
         """Return the network; see ``build_model``."""
@@ -249,9 +264,8 @@ def _over_vectors(
     in_channels: int,
     neuron: Factory,
     rngs: nnx.Rngs,
-    **_: Any,
 ) -> nnx.Module:
-    """Return hidden layers of a kind, and leaky integrators; no other part is used."""
+    """Return hidden layers of a kind, and leaky integrators."""
     parts = {"neuron": neuron, "kind": kind, "readout": LI(tau), "rngs": rngs}
     return recurrent.RecurrentSNN(in_channels, widths, num_classes, **parts)
 
@@ -360,10 +374,13 @@ def build_model(
     parts: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
     platform = platform or jax.default_backend()
     # Not elsewhere: nn/cpu.py says how much faster they are, without forward mode.
+    fast: dict[str, Any] = {}
     if platform == "cpu":
-        parts |= {"conv": cpu.Conv, "norm": fast_td_batch_norm, "pool": cpu.max_pool}
+        fast = {"conv": cpu.Conv, "linear": cpu.Linear, "pool": cpu.max_pool}
+        fast["norm"] = fast_td_batch_norm
     elif platform == "tpu":
-        parts |= {"conv": tpu.Conv, "norm": fast_td_batch_norm}
+        fast = {"conv": tpu.Conv, "norm": fast_td_batch_norm}
+    parts |= {name: fast[name] for name in network.kernels if name in fast}
     parts["neuron"] = neuron_factory(activation, network)
 
     def make() -> nnx.Module:

@@ -33,6 +33,8 @@ from typing import (
 
 import jax
 
+from spikejax.nn import cpu
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -300,6 +302,8 @@ def run_cli(script: Callable[[T], None], flags: T) -> None:
 
     SIGTERM and SIGHUP exit with code 0, Ctrl-C with 130; ``fit`` saves first.
     """
+    # Before JAX starts its threads, each of which would have memory of its own.
+    cpu.keep_memory()
     # Orbax logs pages of tracebacks from its threads for an error that it raises too.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     # ``fit`` has handlers of its own; these are for the time before and after.

@@ -31,19 +31,21 @@ from spikejax.nn.windowed import (
     whole,
 )
 
+Make = Callable[..., Layer]  # of a layer, with the arguments of Flax's
+
 REGION = 0.2  # the authors' threshold for the means of several windows
 
 # The authors' start of every linear layer but the head.
-_Linear = partial(nnx.Linear, kernel_init=nnx.initializers.xavier_uniform())
+_start = nnx.initializers.xavier_uniform()
 
 
 class Block(nnx.Module):
     """A residual block: x <- x + mixer(x),  x <- x + MLP(x), with real values."""
 
-    def __init__(self, mixer: Mixer, channels: int, *, rngs: nnx.Rngs):
+    def __init__(self, mixer: Mixer, channels: int, linear: Make):
         self.mixer = mixer
-        self.widen = _Linear(channels, 3 * channels, rngs=rngs)
-        self.narrow = _Linear(3 * channels, channels, rngs=rngs)
+        self.widen = linear(channels, 3 * channels)
+        self.narrow = linear(3 * channels, channels)
 
     def __call__(self, xs: jax.Array, carried: State) -> tuple[jax.Array, State]:
         """Return the map and the membranes for the next block."""
@@ -57,8 +59,8 @@ class Block(nnx.Module):
 class PatchMerging(nnx.Module):
     """A linear map of 2x2 pixels without bias: half the sides, twice the channels."""
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.linear = _Linear(4 * channels, 2 * channels, use_bias=False, rngs=rngs)
+    def __init__(self, channels: int, linear: Make):
+        self.linear = linear(4 * channels, 2 * channels, use_bias=False)
 
     def __call__(self, xs: jax.Array) -> jax.Array:
         """Return [..., H/2, W/2, 2 C] for a map [..., H, W, C]."""
@@ -81,6 +83,7 @@ class General(nnx.Module):
         neuron: factory of the spiking cell. With one that makes no spikejax neuron, as
             ``lambda: nnx.relu``, nothing is binarised, and no region threshold acts.
         conv: factory of the stem's convolution, with the arguments of nnx.Conv.
+        linear: factory of the linear layers, with the arguments of nnx.Linear.
         windows: of the blocks in turn.
         region_threshold: in the blocks of the second window; None for no threshold.
         binarise, rngs: as in ``Mixer``.
@@ -103,6 +106,7 @@ class General(nnx.Module):
         network: Callable[..., Network] = conv_network,
         neuron: Factory = general_lif,
         conv: Callable[..., Layer] = nnx.Conv,
+        linear: Make = nnx.Linear,
         windows: tuple[Window, Window] = (tile, overlap),
         region_threshold: float | None = None,
         binarise: Binarise = bernoulli,
@@ -118,6 +122,7 @@ class General(nnx.Module):
             )
         check_factory("General", neuron)
         spiking = isinstance(neuron(), Neuron)
+        linear = partial(linear, kernel_init=_start, rngs=rngs)
         self.in_channels, channels = in_channels, round(48 * width)
         self.stem = conv(in_channels, channels, (2, 2), (2, 2), rngs=rngs)
 
@@ -130,15 +135,15 @@ class General(nnx.Module):
                 region_threshold=region_threshold if spiking and second else None,
                 rngs=rngs,
             )
-            return Block(mixer, channels, rngs=rngs)
+            return Block(mixer, channels, linear)
 
         stages, merges, carried_merges = [], [], []
         for depth in depths:
             if stages:
-                merges.append(PatchMerging(channels, rngs=rngs))
+                merges.append(PatchMerging(channels, linear))
                 inner = stages[-1][0].mixer.network
                 if inner.carries:
-                    carried_merges.append(PatchMerging(inner.features, rngs=rngs))
+                    carried_merges.append(PatchMerging(inner.features, linear))
                 channels *= 2
             # The last maps of a 32x32 image are 2x2: windows could not overlap there.
             last = len(stages) == len(depths) - 1

@@ -226,6 +226,7 @@ class Transformer(nnx.Module):
         attention_neuron: factory of those that attention ends in: by default ``neuron``
             if that is given, else the paper's.
         conv, norm, pool, in_channels, dtype, rngs: as in ``ResNet``.
+        linear: factory of the linear layers, with the arguments of nnx.Linear.
         remat: keep only the input of each layer of the design, and recompute the layer
             for the gradient.
 
@@ -248,6 +249,7 @@ class Transformer(nnx.Module):
         attention_neuron: Factory | None = None,
         rngs: nnx.Rngs,
         conv: Callable[..., Layer] = nnx.Conv,
+        linear: Callable[..., Layer] = nnx.Linear,
         norm: Callable[..., Layer] = td_batch_norm,
         pool: Callable[..., jax.Array] = nnx.max_pool,
         in_channels: int = 3,
@@ -261,7 +263,7 @@ class Transformer(nnx.Module):
         options = {"dtype": dtype, "rngs": rngs}
         make = Make(
             partial(conv, **options),
-            partial(nnx.Linear, **options),
+            partial(linear, **options),
             partial(norm, **options),
             pool,
             neuron,
