@@ -425,12 +425,17 @@ assert faults() < 100
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
-def test_a_c_library_without_the_settings_is_left_as_it_is(monkeypatch):
+def test_a_c_library_without_the_settings_or_set_by_hand_is_left_as_it_is(monkeypatch):
+    keep = cpu.keep_memory.__wrapped__
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
     monkeypatch.setattr(cpu.ctypes, "CDLL", lambda name: object())
-    assert not cpu.keep_memory.__wrapped__()
+    assert not keep()
+    monkeypatch.setattr(cpu.ctypes, "CDLL", None)  # not to be called
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000")
+    assert not keep()
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
     monkeypatch.setattr(cpu, "POSIX", False)
-    monkeypatch.setattr(cpu.ctypes, "CDLL", None)
-    assert not cpu.keep_memory.__wrapped__()
+    assert not keep()
 
 
 def test_options_of_the_compiler_spare_memory_and_change_nothing():

@@ -35,7 +35,8 @@ NEURONS = {
     "cascade": partial(MultiThreshold, 4, neurons.cascade, **OPTIONS),
     "ReLU": lambda: nnx.relu,
 }
-cpu.keep_memory()  # as the scripts do, before JAX starts its threads
+# As the scripts do, before JAX starts its threads; not where ``turns`` measures memory.
+cpu.keep_memory()
 # What an experiment passes too: the kernels for a CPU, else those of Flax.
 IS_CPU = jax.default_backend() == "cpu"
 Conv = cpu.Conv if IS_CPU else nnx.Conv

@@ -77,9 +77,12 @@ def keep_memory() -> bool:
     By default glibc gives the arrays of a step back to the kernel, which clears each
     page again for the next step: a fifth of the CPU time of the network of
     ``experiments.cifar10 --model whitened``. Acts on the whole process, so scripts call
-    it and the library does not. Other C libraries than glibc are left as they are.
+    it and the library does not. Other C libraries than glibc are left as they are, and
+    so is one that the environment has set, by a variable MALLOC_....
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if POSIX else None
+    if not POSIX or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return bool(mallopt) and all([mallopt(*pair) for pair in MEMORY.values()])
 
 
