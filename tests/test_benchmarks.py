@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import general_step, growth, neuron, parallel, pipeline, turns
+from benchmarks import devices, general_step, growth, neuron, parallel, pipeline, turns
 from benchmarks.pipeline import Pipeline
 from benchmarks.workloads import Sizes
 
@@ -138,6 +138,20 @@ def test_each_size_is_a_row_and_each_sweep_a_panel(tmp_path, monkeypatch, capsys
     assert "Time steps: tiny" in said and "operations 1.00" in said
     assert len(growth.draw(rows).axes) == 2
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_step_on_more_devices_exchanges_sums_and_nothing_else(tmp_path, capsys):
+    with pytest.raises(ValueError, match="batch_size: expected multiples of 8, got 12"):
+        devices.Benchmark(batch_size=12)
+    devices.main(devices.Benchmark(tmp_path, repeats=1, batch_size=16))
+    rows = json.loads((tmp_path / "devices.json").read_text())
+    assert [row["devices"] for row in rows] == [1, 2, 4, 8]
+    kinds = [{(c["kind"], c["devices"]) for c in row["exchanges"]} for row in rows]
+    assert kinds == [set(), *({("all-reduce", n)} for n in (2, 4, 8))]
+    for row in rows[1:]:
+        assert row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5)
+        assert row["exchanges"][0]["bytes"] > 4 * 400_000  # all gradients
+    assert "CPU, to one" in capsys.readouterr().out
 
 
 def test_operations_are_those_of_the_convolutions_and_slopes_their_exponent():
