@@ -9,8 +9,8 @@ import pytest
 from spikejax.train.checksum import (
     SUMS,
     by_path,
+    differences,
     find_corruption,
-    first_difference,
     parameters_sha256,
     write_checksums,
 )
@@ -46,11 +46,15 @@ def test_by_path_names_leaves_in_the_order_of_the_tree():
     assert list(by_path(tree).values()) == jax.tree.leaves(tree)
 
 
-def test_first_difference_names_the_first():
+def test_differences_names_three():
     saved, current = {"a": 1, "b": None, "c": 3}, {"a": 1, "c": 4}
-    assert first_difference(saved, current) == "b was None and is absent"
-    assert first_difference(saved, saved | {"d": 0}) == "d was absent and is 0"
-    assert first_difference(saved, dict(saved)) == ""
+    both = "b was None and is absent, c was 3 and is 4"
+    assert differences(saved, current) == both
+    new = dict.fromkeys("defgh", 0)
+    names = "d was absent and is 0, e was absent and is 0, f was absent and is 0"
+    assert differences(saved, saved | new) == f"{names}, 2 more"
+    assert differences(saved, saved | {"d": 0}) == "d was absent and is 0"
+    assert differences(saved, dict(saved)) == ""
 
 
 def test_checksums_are_those_of_sha256sum(tmp_path):

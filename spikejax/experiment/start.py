@@ -8,7 +8,7 @@ from flax import nnx
 
 from spikejax.experiment.trained import CARD, find, load
 from spikejax.train.checkpoint import read_newest
-from spikejax.train.checksum import by_path, first_difference, signatures
+from spikejax.train.checksum import by_path, differences, signatures
 
 _TRAINED = nnx.Any(nnx.Param, nnx.BatchStat)
 
@@ -46,7 +46,7 @@ def start_from(model: nnx.Module, source: str, num_classes: int) -> list[str]:
     kept = {path: leaf for path, leaf in expected.items() if path not in fresh}
     for path in fresh:
         del given[path]
-    if different := first_difference(signatures(given), signatures(kept)):
+    if different := differences(signatures(given), signatures(kept)):
         raise ValueError(
             f"from: expected weights that fit the network, got those of {source}: "
             f"{different}. Take the flags of its network, which its config.json has."

@@ -21,8 +21,8 @@ from spikejax.train import processes
 from spikejax.train.checksum import (
     SUMS,
     by_path,
+    differences,
     find_corruption,
-    first_difference,
     signatures,
     write_checksums,
 )
@@ -143,7 +143,7 @@ class Checkpoints:
             return None
         notes: Any = self._manager.checkpointables_metadata(step).custom_metadata
         # Orbax would cast another dtype silently, and call another shape a KeyError.
-        if different := first_difference(notes["leaves"], signatures(abstract_state)):
+        if different := differences(notes["leaves"], signatures(abstract_state)):
             raise ValueError(
                 f"Checkpoints.restore: expected the state of checkpoint {step} in "
                 f"{self.directory}, got another one: {different}. Take the settings "

@@ -70,10 +70,13 @@ def signatures(tree: Any) -> dict[str, str]:
     return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
-def first_difference(saved: dict[str, Any], current: dict[str, Any]) -> str:
-    """Return the first entry that differs, in words, or "" if none does."""
-    for name in saved | current:
-        old, new = saved.get(name, "absent"), current.get(name, "absent")
-        if old != new:
-            return f"{name} was {old} and is {new}"
-    return ""
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> str:
+    """Return the first three entries that differ, in words, and how many more do."""
+    pairs = {
+        n: (saved.get(n, "absent"), current.get(n, "absent")) for n in saved | current
+    }
+    found = [
+        f"{n} was {old} and is {new}" for n, (old, new) in pairs.items() if old != new
+    ]
+    more = [f"{len(found) - 3} more"] if len(found) > 3 else []
+    return ", ".join(found[:3] + more)

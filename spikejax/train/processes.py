@@ -98,7 +98,7 @@ def distributed(
             agree(settings or {})
             yield
     except SystemExit as error:  # of a signal while joining
-        _leave(error.code if isinstance(error.code, int) else bool(error.code))
+        _exit_now(error.code if isinstance(error.code, int) else bool(error.code))
     except (Exception, KeyboardInterrupt) as error:  # the peers wait for this process
         message = " ".join(str(error).split())
         if isinstance(error, PEER_ERRORS):
@@ -113,10 +113,10 @@ def distributed(
         index = jax.process_index() if joined else flags.process_id
         who = "" if index is None else f"process {index}: "
         print(f"{who}{message}", file=sys.stderr)
-        _leave(1)
+        _exit_now(1)
 
 
-def _leave(code: int) -> NoReturn:
+def _exit_now(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     # sys.exit would run JAX's shutdown barrier, which waits for the peers, which wait

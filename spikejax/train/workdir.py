@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spikejax.train import processes
-from spikejax.train.checksum import first_difference, write_atomically
+from spikejax.train.checksum import differences, write_atomically
 
 
 def write(path: Path, content: Any) -> None:
@@ -88,7 +88,7 @@ def check(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> N
         saved = defaults | json.loads(path.read_text())
         for name in saved.keys() - settings.keys():
             del saved[name]  # it was removed from the script since
-        different = first_difference(saved, settings)
+        different = differences(saved, settings)
     except (ValueError, TypeError):
         different = "config.json is corrupted"
     if different:
