@@ -100,32 +100,30 @@ class Card:
         Raises:
             ValueError: they are of another type or size than in training.
         """
-        images, side = jnp.asarray(images), self.flags.get("image_size")
+        xs = jnp.asarray(images)
+        if len(self.shape) == 1:
+            return self._encode_sequences(xs).astype(jnp.float32)
+        side = self.flags.get("image_size")
         shape = (side, side, self.shape[-1]) if side else self.shape
-        vectors, lead = len(shape) == 1, ("B",) if self.of_images else ("B", "T")
-        if vectors and self.mean:  # of speech, before it is coded
-            shape = (len(self.mean),)
-        given = images.shape[len(lead) :]
-        fits = [a in (None, b) for a, b in zip(shape, given, strict=False)]
-        is_kind = vectors or images.dtype == jnp.uint8
-        if not (is_kind and len(given) == len(shape) and all(fits)):
-            sizes = [str(a or name) for a, name in zip(shape, "HWC", strict=False)]
-            kind = "sequences" if vectors else "uint8 images"
-            hint = "" if vectors else "; card.read(files) returns photographs so"
-            raise ValueError(
-                f"encode: expected {kind} [{', '.join([*lead, *sizes])}] as in "
-                f"training, got {images.dtype} {images.shape}. A single one is x[None]"
-                f"{hint}."
-            )
-        if vectors and self.mean and self.std:
-            images = (images - jnp.asarray(self.mean)) / jnp.asarray(self.std)
-            if self.flags["coding"] == "delta":
-                coded = [speech.delta(np.asarray(x), speech.DELTA) for x in images]
-                images = jnp.asarray(np.stack(coded))
+        hint = "; card.read(files) returns photographs so"
+        lead = ("B",) if self.of_images else ("B", "T")
+        _check_input("uint8 images", xs, lead, shape, hint)
         if not (self.of_images and self.mean and self.std):
-            return images.astype(jnp.float32)
+            return xs.astype(jnp.float32)
         encode = normalised(self.mean, self.std, self.flags["time_steps"])
-        return encode(images, jax.random.key(0))
+        return encode(xs, jax.random.key(0))
+
+    def _encode_sequences(self, xs: jax.Array) -> jax.Array:
+        if not (self.mean and self.std):
+            _check_input("sequences", xs, ("B", "T"), self.shape)
+            return xs
+        # Of speech, before it is coded: then a step may have more features than bands.
+        _check_input("sequences", xs, ("B", "T"), (len(self.mean),))
+        xs = (xs - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+        if self.flags["coding"] == "delta":
+            coded = [speech.delta(np.asarray(x), speech.DELTA) for x in xs]
+            xs = jnp.asarray(np.stack(coded))
+        return xs
 
     def crop(self, shape: Sequence[int | None]) -> Crop | None:
         """Return the crop that gives images of a shape [H, W, C] the right size."""
@@ -148,6 +146,25 @@ class Trained(NamedTuple):
 
     model: nnx.Module
     card: Card
+
+
+def _check_input(
+    kind: str,
+    xs: jax.Array,
+    lead: Sequence[str],
+    shape: Sequence[int | None],
+    hint: str = "",
+) -> None:
+    """Refuse an input of ``Card.encode`` that is not [*lead, *shape]; None is any."""
+    given = xs.shape[len(lead) :]
+    fits = [a in (None, b) for a, b in zip(shape, given, strict=False)]
+    is_kind = not kind.startswith("uint8") or xs.dtype == jnp.uint8
+    if not (is_kind and len(given) == len(shape) and all(fits)):
+        sizes = [str(a or name) for a, name in zip(shape, "HWC", strict=False)]
+        raise ValueError(
+            f"encode: expected {kind} [{', '.join([*lead, *sizes])}] as in "
+            f"training, got {xs.dtype} {xs.shape}. A single one is x[None]{hint}."
+        )
 
 
 def save(folder: Path, model: nnx.Module, card: Card) -> None:
