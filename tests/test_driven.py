@@ -28,6 +28,7 @@ from spikejax.neurons import NeuronParams
 from spikejax.nir import node, to_nir
 from spikejax.nn import cpu
 from spikejax.nn.norm import fast_td_batch_norm
+from spikejax.nn.quant import ScaledIF
 from spikejax.nn.recurrent import Recurrent
 
 R = nnx.Rngs
@@ -240,6 +241,23 @@ def test_a_converted_function_of_images_is_as_one_of_sequences(steps):
         state, ys = step(state, xs[:, t : t + 1])
         slices.append(ys)
     np.testing.assert_allclose(jnp.concatenate(slices, 1), folded[0], 0, 1e-5)
+
+
+@pytest.mark.parametrize("dyadic", [False, True])
+@pytest.mark.parametrize("lowest", [0.0, -jnp.inf])
+def test_spikes_that_take_others_back_are_trains_of_their_own(dyadic, lowest):
+    """Of n thresholds, n trains add and n take back; NIR has no node for it."""
+    weights = partial(nnx.Linear, rngs=nnx.Rngs(0))
+    neuron = ScaledIF(1.0, 3, dyadic=dyadic, lowest=lowest)
+    model = nnx.Sequential(weights(4, 16), neuron, weights(16, 3))
+    xs = 9 * noise(5, 3, 4)  # another current in each step: spikes are taken back
+    assert model.layers[1](model.layers[0](xs)).min() < 0
+    logits, report = spike_driven(model, xs)
+    np.testing.assert_allclose(logits, model(xs), 0, 1e-5)
+    assert [layer.trains for layer in report.layers] == [0, 6]
+    assert report.layers[1].acs == pytest.approx(energy.measure(model, xs).acs)
+    with pytest.raises(ValueError, match="'layers/1', got the cell 'signed'"):
+        to_nir(model, xs, dt=1e-3)
 
 
 def test_held_membranes_are_ignored():
