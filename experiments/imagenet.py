@@ -28,7 +28,6 @@ augmentation, which lacks their RandAugment and random erasing.
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -47,7 +46,14 @@ from spikejax.experiment import (
     main,
 )
 from spikejax.experiment.build import build_model
-from spikejax.experiment.cli import checked, fail, flatten, override, parse, run_cli
+from spikejax.experiment.cli import (
+    checked,
+    flatten,
+    override,
+    parse,
+    run_cli,
+    take_recipe,
+)
 from spikejax.experiment.config import make_loss
 from spikejax.tpu.chips import find_slice, tpu_devices
 from spikejax.tpu.plan import Plan, batch_that_fits, plan_training, rows, verdict
@@ -182,18 +188,12 @@ def attempts(
 
 def command() -> None:
     """Train or plan the recipe that the command line names, with its flags."""
-    words = []
-    while len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        words.append(sys.argv.pop(1))
-    planned = words[:1] == ["plan"]
-    name = " ".join(words[planned:]) or "mt-resnet34"
-    if name not in RECIPES:
-        fail(f"recipe: expected plan or one of {', '.join(RECIPES)}, got {name!r}.")
+    name, changes = take_recipe(RECIPES, "plan")
     usage = "[plan] [RECIPE] "
-    if planned:
-        run_cli(plan, parse(override(Planned(), RECIPES[name]), __doc__, usage=usage))
+    if name == "plan":
+        run_cli(plan, parse(override(Planned(), changes), __doc__, usage=usage))
     else:
-        run_cli(main, parse(override(DEFAULT, RECIPES[name]), __doc__, usage=usage))
+        run_cli(main, parse(override(DEFAULT, changes), __doc__, usage=usage))
 
 
 if __name__ == "__main__":

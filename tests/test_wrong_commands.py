@@ -209,6 +209,8 @@ cifar10 --batch-size 1e3
 cifar10 --stream x.npz
     flags: expected those of this script, got --stream. --help lists
 cifar10 resnet19
+    recipe: expected one of mt-resnet20, mt-whitened, lif-whitened, relu-whitened,
+cifar100 resnet19
     flags: expected --NAME before each value, got resnet19. --help lists them.
 cifar100 --data-dir empty
     cifar100: expected one prepared set in empty, got none. Run: python -m

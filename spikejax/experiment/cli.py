@@ -14,7 +14,7 @@ import platform
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -43,6 +43,29 @@ Words = TypeVar("Words")
 Positional = Annotated[Words, "a word of the command, without a flag"]
 KINDS = {int: "an integer", float: "a number", Path: "a path", str: "text"}
 is_group: Callable[[Any], bool] = dataclasses.is_dataclass
+
+
+def take_recipe(
+    recipes: Mapping[str, dict[str, Any]], *commands: str
+) -> tuple[str, dict[str, Any]]:
+    """Take [COMMAND] [RECIPE], the words before the first flag, off the command line.
+
+    Returns:
+        the command, or "" without one, and the flags of the recipe, by default of the
+        first one.
+
+    Exits with code 1 and one line on stderr if there is no such recipe.
+    """
+    words = []
+    while len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        words.append(sys.argv.pop(1))
+    command = words.pop(0) if words and words[0] in commands else ""
+    name = " ".join(words) or next(iter(recipes))
+    if name not in recipes:
+        known = " or ".join([*commands, f"one of {', '.join(recipes)}"])
+        text = f"recipe: expected {known}, got {name!r}."
+        fail(f"{text} {_nearest(name, recipes)}".strip())
+    return command, recipes[name]
 
 
 def parse(default: T, description: str | None, *options: Any, usage: str = "") -> T:
