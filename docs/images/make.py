@@ -124,8 +124,41 @@ def kinds() -> Figure:
     return figure
 
 
+# Of docs/results.md: minutes of one core for an epoch, and test accuracy in % after
+# each, computed as in training, with bfloat16 operands.
+EPOCHS = {
+    "four thresholds, T=1": (
+        2.0,
+        (68.1, 71.3, 74.4, 80.4, 77.8, 78.2, 84.5, 86.1, 88.4, 90.5, 91.6, 91.7),
+    ),
+    "one threshold, T=4": (
+        7.75,
+        (50.8, 62.1, 68.4, 60.2, 71.9, 67.2, 78.8, 81.5, 84.7, 88.0, 89.3, 89.9),
+    ),
+}
+
+
+def cifar10() -> Figure:
+    """Accuracy against minutes of training, of two networks of twelve epochs."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for (name, (minutes, values)), colour in zip(
+        EPOCHS.items(), (plot.ORANGE, plot.BLUE), strict=True
+    ):
+        x = minutes * np.arange(1, len(values) + 1)
+        axes.plot(x, values, "o-", color=colour, ms=4.5, lw=1.8)
+        where = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(name, (x[-1], values[-1]), color=colour, **where)
+    axes.set_xlim(0, 132)
+    axes.set_xticks(range(0, 121, 20))
+    axes.set_xlabel("minutes of training on one core")
+    axes.set_ylabel("CIFAR-10, test accuracy in %")
+    plot.frame(axes)
+    return figure
+
+
 if __name__ == "__main__":
-    for draw in (staircase, response, membrane, raster, kinds):
+    for draw in (staircase, response, membrane, raster, kinds, cifar10):
         path = HERE / f"{draw.__name__}.png"
         draw().savefig(path, dpi=130, metadata={"Software": None})
         print(f"{path} {path.stat().st_size / 1000:.0f} kB")
