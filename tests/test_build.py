@@ -9,12 +9,14 @@ import pytest
 from flax import nnx
 
 from spikejax import neurons
+from spikejax._compat import iter_modules
 from spikejax.experiment.build import (
     ActivationOptions,
     GeneralOptions,
     MultiThresholdOptions,
     NetworkOptions,
     ResNetOptions,
+    SequenceOptions,
     SingleOptions,
     TransformerOptions,
     VGGOptions,
@@ -24,7 +26,7 @@ from spikejax.experiment.build import (
 from spikejax.experiment.cli import alternatives
 from spikejax.layers import IF, LIF, PLIF, MultiThreshold
 from spikejax.models import MODELS
-from spikejax.nn import windowed
+from spikejax.nn import cpu, windowed
 from spikejax.nn.cells import ALIF, ILIF, adaptive
 from spikejax.nn.quant import half_up, quantise
 from spikejax.train.checksum import by_path
@@ -106,6 +108,28 @@ def test_the_gain_of_the_norms_does_not_depend_on_the_neurons():
     for options in (SingleOptions("lif"), MultiThresholdOptions(num_thresholds=4)):
         values = parameters(options)
         assert {float(v.mean()) for k, v in values.items() if "scale" in k} == {1.0}
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        GeneralOptions(width=0.1),
+        TransformerOptions(),
+        SequenceOptions(),
+        SequenceOptions(recurrent=True),
+    ],
+)
+def test_linear_layers_are_those_of_the_platform(network):
+    def kinds(platform):
+        options = {"num_classes": 3, "in_channels": 3, "seed": 0, "platform": platform}
+        model = build_model(network, SingleOptions("lif"), **options)
+        return {
+            module.dot_general
+            for _, module in iter_modules(model)
+            if isinstance(module, nnx.Linear)
+        }
+
+    assert cpu.dot_general in kinds("cpu") and cpu.dot_general not in kinds("tpu")
 
 
 def test_an_imagenet_network_can_pool_by_the_mean():

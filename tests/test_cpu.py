@@ -240,16 +240,16 @@ LAST = (((1,), (0,)), ((), ()))
 
 @pytest.mark.parametrize("shape", [(5, 4), (1, 4), (3, 2, 4), (2, 1, 3, 3, 4)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_linear_equals_that_of_flax_forward_and_gradient(shape, dtype):
+def test_a_product_equals_that_of_jax_forward_and_gradient(shape, dtype):
     found, expected = (
         value_and_gradients(
-            lambda x, k, kind=kind: nnx.merge(
-                *nnx.split(kind(4, 3, dtype=dtype, rngs=nnx.Rngs(0)))
-            ).dot_general(x, k, (((x.ndim - 1,), (0,)), ((), ()))),
+            lambda x, k, multiply=multiply: multiply(
+                x, k, (((x.ndim - 1,), (0,)), ((), ()))
+            ),
             some(0, *shape).astype(dtype),
             some(1, 4, 3).astype(dtype),
         )
-        for kind in (cpu.Linear, nnx.Linear)
+        for multiply in (cpu.dot_general, lax.dot_general)
     )
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype == dtype and ours.shape == theirs.shape
@@ -260,15 +260,16 @@ def test_linear_equals_that_of_flax_forward_and_gradient(shape, dtype):
 
 
 def test_the_gradient_of_a_linear_layer_transposes_nothing():
-    def text(multiply):
-        def loss(x, kernel):
-            return multiply(x, kernel, LAST).sum()
+    def text(linear):
+        graphdef, params = nnx.split(linear(4, 3, rngs=nnx.Rngs(0)))
 
-        gradient = jax.jit(jax.grad(loss, (0, 1)))
-        return gradient.lower(some(0, 5, 4), some(1, 4, 3)).as_text()
+        def loss(params, xs):
+            return nnx.merge(graphdef, params)(xs).sum()
 
-    assert "transpose" in text(lax.dot_general)
-    assert "transpose" not in text(cpu.dot_general)
+        return jax.jit(jax.grad(loss, (0, 1))).lower(params, some(0, 5, 4)).as_text()
+
+    assert "transpose" in text(nnx.Linear)
+    assert "transpose" not in text(cpu.Linear)
 
 
 @pytest.mark.parametrize(
@@ -412,10 +413,10 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 faults()
-assert faults() > 10_000
+given_back = faults()  # of huge pages these are fewer
 assert cpu.keep_memory()
 faults()
-assert faults() < 100
+assert faults() < given_back / 10, given_back
 """
     libc = platform.libc_ver()[0]
     if libc != "glibc":

@@ -107,7 +107,7 @@ class Card:
         shape = (side, side, self.shape[-1]) if side else self.shape
         hint = "; card.read(files) returns photographs so"
         lead = ("B",) if self.of_images else ("B", "T")
-        _check_input("uint8 images", xs, lead, shape, hint)
+        _check_input("uint8 images", xs, lead, shape, dtype=jnp.uint8, hint=hint)
         if not (self.of_images and self.mean and self.std):
             return xs.astype(jnp.float32)
         encode = normalised(self.mean, self.std, self.flags["time_steps"])
@@ -153,12 +153,14 @@ def _check_input(
     xs: jax.Array,
     lead: Sequence[str],
     shape: Sequence[int | None],
+    *,
+    dtype: Any = None,
     hint: str = "",
 ) -> None:
-    """Refuse an input of ``Card.encode`` that is not [*lead, *shape]; None is any."""
+    """Refuse an input of ``Card.encode`` of another shape or type; None is any."""
     given = xs.shape[len(lead) :]
     fits = [a in (None, b) for a, b in zip(shape, given, strict=False)]
-    is_kind = not kind.startswith("uint8") or xs.dtype == jnp.uint8
+    is_kind = dtype in (None, xs.dtype)
     if not (is_kind and len(given) == len(shape) and all(fits)):
         sizes = [str(a or name) for a, name in zip(shape, "HWC", strict=False)]
         raise ValueError(

@@ -31,8 +31,6 @@ from spikejax.nn.windowed import (
     whole,
 )
 
-Make = Callable[..., Layer]  # of a layer, with the arguments of Flax's
-
 REGION = 0.2  # the authors' threshold for the means of several windows
 
 # The authors' start of every linear layer but the head.
@@ -42,7 +40,7 @@ _start = nnx.initializers.xavier_uniform()
 class Block(nnx.Module):
     """A residual block: x <- x + mixer(x),  x <- x + MLP(x), with real values."""
 
-    def __init__(self, mixer: Mixer, channels: int, linear: Make):
+    def __init__(self, mixer: Mixer, channels: int, linear: Callable[..., Layer]):
         self.mixer = mixer
         self.widen = linear(channels, 3 * channels)
         self.narrow = linear(3 * channels, channels)
@@ -59,7 +57,7 @@ class Block(nnx.Module):
 class PatchMerging(nnx.Module):
     """A linear map of 2x2 pixels without bias: half the sides, twice the channels."""
 
-    def __init__(self, channels: int, linear: Make):
+    def __init__(self, channels: int, linear: Callable[..., Layer]):
         self.linear = linear(4 * channels, 2 * channels, use_bias=False)
 
     def __call__(self, xs: jax.Array) -> jax.Array:
@@ -106,7 +104,7 @@ class General(nnx.Module):
         network: Callable[..., Network] = conv_network,
         neuron: Factory = general_lif,
         conv: Callable[..., Layer] = nnx.Conv,
-        linear: Make = nnx.Linear,
+        linear: Callable[..., Layer] = nnx.Linear,
         windows: tuple[Window, Window] = (tile, overlap),
         region_threshold: float | None = None,
         binarise: Binarise = bernoulli,
