@@ -17,6 +17,10 @@ def direct(images: jax.Array, time_steps: int) -> jax.Array:
 
     Raises:
         ValueError: images have no batch axis, or T < 1.
+
+    Examples:
+        >>> direct(jnp.zeros((2, 32, 32, 3)), 4).shape
+        (2, 4, 32, 32, 3)
     """
     shape = jnp.shape(images)
     if len(shape) < 2 or not isinstance(time_steps, Integral) or time_steps < 1:
@@ -86,6 +90,10 @@ def latency(images: jax.Array, time_steps: int) -> jax.Array:
 
     Raises:
         ValueError: as for ``poisson``.
+
+    Examples:
+        >>> latency(jnp.array([[1.0, 0.5, 0.0]]), 3)[0].tolist()
+        [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
     """
     _check_intensities("latency", images)
     # bfloat16 rounds step 399 of 400 to 400, which does not exist: no spike.

@@ -286,6 +286,11 @@ class LIF(Neuron):
     Raises:
         ValueError: an argument is out of its range.
 
+    Examples:
+        >>> xs = jnp.full((1, 4, 1), 1.5)  # [B, T, features]
+        >>> LIF()(xs).ravel().tolist()  # u = 0.75, 1.125, 0.8125, 1.15625
+        [0.0, 1.0, 0.0, 1.0]
+
     Reference: Wu et al. 2018, arXiv:1706.02609.
     """
 
@@ -369,6 +374,14 @@ class MultiThreshold(Neuron):
 
     Raises:
         ValueError: an argument is out of its range.
+
+    Examples:
+        >>> layer = MultiThreshold(4, v_threshold=0.5, decay_input=False)
+        >>> xs = jnp.array([[[0.2, 0.7, 1.6]]])  # [B, T, features]
+        >>> layer(xs).tolist()
+        [[[0.0, 1.0, 3.0]]]
+        >>> layer(xs, trains=True)[0, 0, 2].tolist()
+        [1.0, 1.0, 1.0, 0.0]
 
     Reference: Wang, Zhang, Zhang 2023, arXiv:2303.11127.
     """

@@ -60,6 +60,11 @@ def rate_cross_entropy(
     Raises:
         ValueError: logits have no time axis, labels are neither of the two, or
             label_smoothing is out of its range.
+
+    Examples:
+        >>> logits = jnp.zeros((2, 4, 10))  # [B, T, K]
+        >>> print(rate_cross_entropy(logits, jnp.array([3, 7])))  # ln 10
+        [2.3025851 2.3025851]
     """
     logits, targets = _checked("rate_cross_entropy", logits, labels, label_smoothing)
     return optax.softmax_cross_entropy(mean_over_time(logits, lengths), targets)

@@ -163,10 +163,6 @@ def _advance(
 def stepper(model: nnx.Module, xs: jax.Array) -> tuple[nnx.State, Stepper]:
     """Return a model as a pure function of one slice of time, and its first state.
 
-        state, step = stepper(model, xs)
-        for t in range(xs.shape[1]):
-            state, ys = step(state, xs[:, t : t + 1])
-
     The answers together are those of the whole sequence. The function is compiled once
     per length of a slice, and works inside ``jax.jit`` and ``jax.lax.scan``.
 
@@ -176,6 +172,18 @@ def stepper(model: nnx.Module, xs: jax.Array) -> tuple[nnx.State, Stepper]:
 
     Raises:
         ValueError: the model has no spiking neurons.
+
+    Examples:
+        >>> from spikejax import LIF
+        >>> xs = jnp.full((1, 4, 1), 1.5)  # [B, T, features]
+        >>> state, step = stepper(LIF(), xs)
+        >>> for t in range(4):
+        ...     state, spikes = step(state, xs[:, t : t + 1])
+        ...     print(spikes.item())
+        0.0
+        1.0
+        0.0
+        1.0
     """
     model = evaluation_copy("stepper", model)
     graphdef, state, rest = nnx.split(keep_membranes(model, xs), Membrane, ...)

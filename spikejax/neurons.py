@@ -146,6 +146,14 @@ def parallel(
     Returns:
         v' in the shape of v, and N spike trains; the layer sums them up to o.
 
+    Examples:
+        >>> params = NeuronParams(leak=0.5, thresholds=(1.0, 2.0))
+        >>> v, trains = parallel(params, jnp.zeros(3), jnp.array([1.0, 3.0, 5.0]))
+        >>> [z.tolist() for z in trains]  # u = 0.5, 1.5, 2.5
+        [[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]]
+        >>> v.tolist()
+        [0.5, 0.5, 0.5]
+
     Reference: after Wang, Zhang, Zhang 2023, arXiv:2303.11127, which names the mode. We
     had no access to the paper's equations; these are our own. Amounts: Luo et al. 2024,
     arXiv:2407.20708 (I-LIF).

@@ -108,6 +108,13 @@ def _erf(x: jax.Array, a: float) -> jax.Array:
 def atan(alpha: float = 2.0) -> Surrogate:
     """Return H with H'(x) = alpha/2 / (1 + (pi/2 alpha x)^2).
 
+    Examples:
+        >>> spike = atan()
+        >>> spike(jnp.array([-0.5, 0.0])).tolist()
+        [0.0, 1.0]
+        >>> jax.grad(spike)(jnp.zeros(())).item()
+        1.0
+
     Reference: Fang et al. 2021, arXiv:2007.05785.
     """
     return Surrogate(_atan, float(alpha))  # float: 2 and 2.0 are one surrogate

@@ -40,6 +40,12 @@ def unroll(
 
     Raises:
         ValueError: xs has no time axis, or no steps.
+
+    Examples:
+        >>> leaky = lambda leak, v, x: ((1 - leak) * v + x, v)
+        >>> last, before = unroll(leaky, 0.5, jnp.zeros(1), jnp.ones((1, 3)))
+        >>> before.tolist(), last.tolist()
+        ([[0.0, 1.0, 1.5]], [1.75])
     """
     leaves = jax.tree.leaves(xs)
     if not all(x.ndim > 1 and x.shape[1] for x in leaves):

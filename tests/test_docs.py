@@ -5,6 +5,8 @@ cannot run here is fenced as ```py.
 """
 
 import ast
+import doctest
+import importlib
 import json
 import re
 import runpy
@@ -19,6 +21,8 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
 COMMAND = re.compile(r"python -m experiments\.(\w+)((?: plan)?)([^`\n#&>|]*)")
 WITH_EXAMPLES = [page for page in PAGES if BLOCK.search(page.read_text("utf-8"))]
+MODULES = sorted((ROOT / "spikejax").rglob("*.py"))
+SHOWN = [path for path in MODULES if ">>> " in path.read_text("utf-8")]
 
 
 def name(page: Path) -> str:
@@ -37,6 +41,13 @@ def test_examples_run(page, tmp_path, monkeypatch):
     for block in BLOCK.finditer(text):
         before = text[: block.start(1)].count("\n")  # errors name the line of the page
         exec(compile("\n" * before + block[1], name(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("path", SHOWN, ids=name)
+def test_examples_of_docstrings_give_what_they_show(path):
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    failed, tried = doctest.testmod(importlib.import_module(module))
+    assert tried and not failed  # the output says which
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

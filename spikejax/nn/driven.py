@@ -106,6 +106,15 @@ def spike_driven(model: nnx.Module, xs: jax.Array) -> SpikeDriven:
     Raises:
         ValueError: the model is no module, or neurons or weights are inside of a loop
             of the model's own.
+
+    Examples:
+        >>> from spikejax import MultiThreshold
+        >>> head = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        >>> model = nnx.Sequential(MultiThreshold(2, decay_input=False), head)
+        >>> xs = jnp.array([[[0.5, 1.5, 9.0]]])  # 0, 1 and 2 spikes
+        >>> logits, report = spike_driven(model, xs)
+        >>> bool(jnp.allclose(logits, model(xs))), report.layers[0].trains
+        (True, 2)
     """
     model = drop_membranes(evaluation_copy("spike_driven", model))
     traced, state, layers = trace_operations(model, xs, PRODUCTS)
