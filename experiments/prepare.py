@@ -49,6 +49,7 @@ def prepare(name: str, data_dir: Path | None = None) -> str:
         )
     import tensorflow_datasets as tfds
 
+    print(f"Preparing {name}. Without a network TFDS tries for some minutes.")
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     try:
         builder.download_and_prepare()

@@ -86,7 +86,7 @@ def test_a_narrow_terminal_gets_one_line_too(refused, monkeypatch):
 def test_a_file_in_the_place_of_the_folder(tmp_path, refused):
     file = tmp_path / "file"
     file.write_text("")
-    refused(rf"'{file}'", workdir=file)
+    refused(f"^{file}: File exists. Check the path", workdir=file)
 
 
 def test_the_shell_sees_exit_code_1_and_one_line(tmp_path):
@@ -155,7 +155,8 @@ def test_other_errors_of_the_output_are_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         run_cli(lambda _: print("one"), digits.DEFAULT)
     assert exit.value.code == 1
-    assert capsys.readouterr().err == "[Errno 28] No space left on device\n"
+    said = "No space left on device. Check the path, its permissions, and the space on"
+    assert capsys.readouterr().err == said + " its disk.\n"
 
 
 def documented(config):

@@ -279,7 +279,9 @@ def test_a_full_disk_is_an_error(tmp_path):
 def test_numbers_that_are_not_finite_stop_the_run(loss, norms, message):
     with pytest.raises(NonFinite, match=message) as caught:
         check_finite(120, loss, norms, np.zeros((2, 3), np.uint8))
-    assert "(--learning-rate) or clip gradients (--clip)." in str(caught.value)
+    said = str(caught.value)
+    assert "(--learning-rate) or clip gradients (--clip)." in said
+    assert ("Labels have to be 0 to K - 1 for K logits." in said) == (loss != loss)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])

@@ -63,9 +63,9 @@ digits --save-every 0
 digits --workdir ''
     flags: expected a value after each flag, got ''.
 digits --workdir file --neuron lif
-    [Errno 17] File exists: 'file'
+    file: File exists. Check the path, its permissions, and the space on its disk.
 digits --workdir file/run --neuron lif
-    [Errno 20] Not a directory: 'file/run'
+    file/run: Not a directory. Check the path, its permissions, and the space on its
 digits --workdir 'a#b'
     workdir: expected a path without #, which Orbax cannot read back,
 digits --workdir 'a\b'
@@ -303,7 +303,7 @@ convert --quant-steps 3
 convert --model resnet20 --pool avg
     pool: expected a network for ImageNet, those for CIFAR do not pool, got 'avg' for
 dvs_cifar10 --data empty
-    empty: expected cifar10-dvs, nmnist, dvs128-gesture, ncaltech101 or a
+    empty: expected recordings (.aedat, .aedat4, .raw, .dat, .bin, .npz, .npy, .txt,
 dvs_cifar10 --data-dir nowhere
     cifar10-dvs: expected cifar10-dvs, nmnist, dvs128-gesture, ncaltech101 or a
 dvs_cifar10 --data nmnist --data-dir empty

@@ -340,8 +340,14 @@ def run_cli(script: Callable[[T], None], flags: T) -> None:
             script(flags)
     except KeyboardInterrupt:
         _leave(130)
-    except (ValueError, OSError) as error:  # OSError: a folder that cannot be written
+    except ValueError as error:
         fail(str(error))
+    except OSError as error:  # a folder that cannot be written, a full disk
+        where = f"{error.filename}: " if error.filename else ""
+        fail(
+            f"{where}{error.strerror or error}. Check the path, its permissions, and "
+            "the space on its disk."
+        )
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -54,6 +54,8 @@ def check_finite(
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     where = f"; first non-finite gradients: {', '.join(bad[:3])}{more}" if bad else ""
     advice = "Lower the learning rate (--learning-rate) or clip gradients (--clip)."
+    if math.isnan(loss):  # as that of an unknown label is
+        advice += " Labels have to be 0 to K - 1 for K logits."
     if not all(processes.all_gather(bool(np.isfinite(images).all()))):
         where = ", as the images of its batch are not finite"
         advice = "Remove NaN and infinity from the data."

@@ -99,8 +99,12 @@ def naming(path: Path, expected: str) -> Iterator[None]:
 
 
 def is_recording(path: Path) -> bool:
-    """Return True if the suffix is that of a format that can be read."""
-    return path.suffix.lower() in READERS
+    """Return True if the suffix is that of a format that can be read.
+
+    A text file named README or LICENSE is none.
+    """
+    name = path.name.lower()
+    return path.suffix.lower() in READERS and not name.startswith(("readme", "license"))
 
 
 def extent(events: np.ndarray) -> Size:

@@ -145,11 +145,16 @@ def _find(name: str, data_dir: Folder) -> Listing:
     names, known = listing.class_names, {label for _, label in listing.train}
     known &= {label for _, label in listing.test}
     missing = [each for label, each in enumerate(names) if not known & {label, -1}]
+    if not known and not path.exists():
+        raise ValueError(
+            f"{name}: expected {', '.join(NAMED)} or a folder of recordings, got no "
+            f"folder {path}. {hint}."
+        )
     if missing or not known or len(names) == 1:
         raise ValueError(
-            f"{name}: expected {', '.join(NAMED)} or a folder, with recordings "
-            f"({', '.join(recordings.READERS)}) of at least 2 classes to train and to "
-            f"test on, got {len(listing.train)} and {len(listing.test)} in {path}. "
+            f"{name}: expected recordings ({', '.join(recordings.READERS)}) of at "
+            f"least 2 classes to train and to test on, got {len(listing.train)} and "
+            f"{len(listing.test)} in {path}. "
             f"Classes: {', '.join(names) or 'none'}; not in both splits: "
             f"{', '.join(missing) or 'none'}. {hint}."
         )
