@@ -39,7 +39,14 @@ class Versus:
     peers: Path = Path(".venv-peers/bin/python")
     """Interpreter that has the other libraries."""
     workload: Literal[
-        "all", "step", "linear", "spikingjelly", "resnet18", "whitened", "latency"
+        "all",
+        "step",
+        "linear",
+        "spikingjelly",
+        "resnet18",
+        "whitened",
+        "latency",
+        "stream",
     ] = "all"
     """One comparison, or all of them."""
     repeats: int | None = None

@@ -39,6 +39,8 @@ class Sizes:
     """Channels of each layer of neurons; the resnet's are those of its four stages."""
     trains: bool = True
     """A training step, else the answer to a batch in evaluation mode."""
+    in_a_row: int = 1
+    """Steps that follow one another without a pause, of which the mean is timed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,7 @@ _THEIRS = (
     ("Spyx", (("folded", 4),)),
 )
 _SMALL = Sizes("convolutions", 32, 4, 32, (64, 128, 256))
+_ONE = dataclasses.replace(_SMALL, batch_size=1, trains=False)
 
 WORKLOADS = {
     "step": Workload(
@@ -130,10 +133,17 @@ WORKLOADS = {
         pairs=((MULTI, RELU),),
     ),
     "latency": Workload(
-        "Answer to one image of 32x32x3: 3 convolutions",
-        dataclasses.replace(_SMALL, batch_size=1, trains=False),
+        "Answer to one image of 32x32x3, after a pause: 3 convolutions",
+        _ONE,
         _runs(("spikejax", _OURS), *_THEIRS),
         repeats=101,
+        pairs=((MULTI, RELU),),
+    ),
+    "stream": Workload(
+        "Answer to one image of 32x32x3 after the other: 3 convolutions",
+        dataclasses.replace(_ONE, in_a_row=50),
+        _runs(("spikejax", _OURS), *_THEIRS),
+        repeats=25,
         pairs=((MULTI, RELU),),
     ),
 }

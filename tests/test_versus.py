@@ -9,13 +9,15 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import turns, versus
+from benchmarks import turns, versus, worker
 from benchmarks.sides import ours
 from benchmarks.turns import Failed, Missing, Worker
 from benchmarks.versus import Versus
@@ -164,6 +166,17 @@ def test_a_worker_that_cannot_start_says_why(tmp_path, script, error, text):
     with pytest.raises(error) as caught:
         spoken(tmp_path, script)
     assert str(caught.value) == text
+
+
+def test_steps_in_a_row_are_timed_as_their_mean():
+    losses = iter(range(9))
+    prepared = SimpleNamespace(step=lambda: next(losses), device_peak=lambda: 2**20)
+    began = time.process_time(), time.perf_counter()
+    row = worker.timed(prepared, 0.0, 4)
+    spent = time.process_time() - began[0], time.perf_counter() - began[1]
+    assert row["loss"] == 3 and row["peak_mib"] == 1
+    assert 0 < 4 * row["cpu_ms"] < 1000 * spent[0]
+    assert 0 < 4 * row["ms"] < 1000 * spent[1]
 
 
 def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
