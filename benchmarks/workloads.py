@@ -141,9 +141,9 @@ WORKLOADS = {
     ),
     "stream": Workload(
         "Answer to one image of 32x32x3 after the other: 3 convolutions",
-        dataclasses.replace(_ONE, in_a_row=50),
+        dataclasses.replace(_ONE, in_a_row=200),
         _runs(("spikejax", _OURS), *_THEIRS),
-        repeats=25,
+        repeats=9,
         pairs=((MULTI, RELU),),
     ),
 }
