@@ -37,6 +37,25 @@ def test_self_attention_by_hand():
     # With a head per channel, each has a product of its own.
     found = self_attention(q, k, v, sums, heads=2, scale=1.0)
     np.testing.assert_array_equal(found[0, 0], [[1, 0], [0, 1]])
+    # An eighth, where nothing is said, as in the paper.
+    eighth = self_attention(q, k, v, sums, heads=1)
+    np.testing.assert_array_equal(eighth[0, 0], [[0.125, 0.625], [0.0, 0.125]])
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 5, 6, 7, 8])
+@pytest.mark.parametrize(("size", "features", "heads"), [(6, 6, 3), (4, 16, 2)])
+def test_the_order_with_fewer_products_is_computed(tokens, size, features, heads):
+    q, v = counts(0, 1, 40, tokens, size), counts(1, 1, 40, tokens, features)
+    attend = partial(self_attention, neuron=sums, heads=heads)
+    parts = jax.make_jaxpr(attend)(q, q, v).eqns
+    made = [part for part in parts if part.primitive.name == "dot_general"]
+    found = 0
+    for part in made:
+        ((axes, _), _), left = part.params["dimension_numbers"], part.invars[0].aval
+        found += part.outvars[0].aval.size * np.prod([left.shape[a] for a in axes])
+    outer = tokens * tokens * (size + features)  # q k, then v
+    inner = 2 * tokens * size * features // heads  # k v, then q
+    assert found == 40 * min(outer, inner)
 
 
 @pytest.mark.parametrize("tokens", [2, 40])  # q k first, k v first

@@ -54,6 +54,14 @@ def test_whole_delays_shift_and_halves_are_means():
     np.testing.assert_allclose(ys[..., 2], mean)
 
 
+def test_delays_out_of_range_act_as_the_nearest():
+    layer = with_delays(Delay(1, 2, rngs=nnx.Rngs(0)), [-2.0, 9.0])
+    xs = spikes((2, 9, 2))
+    ys = layer(xs)  # in training
+    np.testing.assert_array_equal(ys[..., 0], xs[..., 0])
+    np.testing.assert_array_equal(ys[..., 1], shifted(xs[..., 1], 1))
+
+
 @pytest.mark.parametrize("width", [None, 1.5])
 def test_in_evaluation_spikes_stay_spikes(width):
     layer = with_delays(Delay(4, 3, width=width, rngs=nnx.Rngs(0)), [0.6, 9.0, -2.0])
