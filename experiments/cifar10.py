@@ -7,7 +7,7 @@ Recipes, which flags change, as in mt-whitened --seed 1:
 - mt-resnet20 (the default): MS-ResNet-20 with 4 thresholds, ten epochs, for a CPU.
 - mt-whitened: from scratch to 92.5 % in an hour or two of two CPU cores; its twins
   lif-whitened (one threshold) and relu-whitened (does not spike).
-- i-lif-transformer: 1.6 million parameters, with the same filters and augmentation.
+- mt-transformer: 1.6 million parameters, with the same filters and augmentation.
 - mt-resnet19: 300 epochs with AutoAugment, for a GPU or TPU.
 - general-cnn: General SNN with its authors' recipe, as far as it is known
   (docs/general.md); --model general-lstm is their recurrent network, and --width 0.25
@@ -44,9 +44,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mt-whitened": _WHITENED | {"surrogate": "rectangle"},
     "lif-whitened": _WHITENED | {"neuron": "lif", "surrogate": "rectangle"},
     "relu-whitened": _WHITENED | {"neuron": "relu"},
-    "i-lif-transformer": {
+    "mt-transformer": {
         "model": "transformer-small",
-        "neuron": "i-lif",
         "surrogate": "rectangle",
         "augment": "reflect-flip",
         "epochs": 20.0,

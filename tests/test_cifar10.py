@@ -59,6 +59,6 @@ def test_an_unknown_recipe_is_one_line(ran, capsys):
     said = capsys.readouterr().err
     assert said == (
         "recipe: expected one of mt-resnet20, mt-whitened, lif-whitened, "
-        "relu-whitened, i-lif-transformer, mt-resnet19, general-cnn, got "
+        "relu-whitened, mt-transformer, mt-resnet19, general-cnn, got "
         "'mt-whitend'. Did you mean mt-whitened?\n"
     )
