@@ -5,6 +5,7 @@ import gc
 import os
 import re
 import shutil
+import threading
 import warnings
 
 import grain
@@ -15,7 +16,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spikejax.train import processes, sharding
+from spikejax.train import checkpoint, processes, sharding
 from spikejax.train.checkpoint import Checkpoints, CheckpointWarning
 from spikejax.train.checksum import SUMS, by_path, find_corruption
 
@@ -169,6 +170,24 @@ def test_a_checkpoint_half_removed_does_no_harm(tmp_path):
     assert save_all(tmp_path, [None], first=3) == [2, 3]
 
 
+def test_closing_waits_for_the_last_save_and_raises_its_error(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state(1), make_data(1))
+    checkpoints.close()
+    assert (tmp_path / "1" / SUMS).exists()
+
+    def fail(folder):
+        raise OSError(f"no space for {folder.name}")
+
+    monkeypatch.setattr(checkpoint, "write_checksums", fail)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, make_state(2), make_data(2))
+    with pytest.raises(OSError, match="no space for 2"):
+        checkpoints.close()
+    names = [thread.name for thread in threading.enumerate()]
+    assert not any(name.startswith("checkpoint") for name in names)
+
+
 def flip(path, place):
     content = bytearray(path.read_bytes())
     content[place] ^= 1
@@ -219,6 +238,19 @@ def test_damage_of_any_file_gives_the_checkpoint_before(
     gc.collect()  # asyncio reports what failed unseen when it is collected
     printed = "".join(capfd.readouterr()) + caplog.text
     assert "Traceback" not in printed and "Error" not in printed
+
+
+def test_another_run_reads_the_newest_that_is_intact(folder):
+    expected = make_state(3)["params"]["stem"]["kernel"]
+    found = checkpoint.read_newest(folder)
+    np.testing.assert_array_equal(found["params/stem/kernel"], expected)
+    assert len(found["params/stem/kernel"].devices()) == 1
+    truncate(folder / "3" / SUMS)
+    found = checkpoint.read_newest(folder)
+    expected = make_state(2)["params"]["stem"]["kernel"]
+    np.testing.assert_array_equal(found["params/stem/kernel"], expected)
+    assert sorted(os.listdir(folder)) == ["1", "2", "3"]
+    assert checkpoint.read_newest(folder / "none") == {}
 
 
 def test_no_flipped_byte_goes_unseen(saved, tmp_path):
