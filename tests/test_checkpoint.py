@@ -170,7 +170,7 @@ def test_a_checkpoint_half_removed_does_no_harm(tmp_path):
     assert save_all(tmp_path, [None], first=3) == [2, 3]
 
 
-def test_closing_waits_for_the_last_save_and_raises_its_error(tmp_path, monkeypatch):
+def test_the_next_save_and_closing_raise_what_the_last_save_raised(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, make_state(1), make_data(1))
     checkpoints.close()
@@ -182,6 +182,8 @@ def test_closing_waits_for_the_last_save_and_raises_its_error(tmp_path, monkeypa
     monkeypatch.setattr(checkpoint, "write_checksums", fail)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(2, make_state(2), make_data(2))
+    with pytest.raises(OSError, match="no space for 2"):
+        checkpoints.save(3, make_state(3), make_data(3))
     with pytest.raises(OSError, match="no space for 2"):
         checkpoints.close()
     names = [thread.name for thread in threading.enumerate()]
