@@ -170,7 +170,9 @@ def test_a_checkpoint_half_removed_does_no_harm(tmp_path):
     assert save_all(tmp_path, [None], first=3) == [2, 3]
 
 
-def test_the_next_save_and_closing_raise_what_the_last_save_raised(tmp_path, monkeypatch):
+def test_the_next_save_and_closing_raise_what_the_last_save_raised(
+    tmp_path, monkeypatch
+):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, make_state(1), make_data(1))
     checkpoints.close()

@@ -302,3 +302,15 @@ def test_what_is_no_threshold_or_cell_is_an_error(wrong):
     message = "MultiThreshold: expected the number of thresholds or a sequence of them"
     with pytest.raises(ValueError, match=message):
         MultiThreshold(*wrong)
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "expected"),
+    [((1.0, 2.0, 4.0), [0, 1, 2, 4]), ((1.0, 3.0, 4.0), [0, 1, 3, 4])],
+)
+def test_spikes_weigh_what_they_take_away_some_of_them_one(thresholds, expected):
+    layer = MultiThreshold(thresholds, decay_input=False)
+    x = jnp.array([0.5, 1.5, 3.5, 5.0])
+    np.testing.assert_array_equal(layer(x[None, None])[0, 0], expected)
+    # Here they are numbers, and not traced.
+    np.testing.assert_array_equal(layer.step(layer.start(x.shape), x)[1], expected)
