@@ -467,3 +467,10 @@ def test_general_snn_costs_acs_where_it_spikes_and_macs_elsewhere():
     assert dense["stem"] == 16 * 12 * 4 and dense["stages/0/0/widen"] == 16 * 4 * 12
     # two 3x3 convolutions in four windows of 2x2: each pixel meets 4 of 9 weights
     assert dense["stages/0/0/mixer/network/layers/0"] == 4 * 4 * 4 * 4 * 4
+
+
+def test_an_input_of_whole_numbers_counts_as_spikes_and_of_others_does_not():
+    layer, xs = nnx.Linear(3, 5, rngs=nnx.Rngs(0)), jnp.array([[[0.0, 2.0, 1.0]]])
+    spikes, values = energy.measure(layer, xs), energy.measure(layer, xs / 2)
+    assert (spikes.acs, spikes.macs) == (15, 0)
+    assert (values.acs, values.macs) == (0, 10)

@@ -102,6 +102,19 @@ def test_what_a_handler_keeps_has_the_axis_of_the_scan():
     assert y.tolist() == [36, 36] and kept[0][:, 0].tolist() == [1, 2, 36]
 
 
+def test_a_scan_that_is_walked_twice_keeps_the_sites_before_it():
+    """What is known of its carry changes: at first it does not depend on the input."""
+
+    def f(x):
+        def step(carry, x):
+            return nnx.relu(carry + x), None
+
+        return jax.lax.scan(step, jnp.zeros(8), nnx.relu(x)[:, 0])[0]
+
+    first, second = traced(f).sites
+    assert (first.repeats, second.repeats) == ((), (4,))
+
+
 def test_a_module_as_a_function_returns_its_state():
     norm = nnx.BatchNorm(8, momentum=0.5, rngs=nnx.Rngs(0))
     f, params = functional(norm)
