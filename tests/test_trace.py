@@ -115,6 +115,12 @@ def test_a_scan_that_is_walked_twice_keeps_the_sites_before_it():
     assert (first.repeats, second.repeats) == ((), (4,))
 
 
+def test_weights_that_a_function_closes_over_are_no_data():
+    weights = jax.random.normal(jax.random.key(1), (8, 8))
+    found = traced(lambda x: nnx.relu(x @ weights))
+    assert len(found.sites) == 1 and not found.others
+
+
 def test_a_module_as_a_function_returns_its_state():
     norm = nnx.BatchNorm(8, momentum=0.5, rngs=nnx.Rngs(0))
     f, params = functional(norm)
