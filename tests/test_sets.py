@@ -411,10 +411,8 @@ def refused(text, *args, **options):
 
 def test_names_and_folders_that_are_not_there(tmp_path):
     refused(r"gone: expected cifar10-dvs, .* no folder gone\. docs", "gone", Framing(2))
-    refused(
-        r"got no folder .*CIFAR10DVS\. Give.*tonic\.datasets\.CIFAR10DVS\(save_to='",
-        *("cifar10-dvs", Framing(2), tmp_path),
-    )
+    text = r"got no folder .*CIFAR10DVS\. Give.*tonic\.datasets\.CIFAR10DVS\(save_to='"
+    refused(text, "cifar10-dvs", Framing(2), tmp_path)
     refused(r"and with train=False\.", "nmnist", Framing(2), tmp_path)
     refused(r"got 0 and 0 in .* docs/events\.md", str(tmp_path), Framing(2))
 
@@ -480,7 +478,7 @@ def test_files_of_many_recordings_are_checked(tmp_path, made):
         ({"labels": None}, r"labels, and offsets, .* got damaged data \('labels'\)"),
         ({"labels": [0.5]}, r"got damaged data \(.*integer"),
         ({"labels": [-1]}, "expected labels 0 to 65535, .* got labels -1 to -1"),
-        ({"labels": [2**40]}, "got labels 1099511627776 to"),
+        ({"labels": [2**16]}, "got labels 65536 to"),
         ({"t": [1e-6, 2e-6]}, "and t in microseconds, got int64, int64, float64"),
         ({"t": [np.nan, 1]}, "and t in microseconds, got int64, int64, float64"),
         ({"p": ["ON", "OFF"]}, "got int64, int64, int64, <U3"),
