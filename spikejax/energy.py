@@ -187,12 +187,10 @@ def measure(
             unknown length; with lengths, no layer keeps a state.
 
     Examples:
-        >>> from spikejax import MultiThreshold
-        >>> head = nnx.Linear(3, 5, rngs=nnx.Rngs(0))
-        >>> model = nnx.Sequential(MultiThreshold(2, decay_input=False), head)
-        >>> report = measure(model, jnp.array([[[0.5, 1.5, 9.0]]]))  # 0 + 1 + 2 spikes
-        >>> report.spikes_per_image, report.acs, report.macs
-        (3.0, 15.0, 0.0)
+        >>> layer = nnx.Linear(3, 5, rngs=nnx.Rngs(0))
+        >>> report = measure(layer, jnp.array([[[0.0, 1.0, 2.0]]]))  # counts of spikes
+        >>> report.acs, report.macs
+        (15.0, 0.0)
 
     Reference: Yik et al. 2023, arXiv:2304.04640 (NeuroBench), where a binary activation
     is the only spike; energies Horowitz 2014, doi:10.1109/ISSCC.2014.6757323.
