@@ -8,6 +8,7 @@ import os
 import re
 import struct
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -336,6 +337,14 @@ def test_other_formats(tmp_path, name, data, expected):
 def test_npy_of_another_layout(tmp_path, rows):
     np.save(tmp_path / "a.npy", rows)
     assert "expected rows x, y, p, t of DVS128 Gesture" in refused(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("README.txt", False), ("License.TXT", False), ("license_plate.NPZ", True)],
+)
+def test_texts_about_recordings_are_none(name, expected):
+    assert recordings.is_recording(Path(name)) == expected
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -101,10 +101,10 @@ def naming(path: Path, expected: str) -> Iterator[None]:
 def is_recording(path: Path) -> bool:
     """Return True if the suffix is that of a format that can be read.
 
-    A text file named README or LICENSE is none.
+    README.txt and LICENSE.txt are none.
     """
-    name = path.name.lower()
-    return path.suffix.lower() in READERS and not name.startswith(("readme", "license"))
+    is_text_about_it = path.stem.lower() in ("readme", "license")
+    return path.suffix.lower() in READERS and not is_text_about_it
 
 
 def extent(events: np.ndarray) -> Size:
