@@ -480,6 +480,7 @@ def test_files_of_many_recordings_are_checked(tmp_path, made):
         ({"labels": [-1]}, "expected labels 0 to 65535, .* got labels -1 to -1"),
         ({"labels": [2**16]}, "got labels 65536 to"),
         ({"t": [1e-6, 2e-6]}, "and t in microseconds, got int64, int64, float64"),
+        ({"labels": [2**40]}, "got labels 1099511627776 to"),
         ({"t": [np.nan, 1]}, "and t in microseconds, got int64, int64, float64"),
         ({"p": ["ON", "OFF"]}, "got int64, int64, int64, <U3"),
         ({"x": [1, 40_000]}, "inside a camera 2048x2048, got event 1 with x=40000"),
