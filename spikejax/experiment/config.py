@@ -375,7 +375,8 @@ def read(folder: Path | str, data_dir: Path | None = None) -> Experiment:
     path = Path(folder) / "config.json"
     if not path.exists():
         raise ValueError(
-            f"read: expected a folder with the config.json of a run, got {folder}."
+            f"read: expected a folder with the config.json of a run, got {folder}. "
+            "Give the --workdir of a training."
         )
     try:
         saved = json.loads(path.read_text()) | {"data_dir": data_dir}
