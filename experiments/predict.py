@@ -1,10 +1,11 @@
-"""Name what is on photographs, with the spikes and the energy that it takes.
+"""Name what is on photographs or in recordings, with the spikes and energy it takes.
 
     python -m experiments.predict runs/mt cat.jpg dog.png
     python -m experiments.predict runs/mt cat.jpg --picture cat-named.png
+    python -m experiments.predict runs/speech seven.wav
 
-The first word is the folder of a finished run on images. --picture draws the images
-with their names.
+The first word is the folder of a finished run on images or on spoken digits. --picture
+draws what the network was shown, with the names.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import numpy as np
 
 from spikejax import energy
 from spikejax.experiment.cli import Positional, parse, run_cli
-from spikejax.experiment.trained import Trained, load_images
+from spikejax.experiment.trained import Trained, load_named
 
 TOP = 3  # names of an image
 
@@ -28,9 +29,9 @@ class Prediction:
     """A trained network, and the files that it is shown."""
 
     network: Positional[str] = ""
-    """Folder of a finished run on images."""
-    images: Positional[tuple[str, ...]] = ()
-    """Files: JPEG, PNG, GIF or BMP."""
+    """Folder of a finished run on images or spoken digits."""
+    files: Positional[tuple[str, ...]] = ()
+    """Photographs (JPEG, PNG, GIF or BMP) or recordings (WAV)."""
     picture: Path | None = None
     """File to draw them into, with their names."""
 
@@ -39,60 +40,69 @@ DEFAULT = Prediction()
 
 
 class Named(NamedTuple):
-    """Names of an image, and what they cost.
+    """A file as the network sees it, its names, and what they cost.
 
-    names: (class, probability), the most probable first. spikes, energy_nj: per image.
+    seen: image uint8 [H, W, C], or frames of speech [T, F]. names: (class,
+    probability), the most probable first. spikes, energy_nj: of this file.
     """
 
     file: str
+    seen: np.ndarray
     names: list[tuple[str, float]]
     spikes: float
     energy_nj: float
 
 
-def predict(trained: Trained, files: Sequence[str]) -> tuple[np.ndarray, list[Named]]:
-    """Return images as the network sees them, uint8 [B, H, W, C], and their names.
+def predict(trained: Trained, files: Sequence[str]) -> list[Named]:
+    """Return the names of files.
 
     Raises:
-        ValueError: a file is missing, or no image.
+        ValueError: there is none, or one is missing or of another kind.
     """
     model, card = trained
-    seen = card.read(files)
-    xs = card.encode(jnp.asarray(seen))
-    probabilities = np.asarray(jax.nn.softmax(model(xs).mean(1)))
+    if not files:
+        raise ValueError("files: expected photographs or recordings, got none.")
+    shown = [card.read([file]) for file in files]
     rows = []
-    for k, file in enumerate(files):
-        best = np.argsort(-probabilities[k])[:TOP]
-        names = [(card.class_names[i], float(probabilities[k, i])) for i in best]
-        spent = energy.measure(model, xs[k : k + 1])
-        rows.append(Named(file, names, spent.spikes_per_image, spent.energy_nj))
-    return seen, rows
+    for file, raw in zip(files, shown, strict=True):
+        xs = card.encode(jnp.asarray(raw))
+        (chances,) = np.asarray(jax.nn.softmax(card.readout(model(xs), None)))
+        names = [
+            (card.class_names[i], float(chances[i])) for i in np.argsort(-chances)[:TOP]
+        ]
+        spent = energy.measure(model, xs)
+        rows.append(Named(file, raw[0], names, spent.spikes_per_image, spent.energy_nj))
+    return rows
 
 
-def draw(seen: np.ndarray, rows: Sequence[Named], path: Path) -> None:
-    """Draw the images with their names, and write the picture."""
+def draw(rows: Sequence[Named], path: Path) -> None:
+    """Draw what the network was shown, with the names, and write the picture."""
     from spikejax.plot import Picture
 
     figure = Picture(figsize=(2.6 * len(rows), 3.5), layout="constrained")
     panels: Any = figure.subplots(1, len(rows), squeeze=False)[0]
-    for axes, image, row in zip(panels, seen, rows, strict=True):
-        axes.imshow(image.squeeze(), cmap="gray" if image.shape[-1] == 1 else None)
-        axes.axis("off")
+    for axes, row in zip(panels, rows, strict=True):
+        if row.seen.ndim == 2:
+            axes.imshow(row.seen.T, origin="lower", aspect="auto")
+            axes.set(xlabel="time step", ylabel="mel band")
+        else:
+            is_grey = row.seen.shape[-1] == 1
+            axes.imshow(row.seen.squeeze(), cmap="gray" if is_grey else None)
+            axes.axis("off")
         lines = [f"{name} {chance:.0%}" for name, chance in row.names]
         axes.set_title("\n".join(lines), fontsize=10)
     figure.savefig(path, dpi=120)
 
 
 def main(flags: Prediction) -> None:
-    """Name the images of the command line."""
-    trained = load_images(flags.network)
-    seen, rows = predict(trained, flags.images)
+    """Name the files of the command line."""
+    rows = predict(load_named(flags.network), flags.files)
     for row in rows:
         names = ", ".join(f"{name} {chance:.1%}" for name, chance in row.names)
         cost = f"{row.spikes:,.0f} spikes, {row.energy_nj:,.0f} nJ"
         print(f"{row.file}: {names} ({cost})")
     if flags.picture:
-        draw(seen, rows, flags.picture)
+        draw(rows, flags.picture)
         print(f"Written: {flags.picture}")
 
 

@@ -235,8 +235,8 @@ def test_flags_of_the_recipe_need_no_prefix(monkeypatch, flags, name, value):
         (imagenet.DEFAULT, "--profile --clip 2", {"profile": True, "clip": 2.0}),
         (imagenet.DEFAULT, "--no-profile --steps=3", {"profile": False, "steps": 3}),
         (neuron.Benchmark(), "--time-steps 1 4", {"time_steps": (1, 4)}),
-        (predict.DEFAULT, "--picture=p R a b", {"network": "R", "images": ("a", "b")}),
-        (predict.DEFAULT, "R --picture p a", {"images": ("a",), "picture": Path("p")}),
+        (predict.DEFAULT, "--picture=p R a b", {"network": "R", "files": ("a", "b")}),
+        (predict.DEFAULT, "R --picture p a", {"files": ("a",), "picture": Path("p")}),
     ],
 )
 def test_words_become_values_of_the_type_of_their_field(

@@ -6,10 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import wavfile
 
-from experiments import evaluate, predict
+from experiments import evaluate, predict, speech
+from spikejax import energy
+from spikejax.data import sequences
+from spikejax.data.speech import log_mel
 from spikejax.experiment import Experiment, open_images, run, trained
-from spikejax.experiment.cli import parse, run_cli
+from spikejax.experiment.cli import checked, override, parse, run_cli
 from spikejax.experiment.trained import Trained, load
 from spikejax.train import TrainConfig
 
@@ -60,23 +64,61 @@ def test_images_are_named_with_their_cost(folder, tmp_path, monkeypatch, capsys)
     best = int(model(card.encode(digit[None, ..., None])).mean(1).argmax())
     assert same.startswith(f"{files[0]}: {best} ") and "spikes, " in same
     assert larger.startswith(f"{files[1]}: ") and written.endswith("a.png")
-    seen, rows = predict.predict(load(folder), [str(file) for file in files])
-    np.testing.assert_array_equal(seen[0, ..., 0], digit)
-    assert np.corrcoef(seen[1].ravel(), seen[0].ravel())[0, 1] > 0.95
+    rows = predict.predict(load(folder), [str(file) for file in files])
+    np.testing.assert_array_equal(rows[0].seen[..., 0], digit)
+    assert np.corrcoef(rows[1].seen.ravel(), rows[0].seen.ravel())[0, 1] > 0.95
     assert [len(row.names) for row in rows] == [3, 3]
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (624, 420)
 
 
-def test_a_run_on_something_else_says_what_to_do(folder, monkeypatch):
-    card = load(folder).card
-    other = Trained(None, replace(card, mean=None, flags={"data": "nmnist"}))
-    monkeypatch.setattr(trained, "load", lambda _: other)
-    line = r"/run\d, of nmnist\. Its accuracy is in result\.json; in Python, .*load"
-    with pytest.raises(ValueError, match=line):
-        trained.load_images(str(folder))
-    with pytest.raises(ValueError, match="read: expected a network of images"):
-        other.card.read(["a.png"])
+@pytest.mark.parametrize("readout", ["mean", "max"])
+def test_recordings_are_named(readout, tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    rows = [rng.normal(size=(n, 40)).astype("f4") for n in (8, 5, 9, 7) * 2]
+    split = sequences.pad(rows, [0, 1, 1, 0] * 2, 9)
+    mean, std = (tuple(rng.uniform(1, 2, 40).tolist()) for _ in range(2))
+    made = sequences.SequenceSet(split, split, ("no", "yes"), "", mean=mean, std=std)
+    monkeypatch.setattr(speech, "load", lambda *_: made)
+    options = {"workdir": tmp_path / "run", "readout": readout, "hidden": 8}
+    options |= {"batch_size": 8, "epochs": 2.0, "time_steps": 9, "step_ms": 10.0}
+    speech.main(checked(override(speech.DEFAULT, options)))
+
+    files = tmp_path / "long.wav", tmp_path / "short.wav"
+    for file, count in zip(files, (16000, 3000), strict=True):
+        wavfile.write(file, 16000, np.int16(rng.integers(-9000, 9000, count)))
+    capsys.readouterr()
+    words = tmp_path / "run", *files, "--picture", tmp_path / "a.png"
+    command(predict, monkeypatch, *words)
+    *lines, _ = capsys.readouterr().out.splitlines()
+    model, card = load(tmp_path / "run")
+    for file, line in zip(files, lines, strict=True):
+        frames = log_mel(wavfile.read(file)[1] / 32768, 16000, step_ms=10.0)
+        xs = ((frames - np.float32(mean)) / np.float32(std))[None]
+        logits = getattr(np, readout)(model(xs)[0], 0)
+        chance = np.exp(logits).max() / np.exp(logits).sum()
+        spent = energy.measure(model, xs)
+        best = card.class_names[logits.argmax()]
+        assert line.startswith(f"{file}: {best} {chance:.1%}, ")
+        cost = f"({spent.spikes_per_image:,.0f} spikes, {spent.energy_nj:,.0f} nJ)"
+        assert line.endswith(cost)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (624, 420)
+    with pytest.raises(ValueError, match="one recording at a time, .* got 2"):
+        card.read(files)
+
+
+@pytest.mark.parametrize(
+    ("shape", "page"), [((8, 8, 2), "events"), ((3,), "sequences")]
+)
+def test_a_run_on_something_else_says_what_to_do(shape, page, folder, monkeypatch):
+    flags = {"data": "nmnist"}
+    card = replace(load(folder).card, mean=None, shape=shape, flags=flags)
+    monkeypatch.setattr(trained, "load", lambda _: Trained(None, card))
+    with pytest.raises(ValueError, match=f"one of nmnist. See docs/{page}.md for"):
+        predict.main(predict.Prediction(str(folder), ("a.png",)))
+    with pytest.raises(ValueError, match=r"run\d, of nmnist. Its accuracy is in its"):
+        evaluate.main(evaluate.Evaluation(str(folder)))
 
 
 CHANNELS = "10 classes and 1 channels, as the network has, got fake, which has"
@@ -86,7 +128,7 @@ CHANNELS = "10 classes and 1 channels, as the network has, got fake, which has"
     ("script", "words", "line"),
     [
         (predict, [], "network: expected the folder of a finished run"),
-        (predict, ["RUN"], "images: expected files of images, got none."),
+        (predict, ["RUN"], "files: expected photographs or recordings, got"),
         (predict, ["RUN", "no.png"], "expected files of images, got no file no.png."),
         (predict, ["nowhere", "a.png"], "cifar10-relu, got nowhere. Rerun the"),
         (predict, ["RUN", __file__], "expected a readable image (JPEG, "),

@@ -1,8 +1,11 @@
 """Speech: log-mel against closed forms and SciPy, spikes by hand, TFDS's layout."""
 
+import wave
+
 import numpy as np
 import pytest
 from scipy import signal
+from scipy.io import wavfile
 
 from spikejax.data import speech
 from spikejax.data.speech import (
@@ -12,6 +15,7 @@ from spikejax.data.speech import (
     delta,
     log_mel,
     mel_filters,
+    read_wav,
     spoken_digit,
 )
 from spikejax.experiment.trained import Card
@@ -66,6 +70,52 @@ def test_other_rates_are_resampled():
         loud = expected[5] > np.log(1e-4)
         assert loud.any() and found.shape == expected.shape
         np.testing.assert_allclose(found[5:-5, loud], expected[5:-5, loud], atol=0.1)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_wav_files_of_whole_numbers(width, tmp_path):
+    """One half of full scale is 2^(bits - 2); 8 bits count from 128."""
+    half = 2 ** (8 * width - 2)
+    values = [0, half, -half, -2 * half, 2 * half - 1]
+    offset = 128 if width == 1 else 0
+    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(width)
+        file.setframerate(16000)
+        for value in values:
+            number = (value + offset).to_bytes(width, "little", signed=width > 1)
+            file.writeframes(number)
+    audio, rate = read_wav(tmp_path / "a.wav")
+    most = (2 * half - 1) / (2 * half)
+    np.testing.assert_allclose(audio, [0, 0.5, -0.5, -1, most], rtol=1e-9)
+    assert rate == 16000 and audio.dtype == np.float64
+
+
+def test_wav_files_of_floats_and_channels(tmp_path):
+    both = np.float32([[0.5, 0.25], [-1, 0]])
+    wavfile.write(tmp_path / "a.wav", 8000, both)
+    np.testing.assert_array_equal(read_wav(tmp_path / "a.wav")[0], [0.375, -0.5])
+    # A title behind the sound.
+    content = (tmp_path / "a.wav").read_bytes() + b"note\x04\0\0\0abcd"
+    (tmp_path / "b.wav").write_bytes(content)
+    np.testing.assert_array_equal(read_wav(tmp_path / "b.wav")[0], [0.375, -0.5])
+
+
+def test_files_that_are_no_recordings(tmp_path):
+    wavfile.write(tmp_path / "none.wav", 8000, np.zeros(0, np.int16))
+    wavfile.write(tmp_path / "cut.wav", 8000, np.ones(9, np.int16))
+    whole = (tmp_path / "cut.wav").read_bytes()
+    (tmp_path / "cut.wav").write_bytes(whole[:30])
+    (tmp_path / "text.wav").write_text("seven")
+    for name, got in (
+        ("none", "no samples"),
+        ("cut", ""),
+        ("text", "File format"),
+        ("away", "no such file"),
+    ):
+        message = f"recordings: expected a WAV file, got .*{name}.wav: {got}"
+        with pytest.raises(ValueError, match=message):
+            read_wav(tmp_path / f"{name}.wav")
 
 
 def test_short_and_silent_audio_has_one_frame():

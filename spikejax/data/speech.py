@@ -1,5 +1,9 @@
 """Speech as sequences: log-mel frames [T, F], and spikes where they change."""
 
+import struct
+import warnings
+from pathlib import Path
+
 import numpy as np
 
 from spikejax.data.sequences import SequenceSet, pad
@@ -11,6 +15,36 @@ WINDOW = 256  # samples of a Fourier transform, 32 ms
 FLOOR = 1e-6  # of a power, where full scale is 1: the noise of 16 bits is below
 TESTED, VALIDATED = range(5), range(5, 10)  # indices of recordings
 DELTA = 0.5  # threshold of spikes where frames change, in deviations of a band
+
+
+def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
+    """Return the samples of a recording, float64 [N] in -1..1, and their rate.
+
+    Args:
+        path: WAV file of whole numbers or floats; of several channels it is the mean.
+
+    Raises:
+        ValueError: there is no such file, or it has no sound that can be read.
+    """
+    from scipy.io import wavfile
+
+    try:
+        with warnings.catch_warnings():
+            # Parts that are no sound, such as a title.
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)
+            rate, samples = wavfile.read(path)
+        if not len(samples):
+            raise ValueError("no samples")
+    except (OSError, ValueError, EOFError, struct.error) as error:
+        got = str(error) if Path(path).is_file() else "no such file"
+        raise ValueError(
+            f"recordings: expected a WAV file, got {path}: {got}."
+        ) from error
+    if samples.dtype.kind != "f":
+        half = 2 ** (8 * samples.itemsize - 1)
+        zero = half if samples.dtype.kind == "u" else 0  # of 8 bits
+        samples = (samples - float(zero)) / half
+    return samples.reshape(len(samples), -1).mean(1, dtype=np.float64), rate
 
 
 def mel_filters(bands: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spikejax import neurons, surrogate
+from spikejax import losses, neurons, surrogate
 from spikejax.layers import IF, LI, LIF, PLIF, Factory, MultiThreshold
 from spikejax.models import MODELS, recurrent, resnet
 from spikejax.nn import cpu, tpu, windowed
@@ -25,6 +25,7 @@ from spikejax.train.recipe import Ranges, check_settings
 WIDTH: Ranges = {"width": ("more than 0, at most 100", lambda w: 0 < w <= 100)}
 # The cells are unrolled over their thresholds: more would compile for minutes.
 THRESHOLDS = "1 to 64", lambda n: 1 <= n <= 64
+READOUTS = {"mean": losses.mean_over_time, "max": losses.max_over_time}
 ADAPTATION = {"tau_adaptation": 20.0, "strength": 1.0}  # of alif, our choice
 TAU = 4.0  # of networks over sequences, in time steps, chosen on spoken digits
 HIDDEN = 128  # neurons, or units of the GRU

@@ -26,6 +26,7 @@ from spikejax.data.sequences import SequenceSet
 from spikejax.encode import normalised
 from spikejax.experiment import trained
 from spikejax.experiment.build import (
+    READOUTS,
     ActivationOptions,
     BaselineOptions,
     MultiThresholdOptions,
@@ -201,8 +202,7 @@ def make_loss(experiment: Experiment) -> Loss:
 
 def make_readout(experiment: Experiment) -> Readout:
     """Return the readout of the flags, (logits [B, T, K], lengths) -> [B, K]."""
-    kind = getattr(experiment.network, "readout", "mean")
-    return losses.max_over_time if kind == "max" else losses.mean_over_time
+    return READOUTS[getattr(experiment.network, "readout", "mean")]
 
 
 def make_augment(inputs: Images) -> Augment | None:

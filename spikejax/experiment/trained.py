@@ -25,6 +25,7 @@ from spikejax.data.images import ImageSet, eval_batches
 from spikejax.data.split import EncodedImages
 from spikejax.encode import normalised
 from spikejax.experiment.build import (
+    READOUTS,
     ActivationOptions,
     MultiThresholdOptions,
     NetworkOptions,
@@ -33,6 +34,7 @@ from spikejax.experiment.build import (
 )
 from spikejax.experiment.cli import override
 from spikejax.train.checksum import by_path, signatures
+from spikejax.train.step import Readout
 
 SHIPPED = Path(__file__).parents[1] / "weights"
 CARD, WEIGHTS, SCALE = "card.json", "weights.npz", ":scale"
@@ -66,19 +68,44 @@ class Card:
         """Tell if the network takes images, not frames of events or sequences."""
         return self.mean is not None and len(self.shape) == 3
 
-    def read(self, files: Sequence[str | Path]) -> np.ndarray:
-        """Return photographs as the network takes them, uint8 [B, H, W, C].
+    @property
+    def of_speech(self) -> bool:
+        """Tell if the network takes recordings of speech."""
+        return self.mean is not None and len(self.shape) == 1
 
-        The largest square in the middle is scaled to the size of the training images.
+    @property
+    def readout(self) -> Readout:
+        """Logits [B, K] of those of all time steps [B, T, K], as the run took them."""
+        return READOUTS[self.flags.get("readout", "mean")]
+
+    def read(self, files: Sequence[str | Path]) -> np.ndarray:
+        """Return photographs, uint8 [B, H, W, C], or a recording of speech, [1, T, F].
+
+        The largest square in the middle of a photograph is scaled to the size of the
+        training images. Of a recording these are the log-mel frames.
 
         Args:
-            files: JPEG, PNG, GIF or BMP of any size.
+            files: JPEG, PNG, GIF or BMP of any size; of speech one WAV file, as
+                recordings differ in length.
 
         Raises:
-            ValueError: a file is missing, or no image; the network takes no images.
+            ValueError: a file is missing, or of another kind; the network takes neither
+                images nor speech.
         """
+        if self.of_speech:
+            if len(files) != 1:
+                raise ValueError(
+                    f"read: expected one recording at a time, as they differ in "
+                    f"length, got {len(files)}."
+                )
+            audio, rate = speech.read_wav(files[0])
+            return speech.log_mel(audio, rate, step_ms=self.flags["step_ms"])[None]
         if not self.of_images:
-            raise ValueError("read: expected a network of images, got one of others.")
+            page = "sequences" if len(self.shape) == 1 else "events"
+            raise ValueError(
+                "read: expected a network of images or of spoken digits, got one of "
+                f"{self.flags['data']}. See docs/{page}.md for its inputs."
+            )
         missing = [file for file in files if not Path(file).is_file()]
         if missing or not files:
             got = f"no file {missing[0]}" if missing else "none"
@@ -270,14 +297,14 @@ def _scale(kernel: np.ndarray) -> np.ndarray:
     return np.where(most > 0, most, 1) / np.float32(127)
 
 
-def load_images(network: str) -> Trained:
-    """Return the network of a finished run on images, for scripts that show it some.
+def load_named(network: str) -> Trained:
+    """Return the network of a command line.
 
     Args:
-        network: folder of the run, or the name of a network of the package.
+        network: folder of a finished run, or the name of a network of the package.
 
     Raises:
-        ValueError: as ``load``; there is no folder, or the run was not one on images.
+        ValueError: as ``load``; there is no folder.
     """
     folder = find(network)
     if not network or not (folder / CARD).exists():
@@ -286,13 +313,20 @@ def load_images(network: str) -> Trained:
             f"{', '.join(_shipped())}, got {network or 'none'}. Rerun the command of a "
             "run that did not finish."
         )
-    found = load(folder)
+    return load(folder)
+
+
+def load_images(network: str) -> Trained:
+    """Return the network of a command line, for scripts with sets of images.
+
+    Raises:
+        ValueError: as ``load_named``; the run was not one on images.
+    """
+    found = load_named(network)
     if not found.card.of_images:
-        page = "sequences" if len(found.card.shape) == 1 else "events"
         raise ValueError(
             f"network: expected one of images, got {network}, of "
-            f"{found.card.flags['data']}. Its accuracy is in result.json; in Python, "
-            f"model, card = spikejax.load({str(network)!r}): docs/{page}.md."
+            f"{found.card.flags['data']}. Its accuracy is in its result.json."
         )
     return found
 
