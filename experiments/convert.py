@@ -35,8 +35,8 @@ from spikejax.data import images
 from spikejax.experiment import (
     Experiment,
     Images,
+    ReLUOptions,
     ResNetOptions,
-    SingleOptions,
     VGGOptions,
     open_images,
     read_relu,
@@ -57,10 +57,10 @@ LOSS = 0.005  # of accuracy, that early exits may cost on the sample
 
 @dataclasses.dataclass(frozen=True)
 class Start(Experiment):
-    """A network of single thresholds or ReLU: --num-thresholds is of the conversion."""
+    """A ReLU network: --num-thresholds is of the conversion."""
 
-    activation: SingleOptions = SingleOptions("relu")
-    """Its neurons."""
+    activation: ReLUOptions = ReLUOptions()
+    """Its activation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +98,6 @@ class Conversion:
             "test_images": ("at least 1", lambda n: n >= 1),
         }
         check_settings(self, ranges)
-        if self.experiment.activation.neuron != "relu":
-            raise ValueError(
-                "neuron: expected relu, the network that is converted, got "
-                f"{self.experiment.activation.neuron}."
-            )
 
 
 DEFAULT = Conversion(

@@ -31,6 +31,7 @@ from spikejax.data.events import load as load_events
 from spikejax.experiment import (
     Experiment,
     Inputs,
+    ResNetOptions,
     SingleOptions,
     Task,
     VGGOptions,
@@ -100,6 +101,7 @@ DEFAULT = Experiment(
         weight_decay=0.01,
     ),
 )
+OPTIONS = (ResNetOptions(),)  # if --model is one: those for CIFAR do not pool
 
 
 def load(inputs: Events, time_steps: int) -> EventSet:
@@ -258,4 +260,4 @@ def main(experiment: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main, parse(DEFAULT, __doc__))
+    run_cli(main, parse(DEFAULT, __doc__, *OPTIONS))

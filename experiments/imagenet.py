@@ -86,7 +86,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mt-resnet101": {"model": "resnet101"},
     "e-spikeformer-19m": {
         "model": "e-spikeformer-19m",
-        "dtype": "bfloat16",
         "neuron": "i-lif",
         "surrogate": "rectangle",
         "optimizer": "lamb",

@@ -15,6 +15,7 @@ from spikejax.experiment.build import (
     GeneralOptions,
     MultiThresholdOptions,
     NetworkOptions,
+    ReLUOptions,
     ResNetOptions,
     SequenceOptions,
     SingleOptions,
@@ -162,15 +163,30 @@ def parameters(activation, network=CONVNET, seed=0):
 
 
 def test_the_parameters_depend_on_the_seed():
-    relu = SingleOptions("relu")
+    relu = ReLUOptions()
     one, other = parameters(relu), parameters(relu, seed=1)
     different = [path for path in one if not jnp.array_equal(one[path], other[path])]
     assert {path for path in one if path.endswith("kernel")} <= set(different)
 
 
+@pytest.mark.parametrize("model", ["convnet", "whitened", "vggsnn", "plifnet"])
+def test_pooling_is_that_of_the_flags_on_every_platform(model):
+    def pools(platform, **flags):
+        options = VGGOptions(model, **flags), SingleOptions("lif")
+        network = build_model(
+            *options, num_classes=2, in_channels=2, seed=0, platform=platform
+        )
+        return network.pool
+
+    assert pools("cpu") is cpu.max_pool
+    assert pools("gpu") is pools("tpu") is nnx.max_pool
+    for platform in ("cpu", "gpu", "tpu"):
+        assert pools(platform, pool="avg") is nnx.avg_pool
+
+
 @pytest.mark.parametrize("neuron", ["plif", "mt-parallel"])
 def test_the_relu_twin_has_the_same_kernels(neuron):
-    twin, spiking = parameters(SingleOptions("relu")), parameters(NEURONS[neuron]())
+    twin, spiking = parameters(ReLUOptions()), parameters(NEURONS[neuron]())
     kernels = [path for path in spiking if path.endswith("kernel")]
     assert len(kernels) == 4
     for path in kernels:

@@ -212,6 +212,13 @@ def test_a_flag_of_another_group_starts_from_the_options_of_the_script(monkeypat
     assert chosen.activation == SingleOptions("lif")
 
 
+def test_a_group_keeps_the_flags_that_it_shares_with_the_one_before(monkeypatch):
+    for model in ("efficientnet-lite0", "transformer-small"):
+        monkeypatch.setattr(sys, "argv", ["x", "--model", model])
+        found = flatten(parse(imagenet.DEFAULT, None))
+        assert (found["model"], found["dtype"]) == (model, "bfloat16")
+
+
 @pytest.mark.parametrize(
     ("flags", "name", "value"),
     [

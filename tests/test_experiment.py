@@ -18,6 +18,7 @@ from spikejax.experiment import (
     Experiment,
     Images,
     MultiThresholdOptions,
+    ReLUOptions,
     ResNetOptions,
     SingleOptions,
 )
@@ -150,7 +151,7 @@ def test_sigterm_saves_and_leaves_with_exit_code_0(tmp_path, monkeypatch, capsys
         ({"time_steps": 0}, r"time_steps: expected 1 to 10000, got 0\.$"),
         ({"label_smoothing": 1.0}, r"label_smoothing: .* 0 <= p < 1, got 1.0\.$"),
         (
-            {"activation": SingleOptions("relu"), "time_steps": 4},
+            {"activation": ReLUOptions(), "time_steps": 4},
             r"time_steps: expected 1 for --neuron relu: .*, got 4\.$",
         ),
         ({"loss": "tett"}, "loss: expected one of rate, tet, got 'tett'"),

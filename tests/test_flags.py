@@ -292,7 +292,7 @@ def test_every_option_changes_the_network(network, name, value):
 
 def test_every_neuron_is_another():
     options = [build.SingleOptions(name) for name in ("lif", "plif", "if", "alif")]
-    options += [build.SingleOptions("relu")]
+    options += [build.ReLUOptions()]
     several = build.MultiThresholdOptions
     options += [several(), several(num_thresholds=3), several("mt-cascade")]
     options += [several("i-lif"), several(surrogate="rectangle")]

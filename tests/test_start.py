@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from test_cli import command
 
-from spikejax.experiment import Experiment, SingleOptions, open_images, run
+from spikejax.experiment import Experiment, ReLUOptions, SingleOptions, open_images, run
 from spikejax.experiment.build import (
     MultiThresholdOptions,
     VGGOptions,
@@ -137,7 +137,7 @@ def test_a_learned_tau_is_not_dropped(source, tmp_path):
 
 
 def test_a_network_of_the_package_by_its_name():
-    options = VGGOptions("whitened"), SingleOptions("relu")
+    options = VGGOptions("whitened"), ReLUOptions()
     model = build_model(*options, num_classes=100, in_channels=3, seed=0)
     assert start_from(model, "cifar10-mt4", 100) == ["head/kernel"]
     theirs = load(find("cifar10-mt4")).model

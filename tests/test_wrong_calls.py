@@ -32,6 +32,7 @@ from spikejax.data.events import Framing, frames, recordings
 from spikejax.experiment import (
     Experiment,
     MultiThresholdOptions,
+    ReLUOptions,
     ResNetOptions,
     SingleOptions,
 )
@@ -389,7 +390,7 @@ CALLS = {
         lambda: TrainConfig(clip=-1.0),
     ],
     "time_steps: expected 1 for --neuron relu: it has no state": [
-        lambda: Experiment("r", activation=SingleOptions("relu"), time_steps=4),
+        lambda: Experiment("r", activation=ReLUOptions(), time_steps=4),
     ],
     "neuron: expected one of lif, plif, if, alif, relu": [
         lambda: Experiment("r", activation=SingleOptions("lfi")),

@@ -4,6 +4,7 @@ from spikejax.experiment.build import BaselineOptions as BaselineOptions
 from spikejax.experiment.build import EfficientNetOptions as EfficientNetOptions
 from spikejax.experiment.build import GeneralOptions as GeneralOptions
 from spikejax.experiment.build import MultiThresholdOptions as MultiThresholdOptions
+from spikejax.experiment.build import ReLUOptions as ReLUOptions
 from spikejax.experiment.build import ResNetOptions as ResNetOptions
 from spikejax.experiment.build import SequenceOptions as SequenceOptions
 from spikejax.experiment.build import SingleOptions as SingleOptions

@@ -106,8 +106,9 @@ class VGGOptions:
 
     def build(self, **parts: Any) -> nnx.Module:
         """Return the network; see ``build_model``."""
-        if self.pool == "avg":
-            parts["pool"] = nnx.avg_pool
+        # Always named, as networks for event cameras have the mean for a default.
+        kernel = parts.get("pool", nnx.max_pool)
+        parts["pool"] = nnx.avg_pool if self.pool == "avg" else kernel
         return MODELS[self.model](dtype=jnp.dtype(self.dtype), **parts)
 
 
@@ -273,13 +274,23 @@ def _over_vectors(
 
 @dataclass(frozen=True)
 class SingleOptions:
-    """Neurons with one threshold, or ReLU."""
+    """Neurons with one threshold."""
 
-    neuron: Literal["lif", "plif", "if", "alif", "relu"] = "lif"
+    neuron: Literal["lif", "plif", "if", "alif"] = "lif"
     """Activation: lif with fixed tau, plif learns one tau per layer; if has no leak;
     alif has a threshold that adapts."""
     surrogate: Literal["atan", "rectangle"] = "atan"
     """Derivative of a spike; rectangle is as wide as the threshold is high."""
+
+    num_thresholds = 1  # not a flag
+
+
+@dataclass(frozen=True)
+class ReLUOptions:
+    """No neurons: the twin of a spiking network."""
+
+    neuron: Literal["relu"] = "relu"
+    """Activation: relu does not spike."""
 
     num_thresholds = 1  # not a flag
 
@@ -309,7 +320,7 @@ ImageOptions = (
     | GeneralOptions
 )
 NetworkOptions = ImageOptions | SequenceOptions | BaselineOptions
-ActivationOptions = MultiThresholdOptions | SingleOptions
+ActivationOptions = MultiThresholdOptions | SingleOptions | ReLUOptions
 
 
 def neuron_factory(activation: ActivationOptions, network: NetworkOptions) -> Factory:
@@ -320,6 +331,8 @@ def neuron_factory(activation: ActivationOptions, network: NetworkOptions) -> Fa
     that of the flags of a sequence network. In a General SNN, tau, the threshold and
     the surrogate are its authors'.
     """
+    if isinstance(activation, ReLUOptions):
+        return lambda: nnx.relu
     count = activation.num_thresholds
     # Normalised inputs have a standard deviation of 1. One threshold there is tdBN's
     # choice; of several, 0.5, 1, 1.5 ... cover it. The latter was chosen on the digits.
@@ -343,7 +356,6 @@ def neuron_factory(activation: ActivationOptions, network: NetworkOptions) -> Fa
         "mt-parallel": several,
         "mt-cascade": partial(several, neurons.cascade),
         "i-lif": partial(ILIF, count, **options, tau=tau.get("tau", 2.0)),
-        "relu": lambda: nnx.relu,
     }[activation.neuron]
 
 

@@ -236,6 +236,9 @@ def alternatives(kinds: tuple[type, ...]) -> tuple[str, dict[str, type]]:
 def override(config: T, flags: dict[str, Any], *options: Any) -> T:
     """Return a dataclass with other values of flags, and the groups that they select.
 
+    A group that is selected is the one among ``options`` or new, and keeps the values
+    of flags that it has in common with the group in whose place it comes.
+
     Its checks are not run, as a value may need flags that are read later: `checked`
     runs them.
 
@@ -256,10 +259,19 @@ def override(config: T, flags: dict[str, Any], *options: Any) -> T:
                         known = "with a name that --help lists"
                     text = f"flags: expected {flag_name(name)} {known}, got {choice!r}."
                     raise ValueError(f"{text} {_nearest(str(choice), kind_of)}".strip())
-                kind = kind_of[choice]
-                value = next(g for g in (value, *options, kind()) if type(g) is kind)
+                value = _select(kind_of[choice], value, *options)
             value = override(value, flags, *options)
         vars(made)[field.name] = value
+    return made
+
+
+def _select(kind: type, before: "DataclassInstance", *options: Any) -> Any:
+    """Return the group of a kind: ``before``, one of the options, or a new one."""
+    found = [group for group in (before, *options) if type(group) is kind]
+    if found:
+        return found[0]
+    made, values = kind(), vars(before)
+    vars(made).update({name: v for name, v in values.items() if name in vars(made)})
     return made
 
 

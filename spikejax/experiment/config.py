@@ -169,7 +169,6 @@ class Experiment:
             ("loss", "rate", once, "for one time step, where losses are equal"),
             ("norm_groups", 1, general, "for a General SNN, which has no norms"),
             ("binarise", "bernoulli", relu, "for --neuron relu: it needs no spikes"),
-            ("surrogate", "atan", relu, "for --neuron relu, which has a derivative"),
             ("surrogate", "atan", general, "for a General SNN, which has its own"),
         ):
             if useless and (value := flags.get(name, default)) != default:
