@@ -167,7 +167,9 @@ def evaluations(given: Accuracy, recipe: Recipe) -> dict[str, list[dict[str, Any
     wanted, found = (dataclasses.asdict(recipe), given.device), {}
     for path in sorted(given.workdir.glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        if rows and (rows[0]["recipe"], rows[0]["device"]) == wanted:
+        # Those that were broken off tell nothing of what they did not reach.
+        whole = rows and rows[-1]["step"] >= recipe.steps
+        if whole and (rows[0]["recipe"], rows[0]["device"]) == wanted:
             found[rows[0]["label"]] = rows
     return dict(sorted(found.items(), key=lambda item: item[1][0]["library"]))
 

@@ -43,7 +43,8 @@ from spikejax.experiment import (
     train,
 )
 from spikejax.experiment.build import THRESHOLDS
-from spikejax.experiment.cli import flatten, parse, run_cli
+from spikejax.experiment.cli import flatten, override, parse, run_cli
+from spikejax.experiment.config import NOT_IDENTITY
 from spikejax.nn.quant import QuantReLU
 from spikejax.train import TrainConfig, processes, workdir
 from spikejax.train.progress import table
@@ -212,13 +213,15 @@ def started(folder: Path, shared: Experiment) -> Experiment:
     recipe = flatten(run.train)
     given, default, saved = map(flatten, (shared, DEFAULT.experiment, run))
     for name, value in given.items():
-        if name in recipe or name not in saved or name == "workdir":
+        if name in recipe or name not in saved or name in NOT_IDENTITY:
             continue
         if value not in (default.get(name), saved[name]):
             raise ValueError(
                 f"{name}: expected {saved[name]}, as in the run of --relu, got {value}."
             )
-    return run
+    # Flags of where and how to run are those of this command.
+    here = {name: value for name, value in given.items() if name in NOT_IDENTITY}
+    return override(run, here | {"workdir": run.workdir})
 
 
 def shown(last: int) -> list[int]:
@@ -267,6 +270,8 @@ def main(flags: Conversion) -> None:
             found.append(row)
             workdir.write(folder / "summary.json", found)
     steps_shown = shown(flags.max_steps)
+    if not processes.is_primary():
+        return
     table(
         "Accuracy of the converted network",
         ["network", "quantised", *(f"T={t}" for t in steps_shown), "early exit"],

@@ -62,7 +62,8 @@ def compare(digits: Experiment) -> None:
             row = {"name": name, "neuron": flags["neuron"]}
             row["num_thresholds"] = experiment.activation.num_thresholds
             rows.append(row | {"time_steps": experiment.time_steps} | result)
-    show(rows, digits.workdir)
+    if processes.is_primary():
+        show(rows, digits.workdir)
 
 
 def show(rows: list[dict[str, Any]], folder: Path) -> None:

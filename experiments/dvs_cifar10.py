@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from spikejax import encode
 from spikejax.data import images
 from spikejax.data.augment import Augment, compose
 from spikejax.data.events import EventSet, Framing, frames, recordings
@@ -111,11 +112,6 @@ def load(inputs: Events, time_steps: int) -> EventSet:
     return load_events(inputs.data, framing, inputs.data_dir, cache_dir=cache_folder())
 
 
-def encode(raw: jax.Array, rng: jax.Array) -> jax.Array:
-    """Return xs of frames [B, T, H, W, C]: the counts of events themselves."""
-    return raw.astype(jnp.float32)
-
-
 def make_augment(inputs: Events, shape: tuple[int, ...]) -> Augment | None:
     """Return the augmentation of frames of that shape [H, W, C]."""
     steps: list[Augment] = []
@@ -138,7 +134,7 @@ def by_class(
 
     @jax.jit
     def answer(raw: jax.Array) -> jax.Array:
-        xs = encode(raw, jax.random.key(0))
+        xs = encode.currents(raw, jax.random.key(0))
         return nnx.merge(graphdef, state)(xs).mean(1).argmax(-1)
 
     right, count = np.zeros((2, event_set.num_classes))
@@ -201,12 +197,12 @@ def run_stream(
     )
     last: deque[np.ndarray] = deque(maxlen=time_steps)
     lines = []
-    xs = encode(jnp.zeros((1, 1, *event_set.shape), jnp.uint8), jax.random.key(0))
+    xs = jnp.zeros((1, 1, *event_set.shape))
     state, advance = stepper(model, xs)
     jax.block_until_ready(advance(state, xs))  # compiles before the first frame
     for step, frame in enumerate(counts):
         began = time.perf_counter()
-        xs = encode(jnp.asarray(frame)[None, None], jax.random.key(0))
+        xs = encode.currents(jnp.asarray(frame)[None, None], jax.random.key(0))
         state, logits = advance(state, xs)
         last.append(np.asarray(logits[0, 0]))
         seconds = time.perf_counter() - began
@@ -233,7 +229,8 @@ def main(experiment: Experiment) -> None:
         duration = (event_set.window or 0) // steps  # microseconds of a frame
         if inputs.stream:  # read first: training takes long
             seen = read_stream(inputs.stream, duration, event_set, sort=inputs.sort)
-        task = Task(event_set, encode, make_augment(inputs, event_set.shape))
+        augment = make_augment(inputs, event_set.shape)
+        task = Task(event_set, encode.currents, augment)
         fitted = train(experiment, task)
         if not fitted.finished:
             return
@@ -246,6 +243,8 @@ def main(experiment: Experiment) -> None:
             sensor=event_set.sensor,
             accuracy_by_class=classes,
         )
+    if not processes.is_primary():
+        return
     rows = [[name, f"{accuracy:.2%}"] for name, accuracy in classes.items()]
     print(f"test split: {event_set.split}")
     table("Test split", ["class", "accuracy"], rows)

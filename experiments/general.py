@@ -108,7 +108,7 @@ def show(comparison: Comparison) -> None:
     """Compare, print the table, and write it as summary.json."""
     with processes.distributed(comparison.experiment.processes, flatten(comparison)):
         rows = compare(comparison)
-    if not rows:
+    if not rows or not processes.is_primary():
         return
     folder = comparison.experiment.workdir
     workdir.write(folder / "summary.json", rows)

@@ -97,6 +97,8 @@ def run(flags: Hybrid) -> dict[str, Any] | None:
     raw = images.first(task.data.train, SAMPLE, crop)
     sample = start.encode(jnp.asarray(raw["image"]), jax.random.key(0))
     trained = train(relu, start)
+    if not trained.finished:
+        return None
 
     def rule(x: jax.Array, levels: int) -> jax.Array:
         return least_error(x, count * steps)

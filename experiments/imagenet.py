@@ -115,24 +115,27 @@ class Planned:
 def made_plan(flags: Planned, **changes: Any) -> Plan:
     """Return the plan of the flags, with some of them changed."""
     experiment = checked(override(flags.experiment, changes))
-    size = cast(ImageSize, experiment.inputs).image_size
+    size, recipe = cast(ImageSize, experiment.inputs).image_size, experiment.train
+    images = recipe.epochs * TRAIN_IMAGES
+    if recipe.steps is not None:
+        images = recipe.steps * recipe.batch_size
     model = partial(
         build_model,
         experiment.network,
         experiment.activation,
         num_classes=CLASSES,
         in_channels=3,
-        seed=experiment.train.seed,
+        seed=recipe.seed,
         platform="tpu",
     )
     return plan_training(
-        experiment.train,
+        recipe,
         model,
         make_loss(experiment),
         normalised(*PHOTOGRAPHS, experiment.time_steps),
         find_slice(flags.topology),
         image_shape=(size, size, 3),
-        train_images=experiment.train.epochs * TRAIN_IMAGES,
+        train_images=images,
         fsdp=experiment.fsdp,
     )
 

@@ -16,11 +16,9 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
-
 from spikejax.data import sequences, speech
 from spikejax.data.sequences import SequenceSet
+from spikejax.encode import currents
 from spikejax.experiment import (
     Experiment,
     Inputs,
@@ -110,17 +108,12 @@ def load(inputs: Speech, time_steps: int) -> SequenceSet:
     )
 
 
-def encode(raw: jax.Array, rng: jax.Array) -> jax.Array:
-    """Return the sequences [B, T, F] themselves, as currents."""
-    return raw.astype(jnp.float32)
-
-
 def main(experiment: Experiment) -> None:
     """Train and report."""
     inputs = experiment.inputs
     assert isinstance(inputs, Speech)
     with processes.distributed(experiment.processes, flatten(experiment)):
-        task = Task(load(inputs, experiment.time_steps), encode)
+        task = Task(load(inputs, experiment.time_steps), currents)
         fitted = train(experiment, task)
         if not fitted.finished:
             return

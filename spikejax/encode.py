@@ -57,6 +57,11 @@ def normalised(
     return encode
 
 
+def currents(raw: jax.Array, rng: jax.Array) -> jax.Array:
+    """Return frames of events or sequences, [B, T, ...], themselves as currents."""
+    return raw.astype(jnp.float32)
+
+
 def poisson(images: jax.Array, time_steps: int, *, rng: jax.Array) -> jax.Array:
     """Return independent spikes with the intensity as probability: z_t = [U(0,1) < x].
 

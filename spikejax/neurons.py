@@ -46,7 +46,7 @@ class NeuronOptions(NamedTuple):
 
     v_reset: None for soft reset (subtract the amounts), else the value after a spike.
     decay_input: whether the leak scales the input too.
-    detach_reset: whether no gradient flows through the reset.
+    detach_reset: whether no gradient flows through the reset into the next step.
     surrogate: Heaviside step with a surrogate derivative.
     """
 
@@ -191,14 +191,18 @@ def cascade(
 
     Reference: as for ``parallel``.
     """
-    u = charge(params.leak, v, x, options)
+    u = left = charge(params.leak, v, x, options)
+    # A threshold sees what those before it took away, and so does its gradient: without
+    # that, a neuron below its first of N equal thresholds would get N times as much.
+    within = options._replace(detach_reset=False)
     trains = []
     amounts = spike_amounts(cascade, params)
     for theta, amount in zip(params.thresholds, amounts, strict=True):
         z = options.surrogate(u - theta)
-        u = reset(u, z, amount * z, options)
+        u = reset(u, z, amount * z, within)
+        left = reset(left, z, amount * z, options)
         trains.append(z)
-    return u, tuple(trains)
+    return left, tuple(trains)
 
 
 def independent(

@@ -318,6 +318,25 @@ def test_gradient_through_a_reset_by_hand():
         assert slope(u, cell, thresholds, detach_reset=True, v_reset=0.25) == 0
 
 
+@pytest.mark.parametrize("detach_reset", [False, True])
+def test_equal_thresholds_in_cascade_have_the_gradient_of_parallel_ones(detach_reset):
+    """Rectangles between levels make it that of a clipped ReLU, once and not N times."""
+    options = {"surrogate": surrogate.rectangle(2.0), "decay_input": False}
+    us = jnp.linspace(-0.5, 3, 400)  # on no edge of a rectangle
+
+    def slopes(cell, thresholds):
+        def spikes(u):
+            params = NeuronParams(0.0, thresholds)
+            more = {"detach_reset": detach_reset}
+            return step(cell, params, 0.0, u, **options, **more)[1]
+
+        return jax.vmap(jax.grad(spikes))(us)
+
+    found = slopes(cascade, (0.5,) * 4)
+    np.testing.assert_array_equal(found, slopes(parallel, (0.5, 1.0, 1.5, 2.0)))
+    np.testing.assert_array_equal(found, np.where((us > 0.25) & (us < 2.25), 2, 0))
+
+
 def test_leak_and_thresholds_may_differ_from_neuron_to_neuron():
     leaks, low = jnp.linspace(0, 0.5, 16), jnp.linspace(0.5, 2, 16)
     xs = currents(8)

@@ -255,8 +255,9 @@ class TrainBatches(grain.DatasetIterator):
 
 
 def _ignore_signals(*_: int) -> None:
-    """Leave Ctrl-C and the end of the terminal to the main process, which saves."""
-    for number in (signal.SIGINT, signal.SIGHUP):
+    """Leave signals to the main process, which saves, and then stops the workers."""
+    # Ctrl-C, the end of a terminal and the end of a job go to the whole group.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -96,26 +96,26 @@ def heidelberg(
 
     Reference: Cramer et al. 2020, arXiv:1910.07407.
     """
-    held_out = "valid" if validation and name == "ssc" else "test"
-    parts = []
-    for part in ("train", held_out):
+
+    def read(part: str) -> tuple[Arrays, tuple[str, ...]]:
         path = Path(data_dir or ".").expanduser() / f"{name}_{part}.h5"
-        parts.append(_counts(path, time_steps, step_ms, units))
-    (train, names), (test, _) = parts
-    split = f"{name}_{held_out}.h5"
+        return _counts(path, time_steps, step_ms, units)
+
+    train, names = read("train")
     if validation and name == "shd":
-        train, test = _last_tenth(train)
-        split = "the last tenth of shd_train.h5"
-    return SequenceSet(train, test, names, split)
+        parts, split = _last_tenth(train), "the last tenth of shd_train.h5"
+        return SequenceSet(*parts, names, split)
+    held_out = "valid" if validation else "test"
+    return SequenceSet(train, read(held_out)[0], names, f"{name}_{held_out}.h5")
 
 
 def _counts(
     path: Path, time_steps: int, step_ms: float, units: int
 ) -> tuple[Arrays, tuple[str, ...]]:
-    import h5py
-
     counts, size = [], -(-UNITS // units)
     try:
+        import h5py
+
         with h5py.File(path) as opened:
             file: Any = opened
             labels = np.asarray(file["labels"])
@@ -127,6 +127,9 @@ def _counts(
                 at = step * size + where.astype(int) // units
                 found = np.bincount(at, minlength=(step.max(initial=0) + 1) * size)
                 counts.append(np.minimum(found, 255).astype(np.uint8))
+    except ImportError as error:
+        message = f"{path.stem}: expected the package h5py, got none. pip install h5py"
+        raise ValueError(message) from error
     except (OSError, KeyError, ValueError) as error:
         got = " ".join(str(error).split())[:200] if path.exists() else "no such file"
         raise ValueError(

@@ -6,6 +6,7 @@ it with the same ``Experiment``.
 
 import dataclasses
 import json
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -39,6 +40,7 @@ from spikejax.experiment.cli import cache_programs, checked, flatten, override
 from spikejax.experiment.start import start_from
 from spikejax.experiment.trained import Card
 from spikejax.train import processes, sharding, workdir
+from spikejax.train.checkpoint import has_checkpoint
 from spikejax.train.loop import Fitted, fit
 from spikejax.train.processes import Processes
 from spikejax.train.recipe import Ranges, TrainConfig, check_settings
@@ -253,8 +255,15 @@ def train(
         ValueError: the folder holds another run, or the flags do not fit the data.
     """
     # One dictionary is the identity of a run; only workdir.py saves and compares it.
-    settings = identity(experiment) | more
-    workdir.check(experiment.workdir, settings, defaults(experiment))
+    # Data that were added to or prepared again have another order, and other labels.
+    names = "\n".join(task.data.class_names).encode()
+    seen = {
+        "train_examples": len(task.data.train),
+        "class_names_crc": zlib.crc32(names),
+    }
+    settings = identity(experiment) | seen | more
+    older = defaults(experiment) | seen
+    workdir.check(experiment.workdir, settings, older)
     folder = cache_programs()
     if folder and processes.is_primary():
         print(f"Compiled programs are cached in {folder} for the next run.")
@@ -282,7 +291,7 @@ def train(
         eval_data,
         encode=task.encode,
         steps_per_epoch=max(1, len(data.train) // recipe.batch_size),
-        workdir=workdir.claim(experiment.workdir, settings, defaults(experiment)),
+        workdir=workdir.claim(experiment.workdir, settings, older),
         readout=make_readout(experiment),
         mesh=mesh,
         profile=experiment.profile,
@@ -303,7 +312,10 @@ def _build(experiment: Experiment, data: Data) -> nnx.Module:
         seed=experiment.train.seed,
         size=(side, side) if side else cast(Any, data.shape[:-1]),
     )
-    if experiment.from_ is not None:
+    # Else the checkpoint has the weights, and the source may be gone.
+    if experiment.from_ is not None and not has_checkpoint(
+        experiment.workdir / "checkpoints"
+    ):
         fresh = start_from(model, experiment.from_, data.num_classes)
         if processes.is_primary():
             new = f", a new head ({', '.join(fresh)})" if fresh else ""

@@ -132,11 +132,11 @@ class Card:
             return self._encode_sequences(xs).astype(jnp.float32)
         side = self.flags.get("image_size")
         shape = (side, side, self.shape[-1]) if side else self.shape
-        hint = "; card.read(files) returns photographs so"
-        lead = ("B",) if self.of_images else ("B", "T")
-        _check_input("uint8 images", xs, lead, shape, dtype=jnp.uint8, hint=hint)
         if not (self.of_images and self.mean and self.std):
+            _check_input("frames", xs, ("B", "T"), shape)
             return xs.astype(jnp.float32)
+        hint = "; card.read(files) returns photographs so"
+        _check_input("uint8 images", xs, ("B",), shape, dtype=jnp.uint8, hint=hint)
         encode = normalised(self.mean, self.std, self.flags["time_steps"])
         return encode(xs, jax.random.key(0))
 

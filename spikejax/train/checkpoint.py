@@ -208,6 +208,11 @@ class Checkpoints:
         return intact, ""
 
 
+def has_checkpoint(directory: Path) -> bool:
+    """Tell if a run with this folder of checkpoints resumes from one of them."""
+    return any((directory / str(step) / SUMS).exists() for step in _steps(directory))
+
+
 def read_newest(directory: Path) -> dict[str, jax.Array]:
     """Return the state of the newest intact checkpoint by path, or {} without one.
 

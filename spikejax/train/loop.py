@@ -49,8 +49,11 @@ def evaluate(
     batches: Iterable[HostBatch],
     batch_size: int,
     mesh: Mesh,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Return mean loss and accuracy over all examples, each counted exactly once.
+
+    Returns {} where is_stopped, which is called before each batch, is true.
 
     Args:
         eval_step: jitted (state, batch) -> sums.
@@ -59,6 +62,7 @@ def evaluate(
             them, the last of which may be smaller, and even empty.
         batch_size: of this process, to which the last batch is padded.
         mesh: of the devices of all processes.
+        is_stopped: the same in all processes.
 
     Raises:
         ValueError: a batch is larger.
@@ -70,6 +74,8 @@ def evaluate(
 
     sums = []
     for batch in batches:
+        if is_stopped():
+            return {}
         if (size := len(batch["label"])) > batch_size:
             raise ValueError(
                 f"evaluate: expected batches of up to {batch_size} images, as in "
@@ -115,7 +121,8 @@ def fit(
 
     A run that was killed resumes from its last checkpoint and ends with the same bits.
     SIGTERM, SIGHUP and a first Ctrl-C save and return with finished=False; sent to one
-    of several processes, they end all of them with the same step.
+    of several processes, they end all of them with the same step. A single process
+    breaks off an evaluation for them, which is not repeated but at the last step.
 
     Args:
         config: the recipe.
@@ -154,8 +161,8 @@ def fit(
     size = config.batch_size // jax.process_count()
     score = partial(evaluate, eval_step, batches=eval_data, batch_size=size, mesh=mesh)
     run = _Run(config, steps, steps_per_epoch, train_step, score, mesh, workdir)
-    state, scores = _train(run, state, train_data, profile)
-    return _fitted(eval_graphdef, state, scores, steps)
+    state, scores, stopped = _train(run, state, train_data, profile)
+    return _fitted(eval_graphdef, state, scores, steps, stopped)
 
 
 def _steps(config: TrainConfig, steps_per_epoch: int) -> int:
@@ -227,15 +234,15 @@ class _Run(NamedTuple):
     steps: int
     steps_per_epoch: int
     train_step: TrainStep
-    score: Callable[[State], dict[str, float]]
+    score: Callable[..., dict[str, float]]
     mesh: Mesh
     workdir: Path
 
 
 def _train(
     run: _Run, state: State, train_data: Any, profile: bool
-) -> tuple[State, dict[str, Any]]:
-    """Train from the newest checkpoint to the last step, or to SIGTERM."""
+) -> tuple[State, dict[str, Any], bool]:
+    """Train from the newest checkpoint to the last step, or until it is stopped."""
     config, workdir = run.config, run.workdir
     every = max(1, round(config.evaluate_every * run.steps_per_epoch))
     with ExitStack() as stack:
@@ -246,7 +253,8 @@ def _train(
         restored = checkpoints.restore(state, train_data)
         start, state, saved = restored or (0, state, {})
         clock = _Clock(config.batch_size, **saved)
-        scores = run.score(state) if start >= run.steps else {}  # resumed at the end
+        score = partial(run.score, is_stopped=lambda: stop.now)
+        scores = score(state) if start >= run.steps else {}  # resumed at the end
         progress = Progress(workdir, run.steps, start, config.batch_size)
         stack.enter_context(progress)
         pending: Pending = {}
@@ -267,15 +275,15 @@ def _train(
                 continue
             # Nothing is saved before its loss and gradients are known to be finite.
             _report(progress, stop, pending)
-            scores = run.score(state) if evaluates else scores
-            saved = clock.pause()
-            if evaluates:
+            found = score(state) if evaluates else {}
+            scores, saved = found or scores, clock.pause()
+            if found:
                 progress.evaluate(step, scores | saved)
-            metric = scores["accuracy"] if evaluates else None
+            metric = found.get("accuracy")
             checkpoints.save(step, state, train_data, metric=metric, clock=saved)
             if stop.now:
                 break
-    return state, scores | saved
+        return state, scores | saved, stop.now
 
 
 def _report(progress: Progress, stop: processes.Terminated, pending: Pending) -> None:
@@ -291,7 +299,11 @@ def _report(progress: Progress, stop: processes.Terminated, pending: Pending) ->
 
 
 def _fitted(
-    graphdef: nnx.GraphDef, state: State, metrics: dict[str, Any], steps: int
+    graphdef: nnx.GraphDef,
+    state: State,
+    metrics: dict[str, Any],
+    steps: int,
+    stopped: bool,
 ) -> Fitted:
     params, rest = state.get("ema", state["params"]), state["rest"]
     params, rest = sharding.to_local_device((params, rest))
@@ -300,7 +312,7 @@ def _fitted(
         "parameters": sum(p.size for p in jax.tree.leaves(params)),
         "parameters_sha256": parameters_sha256(params),
     }
-    finished = metrics["steps"] == steps
+    finished = metrics["steps"] == steps and not stopped
     return Fitted(nnx.merge(graphdef, params, rest), metrics, finished)
 
 

@@ -66,7 +66,8 @@ class Progress:
     """A display and record of a run's progress, inside of a with statement.
 
     In a terminal a bar with loss, rate and the time left; elsewhere a line about every
-    ten seconds. All metrics go to metrics.jsonl and tensorboard/ in workdir.
+    ten seconds. All metrics go to metrics.jsonl in workdir, and where tensorboardX is
+    installed to tensorboard/ too.
 
     Args:
         workdir: folder of the run.
@@ -128,9 +129,6 @@ class Progress:
         self._recent.clear()  # the rate is that of training alone
 
     def _open_files(self, workdir: Path, start: int) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2, summary_pb2
-
         def is_kept(line: str) -> bool:
             try:
                 return json.loads(line)["step"] <= start
@@ -142,8 +140,14 @@ class Progress:
         old = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
         write_atomically(path, "".join(f"{line}\n" for line in filter(is_kept, old)))
         self._file = self._opened.enter_context(path.open("a", encoding="utf-8"))
-        # Not its SummaryWriter: the thread of that dies when the disk is full, and the
-        # training then waits for it for ever.
+        try:
+            # Not its SummaryWriter: the thread of that dies when the disk is full, and
+            # the training then waits for it for ever.
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2, summary_pb2
+        except ImportError:  # it comes with the extra "experiments"
+            self._write = lambda step, values: None
+            return
         (workdir / "tensorboard").mkdir(exist_ok=True)
         board = EventsWriter(str(workdir / "tensorboard" / "events"))
         self._opened.enter_context(contextlib.closing(board))
