@@ -148,6 +148,17 @@ def test_targets_are_reached_at_an_evaluation():
     assert reached(rows, 0.51) is None
 
 
+def test_a_run_that_was_broken_off_is_not_shown(tmp_path):
+    given = Accuracy(workdir=tmp_path)
+    recipe = dataclasses.replace(RECIPE, steps=20)
+    about = {"recipe": dataclasses.asdict(recipe), "device": given.device}
+    for name, last in (("whole", 20), ("broken", 10)):
+        rows = [about | row("spikejax", name, step, 1, 0.5) for step in (5, last)]
+        text = "".join(json.dumps(each) + "\n" for each in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    assert list(accuracy.evaluations(given, recipe)) == ["whole"]
+
+
 def row(library, label, step, seconds, hit):
     return {
         "library": library,

@@ -62,7 +62,8 @@ def run(flags):
 def test_config_json_says_what_ran(fake):
     config = json.loads((fake[0] / "config.json").read_text())
     flags = flatten(Experiment(fake[0]))
-    assert set(config) == set(flags) - {*experiment.NOT_IDENTITY}
+    seen = {"train_examples", "class_names_crc"}  # of the data
+    assert set(config) == set(flags) - {*experiment.NOT_IDENTITY} | seen
     assert config["data"] == "fake" and config["neuron"] == "mt-parallel"
     assert config["steps"] == 3 and config["num_thresholds"] == 4
 
@@ -104,6 +105,21 @@ def test_a_run_ends_with_one_line_of_result(tmp_path, monkeypatch, capsys):
     experiment.main(Experiment(tmp_path))
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "accuracy 98.76%, 12 s, 2,346 spikes and 1,234 nJ per image"
+
+
+def test_a_run_does_not_resume_with_other_data(tmp_path):
+    recipe = TrainConfig(steps=1, batch_size=8)
+    flags = Experiment(tmp_path, train=recipe)
+    task = experiment.open_images(flags)
+    experiment.run(flags, task)
+    data = task.data
+    fewer = dataclasses.replace(data, train=data.test)
+    with pytest.raises(ValueError, match="train_examples was 1500 and is 297"):
+        experiment.run(flags, task._replace(data=fewer))
+    names = tuple(reversed(data.class_names))
+    renamed = dataclasses.replace(data, class_names=names)
+    with pytest.raises(ValueError, match="class_names_crc was"):
+        experiment.run(flags, task._replace(data=renamed))
 
 
 # SIGTERM

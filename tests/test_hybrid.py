@@ -56,6 +56,15 @@ def test_it_starts_from_the_converted_network(relu, tmp_path, capsys, monkeypatc
         hybrid.main(hybrid.Hybrid(tmp_path, tmp_path / "again"))
 
 
+def test_a_stop_while_the_relu_run_is_finished_converts_nothing(
+    relu, tmp_path, monkeypatch
+):
+    stopped = SimpleNamespace(finished=False, model=None, metrics={})
+    monkeypatch.setattr(hybrid, "train", lambda *_, **__: stopped)
+    hybrid.main(hybrid.Hybrid(relu, tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [

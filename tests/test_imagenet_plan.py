@@ -88,6 +88,19 @@ def test_sharding_is_tried_where_it_may_be_enough(asked):
     assert list(script.attempts(override(remat, {"fsdp": 8}), wide, {})) == []
 
 
+@pytest.mark.parametrize(
+    ("flags", "count"),
+    [({"epochs": 2.0}, 2 * 1_281_167), ({"steps": 10, "batch_size": 64}, 640)],
+)
+def test_hours_are_of_the_epochs_or_of_the_steps(flags, count, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        script, "plan_training", lambda *_, **given: asked.update(given)
+    )
+    script.made_plan(override(script.Planned(topology="v5e:2x2"), flags))
+    assert asked["train_images"] == count
+
+
 def test_wrong_commands_are_one_line(monkeypatch, capsys):
     with pytest.raises(
         ValueError, match="expected a slice that v5e has, got 'v5e:3x3'"

@@ -19,7 +19,7 @@ from spikejax.data import images
 from spikejax.layers import MultiThreshold
 from spikejax.train import TrainConfig, loop
 from spikejax.train.checksum import parameters_sha256
-from spikejax.train.progress import NonFinite, Progress
+from spikejax.train.progress import NonFinite
 from spikejax.train.workdir import locked
 
 STEPS, EPOCH = 12, 5  # evaluations and checkpoints at 5, 10 and 12; saves at 3, ...
@@ -249,7 +249,7 @@ def test_a_signal_saves_the_step_and_leaves(whole, tmp_path, at, number):
     before = signal.getsignal(number)
     stopped = fit(tmp_path, data=Data(SGD, at, send(number)))
     assert signal.getsignal(number) is before
-    assert stopped.finished == (at == STEPS) and stopped.metrics["steps"] == at
+    assert not stopped.finished and stopped.metrics["steps"] == at
     assert max(saved(tmp_path)) == at and steps(tmp_path)[-1] == at
     fitted = fit(tmp_path)
     assert fitted.finished and sha(fitted) == sha(whole["sgd"][1])
@@ -296,15 +296,29 @@ def test_a_finished_run_trains_no_further(whole, tmp_path):
     assert lines(tmp_path) == lines(folder)
 
 
-def test_sigterm_before_a_finished_run_costs_no_metrics(whole, tmp_path, monkeypatch):
-    def progress(*args, **options):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return Progress(*args, **options)
+@pytest.mark.parametrize("at", [EPOCH, STEPS])
+def test_a_signal_breaks_off_an_evaluation(whole, tmp_path, monkeypatch, at):
+    seen = []
 
-    shutil.copytree(whole["sgd"][0], tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(loop, "Progress", progress)
-    again = fit(tmp_path)
-    assert again.finished and "accuracy" in again.metrics
+    def evaluate(step, state, batches, *args, **options):
+        def sent():
+            for k, batch in enumerate(batches):
+                if k == 2 and int(state["step"]) == at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                seen.append(int(state["step"]))
+                yield batch
+
+        return loop_evaluate(step, state, sent(), *args, **options)
+
+    loop_evaluate = loop.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", evaluate)
+        stopped = fit(tmp_path)
+    assert not stopped.finished and seen.count(at) == 3
+    assert max(saved(tmp_path)) == at and at not in steps(tmp_path, "eval_loss")
+    fitted = fit(tmp_path)
+    assert fitted.finished and sha(fitted) == sha(whole["sgd"][1])
+    assert fitted.metrics["accuracy"] == whole["sgd"][1].metrics["accuracy"]
 
 
 def test_a_checkpoint_of_another_network_is_told_from_damage(whole, tmp_path):

@@ -320,7 +320,7 @@ def test_gradient_through_a_reset_by_hand():
 
 @pytest.mark.parametrize("detach_reset", [False, True])
 def test_equal_thresholds_in_cascade_have_the_gradient_of_parallel_ones(detach_reset):
-    """Rectangles between levels make it that of a clipped ReLU, once and not N times."""
+    """Rectangles between levels make it that of a clipped ReLU, not N times that."""
     options = {"surrogate": surrogate.rectangle(2.0), "decay_input": False}
     us = jnp.linspace(-0.5, 3, 400)  # on no edge of a rectangle
 

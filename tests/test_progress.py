@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import struct
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -151,6 +152,13 @@ def test_tensorboard_gets_every_metric(tmp_path):
     }
     expected = {"train/loss": 0.5, "eval/loss": 0.25, "eval/accuracy": 1.0}
     assert values == {(3, tag): value for tag, value in expected.items()}
+
+
+def test_without_tensorboardx_there_is_metrics_jsonl_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX.event_file_writer", None)
+    train(tmp_path, [1, 2])
+    assert [entry["step"] for entry in entries(tmp_path)] == [1, 2]
+    assert not (tmp_path / "tensorboard").exists()
 
 
 def test_tensorboard_is_told_where_a_resumed_run_goes_on(tmp_path):

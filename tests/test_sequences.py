@@ -106,6 +106,8 @@ def test_validation_is_a_part_of_training(shd):
     found = sequences.heidelberg("shd", shd, 50, validation=True)
     assert (len(found.train), len(found.test)) == (18, 2)
     assert found.split == "the last tenth of shd_train.h5"
+    (shd / "shd_test.h5").unlink()
+    assert len(sequences.heidelberg("shd", shd, 50, validation=True).test) == 2
     for part, labels in (("train", [2]), ("valid", [1]), ("test", [0])):
         write(shd / f"ssc_{part}.h5", [[(0.0, 0)]], labels)
     found = sequences.heidelberg("ssc", shd, 50, validation=True)
@@ -146,7 +148,10 @@ def test_mnist_1d_is_that_of_its_package(monkeypatch):
     assert len(found.train) == 18 and set(found.train.lengths) == {8}
 
 
-def test_mnist_1d_without_its_package(monkeypatch):
+def test_sets_without_their_package(shd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ValueError, match="shd_train: expected the package h5py, got"):
+        sequences.heidelberg("shd", shd, 50)
     monkeypatch.setitem(sys.modules, "mnist1d", None)
     with pytest.raises(ValueError, match="expected the package mnist1d, got none"):
         sequences.mnist_1d()

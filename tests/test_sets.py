@@ -200,16 +200,15 @@ def test_other_labels_of_a_gesture_archive_are_framed_again_or_refused(tmp_path)
     # The last gesture has no events.
     table.write_text("".join([*lines[:-1], "11,5000000,6000000\n"]))
     assert len(load(str(folder), Framing(2), cache_dir=cache).train) == 10
+    (folder / "trials_to_train.txt").write_text("user01_led.aedat user24_led.aedat")
+    assert len(load(str(folder), Framing(2), cache_dir=cache).train) == 21
     for line, text in (
-        (
-            "12,0,9\n",
-            r"led_labels\.csv: expected a class of 1 to 11, .* got \[12, 0, 9\]",
-        ),
-        ("3,0\n", r"led_labels\.csv: expected a class .* and an end, got \[3, 0\]"),
-        ("3,0,9.5\n", r"led_labels\.csv: expected lines of class, startTime_usec and"),
+        ("12,0,9\n", r"expected a class of 1 to 11, .* got \[12, 0, 9\]"),
+        ("3,0\n", r"expected a class .* and an end, got \[3, 0\]"),
+        ("3,0,9.5\n", "expected lines of class, startTime_usec and"),
     ):
         table.write_text("".join([*lines[:-1], line]))
-        with pytest.raises(ValueError, match=text):
+        with pytest.raises(ValueError, match=rf"led_labels\.csv: {text}"):
             load(str(folder), Framing(2), cache_dir=cache)
 
 

@@ -162,8 +162,10 @@ def test_the_command_trains_on_from_there(source, tmp_path, monkeypatch, capsys)
     name = "parameters_sha256"
     assert after.card.result[name] == before.card.result[name]
     assert after.card.flags["from_"] == str(source)
-    # The same command resumes; another start is another run.
+    # The same command resumes, also without the source; another start is another run.
+    moved = source.rename(source.with_name("moved"))
     command(monkeypatch, *flags, "--workdir", tmp_path / "new")
+    moved.rename(source)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         command(monkeypatch, *flags[2:], "--workdir", tmp_path / "new")

@@ -60,6 +60,10 @@ def test_of_events_the_frames_are_the_input(folder):
     card = dataclasses.replace(load(folder).card, mean=None, std=None)
     frames = np.arange(128, dtype=np.uint8).reshape(1, 2, 8, 8, 1)
     np.testing.assert_array_equal(card.encode(frames), frames.astype(np.float32))
+    surfaces = np.exp(-frames / 100)  # those of voxels and surfaces are no counts
+    np.testing.assert_array_equal(card.encode(surfaces), surfaces.astype(np.float32))
+    with pytest.raises(ValueError, match=r"frames \[B, T, 8, 8, 1\] as in training"):
+        card.encode(frames[0])
 
 
 @pytest.mark.parametrize(
