@@ -22,6 +22,7 @@ from spikejax import trace
 from spikejax.functions import functional
 from spikejax.layers import neuron_layers
 from spikejax.memory import Membrane, drop_membranes, evaluation_copy, keep_membranes
+from spikejax.nn.delay import OVER_TIME
 from spikejax.nn.operations import PRODUCTS, multiply, sum_rows
 from spikejax.trace import Match, Pytree, Site, Value
 
@@ -391,8 +392,11 @@ def _dense(site: Site) -> tuple[float, float]:
         # Padding and holes meet no weight.
         inside = (at >= 0) & (at % holes == 0) & (at <= holes * (pixels[k] - 1))
         macs *= inside.sum()
-    if len(kernel) == 3 and kernel[0] == 1:  # the first axis is time, as in nn.tpu
+    # The first axis is time, as in nn.tpu, or all there is.
+    if len(kernel) == 3 and kernel[0] == 1:
         calls *= pixels[0]
+    elif OVER_TIME in str(site.eqn.source_info.name_stack):
+        calls *= out.shape[dims.out_spec[2]]
     return float(macs), calls
 
 

@@ -40,6 +40,11 @@ class Function(nnx.Module):
         self.structure = jax.tree.structure(params)
         leaves = jax.tree_util.tree_leaves_with_path(params)
         self.paths = tuple(leaf_path(path) for path, _ in leaves)
+        if len(set(self.paths)) < len(leaves):
+            raise ValueError(
+                "Function: expected params whose paths differ without 'params', got "
+                f"{', '.join(self.paths)}. Rename one."
+            )
         trained = not isinstance(params, dict) or "params" not in params
         self.params = nnx.data({})
         for name, (path, leaf) in zip(self.paths, leaves, strict=True):

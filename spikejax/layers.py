@@ -92,11 +92,22 @@ class Neuron(nnx.Module):
         # Thresholds that stay in order are learned as the steps between them.
         self.rises = cell is neurons.parallel and getattr(params, "amounts", 0) is None
         # sigmoid(leak_logit) = 1 / tau
-        logit = -np.log(1 / np.asarray(params.leak) - 1) if learn_tau else None
+        leak = np.asarray(params.leak) if learn_tau else 0.5
+        if not np.all((leak > 0) & (leak < 1)):
+            raise ValueError(
+                f"{type(self).__name__}: expected a leak of more than 0 and less than "
+                f"1 where it is learned, got {params.leak}."
+            )
+        logit = -np.log(1 / leak - 1) if learn_tau else None
         self.leak_logit = None if logit is None else param(logit)
         steps = np.asarray(_stack(params.thresholds)) if learn_thresholds else None
         if steps is not None and self.rises:
             steps = np.diff(steps, axis=0, prepend=0)
+        if steps is not None and not np.all(steps > 0):
+            raise ValueError(
+                f"{type(self).__name__}: expected positive thresholds where they are "
+                f"learned, got {params.thresholds}."
+            )
         self.log_steps = None if steps is None else param(np.log(steps))
 
     @property
@@ -121,8 +132,10 @@ class Neuron(nnx.Module):
 
     def bind(self, *, trains: bool = False) -> tuple[Step, tuple[Any, Any]]:
         """Return ``self.step`` as a function (params, state, x), and the params."""
-        step = Step(self.cell, self.options, self.name, trains)
-        return step, (self.params, _read(self.unit))
+        params = self.params
+        weights = neurons.fixed_weights(self.cell, params)
+        step = Step(self.cell, self.options, self.name, trains, weights)
+        return step, (params, _read(self.unit))
 
     def step(
         self, state: State, x: jax.Array, *, trains: bool = False

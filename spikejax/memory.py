@@ -106,7 +106,7 @@ def keep_membranes(model: Model, xs: jax.Array) -> Model:
         xs: an example of the input [B, T, ...]; its batch size and shape count.
 
     Raises:
-        ValueError: the model has no spiking neurons.
+        ValueError: the model has no spiking neurons, or some at two places.
     """
     check_module("keep_membranes", model)
     drop_membranes(model)
@@ -124,10 +124,19 @@ def keep_membranes(model: Model, xs: jax.Array) -> Model:
     def starts(state: nnx.State, xs: jax.Array) -> dict[tuple, list[jax.Array]]:
         found: dict[tuple, list[jax.Array]] = {}
         model = nnx.merge(graphdef, state)
+
+        def note(path: tuple, start: Any) -> list[jax.Array]:
+            if path in found:
+                where = "/".join(map(str, path))
+                raise ValueError(
+                    f"keep_membranes: expected neurons that are called at one place, "
+                    f"got {where} at two. Give each place neurons of its own."
+                )
+            found[path] = jax.tree.leaves(start)
+            return found[path]
+
         for path, memory in _memories(model).items():
-            memory.watch = lambda start, path=path: found.setdefault(
-                path, jax.tree.leaves(start)
-            )
+            memory.watch = partial(note, path)
         model(xs)
         return found
 

@@ -281,12 +281,24 @@ def spike_amounts(cell: Cell, params: NeuronParams) -> Sequence[Number] | jax.Ar
 def spike_weights(cell: Cell, params: NeuronParams) -> list[Number]:
     """Return what each of the N spikes adds to the output: a_k / a_1.
 
-    Spikes of cells without a common membrane (``independent``) weigh 1 each.
+    Spikes of cells without a common membrane (``independent``) weigh 1 each. Of numbers
+    these are numbers: 1 itself where thresholds are equally spaced.
     """
     if cell in (parallel, cascade) or getattr(params, "amounts", None) is not None:
         amounts = spike_amounts(cell, params)
-        return [a / amounts[0] for a in amounts]
+        weights = [a / amounts[0] for a in amounts]
+        # (0.3 - 0.2) / 0.1 is 1 in the type of the spikes, not in that of Python.
+        return [float(np.float32(w)) if isinstance(w, float) else w for w in weights]
     return [1.0] * len(params.thresholds)
+
+
+def fixed_weights(cell: Cell, params: Params) -> tuple[float, ...] | None:
+    """Return the ``spike_weights`` if they are numbers, None if a tracer is in them."""
+    given = [getattr(params, name, None) for name in ("thresholds", "amounts")]
+    numbers = [v for values in given if values is not None for v in values]
+    if given[0] is None or not all(isinstance(v, float) for v in numbers):
+        return None
+    return tuple(map(float, spike_weights(cell, params)))
 
 
 def rest(params: Params, shape: tuple[int, ...], v_start: Number) -> jax.Array:
@@ -320,13 +332,15 @@ class Step(NamedTuple):
     """Time step of a layer of neurons, (params, state, x) -> (state, output).
 
     It is hashable and closes over no arrays, so it compiles once. params is the pair of
-    the cell's parameters and the size of a spike (None for 1).
+    the cell's parameters and the size of a spike (None for 1). weights are those of the
+    spikes where they are numbers: in a compiled function params are tracers.
     """
 
     cell: Cell
     options: NeuronOptions
     name: str = ""
     trains: bool = False
+    weights: tuple[float, ...] | None = None
 
     def __call__(
         self, params: tuple[Params, Any], state: State, x: jax.Array
@@ -377,9 +391,9 @@ class Step(NamedTuple):
             return state, jax.tree.leaves(state)[0].astype(dtype)
         if self.trains:
             return state, jnp.stack(trains, -1).astype(dtype)
-        weights = spike_weights(self.cell, values)
+        weights = self.weights or spike_weights(self.cell, values)
         y = count = sum(trains[1:], trains[0])
-        if not all(isinstance(w, float) and np.float32(w) == 1 for w in weights[1:]):
+        if not all(isinstance(w, float) and w == 1 for w in weights[1:]):
             pairs = zip(trains[1:], weights[1:], strict=True)
             y = sum((z * w for z, w in pairs), trains[0])
         if unit is not None:

@@ -5,6 +5,7 @@ transformation replaces or observes: ReLUs, or products and spikes. ``run`` comp
 function with each site handed to a handler: energy, calibration, conversion, NIR.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol, TypeAlias, cast
@@ -248,6 +249,8 @@ class _Walk:
     ) -> tuple[Plan, list[Value]]:
         """Return the plan of a jaxpr, and what is known of its outputs."""
         known = dict(zip(jaxpr.invars, inputs, strict=True))
+        operands = [*(v for e in jaxpr.eqns for v in e.invars), *jaxpr.outvars]
+        uses = Counter(v for v in operands if not isinstance(v, Literal))
 
         def read(v: Var | Literal) -> Value:
             if isinstance(v, Literal):
@@ -267,7 +270,9 @@ class _Walk:
                     plan[k] = inner
             else:
                 outs = [self.primitive(eqn, values)] * len(eqn.outvars)
-            known.update(zip(eqn.outvars, outs, strict=True))
+            for var, value in zip(eqn.outvars, outs, strict=True):
+                # A minimum caps a site only where nothing else sees the site's output.
+                known[var] = value if uses[var] < 2 else value._replace(site=None)
         return plan, [read(v) for v in jaxpr.outvars]
 
     def site(
@@ -289,11 +294,12 @@ class _Walk:
             kept = name in ("broadcast_in_dim", "convert_element_type")
             return Value(0, label, values[0].const if kept else None)
         # A minimum right behind a site: min(max(x, 0), c) without a call around it.
-        if name == "min" and values[1].const and values[0].site is not None:
-            site = self.sites[values[0].site]
-            cap = min(site.cap, float(values[1].const))
-            self.sites[values[0].site] = site._replace(cap=cap)
-            return values[0]
+        for value, other in (values, values[::-1]) if name == "min" else ():
+            if other.const and value.site is not None:
+                site = self.sites[value.site]
+                cap = min(site.cap, float(other.const))
+                self.sites[value.site] = site._replace(cap=cap)
+                return value
         level = self.rule.level(eqn, values)
         if level > max(v.level for v in values):
             self.others.append((name, where(eqn)))

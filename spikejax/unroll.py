@@ -1,11 +1,13 @@
 """Repeat a cell over the time axis: the one file that knows about time."""
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spikejax import neurons
 
@@ -159,6 +161,9 @@ def _pull(
 ) -> tuple:
     """Return the gradients of the loop's arguments, step by step from the last."""
     _, states = _run(step, weights, state, xs)
+    leaves, tree = jax.tree.flatten(xs)
+    # Masks and counts have no gradient; JAX has a type for that, not for arrays of it.
+    is_float = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
 
     def body(carry: tuple, given: tuple[jax.Array, Pytree]) -> tuple[tuple, None]:
         d_weights, d_state, d_xs = carry
@@ -166,12 +171,21 @@ def _pull(
         _, pull = jax.vjp(step, before, _at(xs, t), *weights)
         d_state, d_x, *more = pull((d_state, _at(d_ys, t)))
         d_weights = jax.tree.map(jnp.add, d_weights, more)
-        return (d_weights, d_state, _put(d_xs, d_x, t)), None
+        floats = list(itertools.compress(jax.tree.leaves(d_x), is_float))
+        return (d_weights, d_state, _put(d_xs, floats, t)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, (weights, xs))
-    steps = jnp.arange(jax.tree.leaves(xs)[0].shape[1])
+    zeros = jax.tree.map(
+        jnp.zeros_like, (weights, list(itertools.compress(leaves, is_float)))
+    )
+    steps = jnp.arange(leaves[0].shape[1])
     first = (zeros[0], d_state, zeros[1])
-    return jax.lax.scan(body, first, (steps, states), reverse=True)[0]
+    last = jax.lax.scan(body, first, (steps, states), reverse=True)[0]
+    d_weights, d_state, found = *last[:2], iter(last[2])
+    d_leaves = [
+        next(found) if floats else np.zeros(x.shape, jax.dtypes.float0)
+        for x, floats in zip(leaves, is_float, strict=True)
+    ]
+    return d_weights, d_state, jax.tree.unflatten(tree, d_leaves)
 
 
 _loop.defvjp(_forward, _backward)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spikejax import energy
+from spikejax import energy, stepper
 from spikejax._compat import List
 from spikejax.conversion import calibrate, convert, least_squares, steps
 from spikejax.functions import Function
@@ -246,3 +246,64 @@ def test_scales_of_channels_learn_each_on_its_own():
     for channel, scale in enumerate((0.3, 0.5)):
         one = gradient(jnp.float32(scale), xs[..., channel : channel + 1])
         assert float(both[channel]) == pytest.approx(float(one), rel=1e-5)
+
+
+WEIGHT = {"w": jnp.eye(4)}
+
+
+class TimeFirst(nnx.Module):
+    """A network that puts time before the batch on its way."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.first, self.last = (nnx.Linear(5, n, rngs=rngs) for n in (5, 3))
+
+    def __call__(self, xs):
+        xs = nnx.relu(self.first(jnp.swapaxes(xs, 0, 1)))
+        return jnp.swapaxes(self.last(xs), 0, 1)
+
+
+@pytest.mark.parametrize("batch", [3, 4])
+def test_as_many_images_as_time_steps_are_not_mixed_up(batch):
+    xs = jax.random.normal(jax.random.key(3), (batch, 4, 5))
+    snn = convert(calibrate(TimeFirst(), xs).model, xs).model
+    state, step = stepper(snn, xs[:, :1])
+    for t in range(4):
+        state, ys = step(state, xs[:, t : t + 1])
+        np.testing.assert_allclose(snn(xs)[:, t], ys[:, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_an_activation_at_two_places_gets_two_scales():
+    quant, rngs = QuantReLU(levels=100), nnx.Rngs(0)
+    first, last = (nnx.Linear(8, 8, rngs=rngs) for _ in range(2))
+    last.kernel[...] = 20 * last.kernel[...]
+    xs = jax.random.normal(jax.random.key(0), (32, 1, 8))
+    shared, swaps = calibrate(nnx.Sequential(first, quant, last, quant), xs)
+    plain = nnx.Sequential(first, nnx.relu, last, nnx.relu)
+    own = calibrate(plain, xs, neuron=lambda: QuantReLU(levels=100))
+    for site, swap in zip(shared.sites, swaps, strict=True):
+        np.testing.assert_allclose(100 * site.scale[...], swap.v_threshold, rtol=1e-6)
+    np.testing.assert_array_equal(shared(xs), own.model(xs))
+
+
+def test_a_minimum_caps_an_activation_that_nothing_else_sees():
+    xs = jnp.array([[[1.0, 2, 3, 4]]])
+    for cap in (lambda y: jnp.minimum(y, 2.0), lambda y: jnp.minimum(2.0, y)):
+        alone = Function(lambda p, x, cap=cap: cap(nnx.relu(x @ p["w"])), WEIGHT)
+        (swap,) = calibrate(alone, xs).swaps
+        assert swap.v_threshold == pytest.approx(2.0, rel=1e-3)
+
+    def twice(p, x):
+        y = nnx.relu(x @ p["w"])
+        return jnp.minimum(y, 0.5) + 3 * y
+
+    with pytest.raises(ValueError, match="ReLUs, got min at"):
+        calibrate(Function(twice, WEIGHT), xs)
+
+
+def test_a_spiking_network_is_not_converted_again():
+    xs = jnp.ones((2, 1, 5))
+    snn = convert(calibrate(TimeFirst(), xs).model, xs).model
+    for again in (calibrate, convert):
+        with pytest.raises(ValueError, match="network of ReLUs, got a spiking one"):
+            again(snn, xs)

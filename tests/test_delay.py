@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from spikejax import ILIF, LIF, energy, spike_driven, stepper
+from spikejax.energy import measure
 from spikejax.layers import Fixed
 from spikejax.nn.delay import Delay, DelayedLinear, place
 
@@ -207,3 +208,11 @@ def test_the_gradient_of_synapses_is_that_of_differences():
 def test_arguments_have_ranges(make, text):
     with pytest.raises(ValueError, match=text):
         make(nnx.Rngs(0))
+
+
+def test_dense_macs_are_those_of_one_time_step():
+    """A tap of each synapse: 4 of them for each of 5 inputs and 3 outputs."""
+    layer = DelayedLinear(5, 3, 3, rngs=nnx.Rngs(0))
+    xs = jax.random.normal(jax.random.key(0), (2, 8, 5))
+    whole, stepped = measure(layer, xs), measure(layer, xs, jnp.array([8, 8]))
+    assert whole.dense_macs == stepped.dense_macs == 4 * 5 * 3

@@ -281,3 +281,28 @@ def test_what_cannot_be_driven():
 
     with pytest.raises(ValueError, match=r"got a scan at test_driven.py:\d+"):
         spike_driven(Loop(), noise(1, 2, 1))
+
+
+class WithConstants(nnx.Module):
+    """Spikes, beside numbers that do not depend on the input."""
+
+    def __init__(self, constants):
+        rngs = nnx.Rngs(0)
+        self.neuron = MultiThreshold(4, v_threshold=0.5, decay_input=False)
+        self.constants = nnx.Param(jnp.array(constants))
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, xs):
+        spikes = self.neuron(xs)
+        more = jnp.broadcast_to(self.constants[...], (*xs.shape[:2], 2))
+        return self.head(jnp.concatenate([spikes, more], -1))
+
+
+@pytest.mark.parametrize(("constants", "trains"), [((0.3, -0.7), 0), ((0.0, 0.0), 4)])
+def test_numbers_beside_spikes_are_counted_once(constants, trains):
+    xs = 2 * jax.random.normal(jax.random.key(2), (2, 1, 4))
+    model = WithConstants(constants)
+    logits, report = spike_driven(model, xs)
+    np.testing.assert_allclose(logits, model(xs), atol=1e-6)
+    (row,) = report.layers
+    assert row.trains == trains and (not trains) == (row.reason != "")

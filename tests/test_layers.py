@@ -17,9 +17,10 @@ from spikejax.layers import (
     LIF,
     PLIF,
     MultiThreshold,
+    Neuron,
     neuron_layers,
 )
-from spikejax.neurons import cascade, independent, parallel
+from spikejax.neurons import NeuronParams, cascade, independent, parallel
 from spikejax.unroll import unroll
 
 
@@ -314,3 +315,30 @@ def test_spikes_weigh_what_they_take_away_some_of_them_one(thresholds, expected)
     np.testing.assert_array_equal(layer(x[None, None])[0, 0], expected)
     # Here they are numbers, and not traced.
     np.testing.assert_array_equal(layer.step(layer.start(x.shape), x)[1], expected)
+
+
+@pytest.mark.parametrize("v_threshold", [0.05, 0.1, 0.15, 0.3, 0.65])
+@pytest.mark.parametrize("count", [4, 16])
+def test_equally_spaced_thresholds_give_whole_numbers(count, v_threshold):
+    """Also where 0.3 - 0.2 is not 0.1 in float32, as in a compiled call."""
+    layer = MultiThreshold(count, v_threshold=v_threshold, decay_input=False)
+    xs = v_threshold * (jnp.arange(count + 1.0) + 0.5)[None, None]
+    np.testing.assert_array_equal(layer(xs)[0, 0], np.arange(count + 1))
+    np.testing.assert_array_equal(layer(xs, trains=True).sum(-1), layer(xs))
+
+
+@pytest.mark.parametrize(
+    ("params", "options", "message"),
+    [
+        (
+            NeuronParams(0.75, (0.5, -0.5), (0.5, -0.5)),
+            {"learn_thresholds": True},
+            "expected positive thresholds where they are learned",
+        ),
+        (NeuronParams(0.0), {"learn_tau": True}, "expected a leak of more than 0"),
+        (NeuronParams(1.0), {"learn_tau": True}, "expected a leak of more than 0"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused(params, options, message):
+    with pytest.raises(ValueError, match=f"Neuron: {message}"):
+        Neuron(parallel, params, **options)

@@ -233,3 +233,10 @@ def test_keep_membranes_needs_a_model_with_neurons(function):
         ValueError, match="with spiking neurons, got Linear without any"
     ):
         function(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), jnp.zeros((1, 1, 2)))
+
+
+def test_a_neuron_at_two_places_has_no_membrane_of_its_own():
+    linear, neuron = nnx.Linear(3, 3, rngs=nnx.Rngs(0)), LIF()
+    model = nnx.Sequential(linear, neuron, linear, neuron)
+    with pytest.raises(ValueError, match="called at one place, got .* at two. Give"):
+        keep_membranes(model, jnp.ones((1, 2, 3)))

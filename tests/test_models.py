@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spikejax import IF, LIF, MultiThreshold
+from spikejax import IF, LIF, Function, MultiThreshold
 from spikejax.models import MODELS, efficientnet, general, resnet, spikformer, vgg
 from spikejax.models.transformer import Transformer
 from spikejax.models.whitened import WhitenedCNN
@@ -202,3 +202,9 @@ def test_a_relu_network_has_derivatives_of_forward_mode_and_second_order():
     )(params)
     expected = sum(map(jnp.vdot, *map(jax.tree.leaves, (gradient, params))))
     np.testing.assert_allclose(slope, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_params_of_a_function_have_paths_of_their_own():
+    params = {"params": {"w": jnp.eye(2)}, "w": jnp.ones(2)}
+    with pytest.raises(ValueError, match="paths differ without 'params', got w, w"):
+        Function(lambda p, x: x @ p["params"]["w"] + p["w"], params)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spikejax.layers import LI, LIF
+from spikejax.layers import LI, LIF, MultiThreshold
 from spikejax.memory import keep_membranes
+from spikejax.neurons import independent
+from spikejax.nir import from_nir, to_nir
 from spikejax.nir.graph import Graph
 from spikejax.nir.layers import Scale, Threshold
 from spikejax.nn.recurrent import Recurrent
@@ -81,3 +83,19 @@ def test_a_loop_of_itself():
     graph = Graph({"n": LI(1.0)}, [("in", "n"), ("n", "n"), ("n", "out")], "in", "out")
     xs = jnp.asarray([1.0, 2.0, 3.0])[None, :, None]
     np.testing.assert_array_equal(graph(xs)[0, :, 0], [1, 3, 6])
+
+
+def test_recurrent_neurons_with_several_membranes_survive_a_round_trip():
+    """All membranes get the spikes of the step before, none those of this one."""
+    layer = Recurrent(MultiThreshold(3, independent), 3, rngs=nnx.Rngs(1))
+    parts = (
+        nnx.Linear(4, 3, rngs=nnx.Rngs(0)),
+        layer,
+        nnx.Linear(3, 2, rngs=nnx.Rngs(2)),
+    )
+    model, xs = (
+        nnx.Sequential(*parts),
+        3 * jax.random.normal(jax.random.key(0), (3, 7, 4)),
+    )
+    back = from_nir(to_nir(model, xs, dt=1.0), dt=1.0)
+    np.testing.assert_allclose(back(xs), model(xs), rtol=1e-5, atol=1e-6)

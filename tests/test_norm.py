@@ -121,3 +121,17 @@ def test_evaluation_and_masks_of_the_norm_are_those_of_flax(mask):
     ys = ours(XS, use_running_average=False, mask=mask)
     np.testing.assert_allclose(ys, theirs(XS, False, mask=mask), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(ours.mean[...], theirs.mean[...], rtol=1e-6)
+
+
+def test_other_axes_and_statistics_over_devices_are_those_of_flax():
+    xs = jax.random.normal(jax.random.key(0), (3, 4, 4)) + jnp.arange(4.0)[:, None]
+    ours, flax = (
+        kind(4, axis=1, rngs=nnx.Rngs(0)) for kind in (BatchNorm, nnx.BatchNorm)
+    )
+    np.testing.assert_array_equal(ours(xs), flax(xs))
+    found = []
+    for kind in (BatchNorm, nnx.BatchNorm):
+        graphdef, state = nnx.split(kind(4, axis_name="device", rngs=nnx.Rngs(0)))
+        stack = partial(jax.vmap, axis_name="device", in_axes=(None, 0))
+        found.append(stack(lambda s, x, g=graphdef: nnx.merge(g, s)(x))(state, xs))
+    np.testing.assert_array_equal(*found)

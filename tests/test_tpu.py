@@ -88,3 +88,13 @@ def test_networks_for_a_tpu_have_it_and_the_same_parameters_and_energy():
     ours, theirs = (energy.measure(model, xs) for model in (chip, flax))
     for one, other in zip(ours.connections, theirs.connections, strict=True):
         assert one == other
+
+
+@pytest.mark.parametrize("padding", [(1, 1), [0, 1], 1, ((1, 0), (0, 1)), "SAME"])
+def test_paddings_are_those_of_flax(padding):
+    xs = jax.random.normal(jax.random.key(0), (1, 2, 6, 6, 3))
+    ours, flax = (
+        kind(3, 4, (3, 3), padding=padding, rngs=nnx.Rngs(0))
+        for kind in (tpu.Conv, nnx.Conv)
+    )
+    np.testing.assert_allclose(ours(xs), flax(xs), rtol=1e-5, atol=1e-5)

@@ -363,3 +363,24 @@ def test_a_sequence_has_a_time_axis_with_steps(shape):
     message = f"unroll: expected xs [B, T, ...] with T >= 1, got shape {shape}. For one"
     with pytest.raises(ValueError, match=re.escape(message)):
         unroll(lif, NeuronParams(), jnp.zeros(3), jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("steps", [3, 6])
+def test_masks_and_counts_beside_the_currents_have_no_gradient(steps):
+    def step(state, x):
+        value, mask, count = x
+        state = 0.5 * state + jnp.where(mask, value, 0) * count
+        return state, state
+
+    key = jax.random.key(0)
+    values = jax.random.normal(key, (2, steps, 3))
+    more = jax.random.bernoulli(key, 0.5, values.shape), jnp.full(values.shape, 2)
+
+    def total(values):
+        return unroll(
+            lambda _, state, x: step(state, x), (), jnp.zeros((2, 3)), (values, *more)
+        )[1].sum()
+
+    weights = 2 - 0.5 ** jnp.arange(steps - 1.0, -1, -1)  # of what is seen for k steps
+    expected = 2 * more[0] * weights[:, None]
+    np.testing.assert_allclose(jax.grad(total)(values), expected, rtol=1e-6)

@@ -10,7 +10,15 @@ import pytest
 import slow_general
 from flax import nnx
 
-from spikejax import LIF, MultiThreshold, independent, surrogate
+from spikejax import (
+    ALIF,
+    LIF,
+    CubaLIF,
+    MultiThreshold,
+    RefractoryLIF,
+    independent,
+    surrogate,
+)
 from spikejax.nn.windowed import (
     Mixer,
     Stacked,
@@ -448,3 +456,10 @@ def test_the_same_state_gives_the_same_spikes_also_in_evaluation():
 def test_bad_input(run, message):
     with pytest.raises(ValueError, match=message):
         run()
+
+
+@pytest.mark.parametrize("neuron", [ALIF, CubaLIF, partial(RefractoryLIF, 1)])
+def test_neurons_with_two_states_do_not_pass_them_on_between_windows(neuron):
+    network = Stacked([lambda xs: xs], [neuron()], 1, projection=mean)
+    with pytest.raises(ValueError, match="whose state is one membrane, .* got [ACR]"):
+        network(jnp.ones((1, 1, 2, 1, 1, 1)))

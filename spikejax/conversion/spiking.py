@@ -12,7 +12,7 @@ the strongest input covers the spikes of the others.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +121,10 @@ class Replaced(nnx.Module):
     def _has_time(self, traced: Traced, xs: jax.Array) -> bool:
         """Return whether neurons may be called with sequences, from rest."""
         lead = self._lead(xs)
+        if len(set(lead)) < len(lead):  # then time and batch are told by another batch
+            shape = xs.shape[0] + 1, *xs.shape[1:]
+            other: Any = jax.ShapeDtypeStruct(shape, xs.dtype)
+            lead, traced = self._lead(other), self._trace(other)[1]
         shapes = {(*site.repeats, *_shape(site)[: len(lead)]) for site in traced.sites}
         return shapes == {lead} and not any(
             site.memory.watch or site.memory.held for site in self.sites
@@ -207,6 +211,8 @@ def _sites(
     model = evaluation_copy(who, model)
     found = []
     if isinstance(model, Replaced):
+        if isinstance(model.sites[0], ScaledIF):
+            raise ValueError(f"{who}: expected a network of ReLUs, got a spiking one.")
         currents = model.currents
         model, found = model.model, list(model.sites)
     rule = Relus(currents=currents)
@@ -429,7 +435,10 @@ def calibrate(
     if correct:  # the first half passes through ReLUs, the second is quantised
         xs = jnp.concatenate([xs, xs])
     model, traced, found = _sites("calibrate", model, xs, plain=True, currents=currents)
-    quants = [quant or neuron() for quant in found]
+    quants: list[QuantReLU] = []
+    for quant in found:  # one at two places becomes two, with a scale of its own each
+        again = any(quant is other for other in quants)
+        quants.append(nnx.clone(quant) if quant and again else quant or neuron())
     for quant, site in zip(quants, traced.sites, strict=True):
         quant.signed, quant.deterministic = site.kind == SIGNED, True
     handler = _calibrating(quants, rule, per_channel, correct)

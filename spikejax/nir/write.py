@@ -396,6 +396,13 @@ class _Writer:
             self.edges += [(number[a], number[b]) for a, b in part.edges]
             entries.append(number[part.entry])
             outputs += [(number[o], spec.full(weight)) for o, weight in part.outputs]
+        if isinstance(layer, Recurrent) and len(entries) > 1:
+            # One place where currents and spikes that come back meet: the loops close
+            # there, and all membranes see the spikes of the step before.
+            ones = nir.Scale(scale=found[0].full(1.0))
+            common = self.add(f"{name}.input", ones)
+            self.edges += [(common, entry) for entry in entries]
+            entries = [common]
         self.edges += [(a, entry) for entry in entries for a in value.sources]
         # The factor of all outputs is that of the first; the others get a Scale.
         weight = outputs[0][1]

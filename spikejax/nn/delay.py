@@ -14,6 +14,8 @@ from flax import nnx
 from spikejax.layers import Fixed, check_sequence
 from spikejax.memory import Memory
 
+OVER_TIME = "spikejax_over_time"  # name of the scope of a product over time steps
+
 
 def place(
     delays: jax.Array, max_delay: int, width: jax.Array | float | None = None
@@ -183,6 +185,7 @@ class DelayedLinear(_Delays):
         seen = self.memory.extend(xs, self.max_delay)
         # A convolution counts taps forwards in time.
         kernel = (self.kernel() * self.weights[...])[::-1].astype(xs.dtype)
-        return jax.lax.conv_general_dilated(
-            seen, kernel, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
-        )
+        with jax.named_scope(OVER_TIME):
+            return jax.lax.conv_general_dilated(
+                seen, kernel, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+            )

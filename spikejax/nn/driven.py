@@ -211,8 +211,10 @@ class _Driver:
         constants = [v for v in inputs if not isinstance(v, _Signal)]
         if y.dtype == jnp.bool:  # a comparison makes spikes of anything
             return _Signal(y, ((1.0, y),))
-        zero = kind == "pad" and not np.any(constants[0])
-        if alike and (kind in SHAPES or zero):
+        shapes = kind in SHAPES
+        if kind in ("pad", "concatenate", "stack"):  # a constant would count per train
+            shapes = not any(map(np.any, constants))
+        if alike and shapes:
             trains = []
             for k, weight in enumerate(weights):
                 one = [v.trains[k][1] if isinstance(v, _Signal) else v for v in inputs]

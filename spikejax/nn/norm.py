@@ -75,7 +75,9 @@ class BatchNorm(nnx.BatchNorm):
     ) -> Array:
         scale, bias = self.scale, self.bias
         frozen = self.use_running_average or use_running_average
-        if frozen or mask is not None or scale is None or bias is None:
+        others = self.axis not in (-1, x.ndim - 1) or self.axis_name is not None
+        others |= not self.use_fast_variance or mask is not None
+        if frozen or others or scale is None or bias is None:
             return super().__call__(x, use_running_average, mask=mask)
         x = x.astype(self.dtype or jnp.result_type(x, scale[...]))
         result: Any = _normalise(x, scale[...], bias[...], self.epsilon)

@@ -36,7 +36,7 @@ class Conv(nnx.Conv):
             or len(self.kernel_size) != 2
             or xs.shape[1] == 1
             or self.mask is not None
-            or (pads not in ("SAME", "VALID") and not isinstance(pads, tuple | list))
+            or (pads not in ("SAME", "VALID") and not _is_pairs(pads))
         ):
             return super().__call__(xs)
         bias = self.bias[...] if self.bias is not None else None
@@ -54,6 +54,12 @@ class Conv(nnx.Conv):
             precision=self.precision,
         )
         return ys if bias is None else ys + bias
+
+
+def _is_pairs(pads: Any) -> bool:
+    return not isinstance(pads, str | int) and all(
+        isinstance(p, Sequence) for p in pads
+    )
 
 
 def _pair(value: int | Sequence[int] | None) -> Sequence[int]:

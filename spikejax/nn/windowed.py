@@ -251,6 +251,11 @@ def _windows(xs: Tree) -> list[Tree]:
 
 def _fire(neuron: Neuron, v: State, x: jax.Array) -> tuple[State, jax.Array]:
     """Return the membranes u that the currents x of a window charge, and the spikes."""
+    if len(jax.tree.leaves(v)) > 1:
+        raise ValueError(
+            "windows: expected neurons whose state is one membrane, which windows pass "
+            f"on, such as LIF or MultiThreshold, got {type(neuron).__name__}."
+        )
     # The authors carry u to the next window, not the membrane after the reset.
     return jax.tree.map(lambda v: neuron.charge(v, x), v), neuron.step(v, x)[1]
 
