@@ -33,6 +33,9 @@ class Function(nnx.Module):
             only that part is trained.
         time: whether f takes sequences [B, T, ...] itself, as a spiking network does.
             Otherwise every time step is one more image of the batch.
+
+    Raises:
+        ValueError: leaves of params have one path where 'params' is left out.
     """
 
     def __init__(self, f: Pure, params: Pytree, *, time: bool = False):

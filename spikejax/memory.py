@@ -124,19 +124,8 @@ def keep_membranes(model: Model, xs: jax.Array) -> Model:
     def starts(state: nnx.State, xs: jax.Array) -> dict[tuple, list[jax.Array]]:
         found: dict[tuple, list[jax.Array]] = {}
         model = nnx.merge(graphdef, state)
-
-        def note(path: tuple, start: Any) -> list[jax.Array]:
-            if path in found:
-                where = "/".join(map(str, path))
-                raise ValueError(
-                    f"keep_membranes: expected neurons that are called at one place, "
-                    f"got {where} at two. Give each place neurons of its own."
-                )
-            found[path] = jax.tree.leaves(start)
-            return found[path]
-
         for path, memory in _memories(model).items():
-            memory.watch = partial(note, path)
+            memory.watch = partial(_note, found, path)
         model(xs)
         return found
 
@@ -145,6 +134,20 @@ def keep_membranes(model: Model, xs: jax.Array) -> Model:
         if path in found:  # the neuron inside of a Recurrent keeps no state of its own
             memory.held = List([Membrane(leaf) for leaf in found[path]])
     return model
+
+
+def _note(found: dict[tuple, list[jax.Array]], path: tuple, start: State) -> None:
+    """Note the state at rest of the neurons at a path.
+
+    Raises:
+        ValueError: they are called again, at another place.
+    """
+    if path in found:
+        raise ValueError(
+            "keep_membranes: expected neurons that are called at one place, got "
+            f"{'/'.join(map(str, path))} at two. Give each place neurons of its own."
+        )
+    found[path] = jax.tree.leaves(start)
 
 
 def drop_membranes(model: Model) -> Model:

@@ -192,17 +192,40 @@ def cascade(
     Reference: as for ``parallel``.
     """
     u = left = charge(params.leak, v, x, options)
-    # A threshold sees what those before it took away, and so does its gradient: without
-    # that, a neuron below its first of N equal thresholds would get N times as much.
-    within = options._replace(detach_reset=False)
-    trains = []
+    trains: list[jax.Array] = []
     amounts = spike_amounts(cascade, params)
     for theta, amount in zip(params.thresholds, amounts, strict=True):
         z = options.surrogate(u - theta)
-        u = reset(u, z, amount * z, within)
         left = reset(left, z, amount * z, options)
         trains.append(z)
+        if len(trains) < len(amounts):
+            u = _leave(u, z, theta, amount, options)
     return left, tuple(trains)
+
+
+def _leave(
+    u: jax.Array, z: jax.Array, theta: Number, amount: Number, options: NeuronOptions
+) -> jax.Array:
+    """Return what one threshold of a cascade leaves of u for the next.
+
+    With detach_reset its slope is 1 - a H'(u - theta), at least 0: without the second
+    term a neuron below the first of N equal thresholds would get N times the gradient.
+    """
+    if options.detach_reset:
+        share = jnp.clip(amount * options.surrogate.slope(u - theta), 0, 1)
+        u = _with_slope(u, 1 - share)
+    return reset(u, z, amount * z, options)
+
+
+@jax.custom_vjp
+def _with_slope(u: jax.Array, slope: jax.Array) -> jax.Array:
+    """Return u, whose gradient is multiplied by the slope."""
+    return u
+
+
+_with_slope.defvjp(
+    lambda u, slope: (u, slope), lambda slope, g: (g * slope, jnp.zeros_like(slope))
+)
 
 
 def independent(
@@ -294,10 +317,13 @@ def spike_weights(cell: Cell, params: NeuronParams) -> list[Number]:
 
 def fixed_weights(cell: Cell, params: Params) -> tuple[float, ...] | None:
     """Return the ``spike_weights`` if they are numbers, None if a tracer is in them."""
-    given = [getattr(params, name, None) for name in ("thresholds", "amounts")]
-    numbers = [v for values in given if values is not None for v in values]
-    if given[0] is None or not all(isinstance(v, float) for v in numbers):
-        return None
+    thresholds = getattr(params, "thresholds", None)
+    amounts = getattr(params, "amounts", None)
+    for values in (thresholds, thresholds if amounts is None else amounts):
+        if not isinstance(values, tuple):
+            return None
+        if not all(isinstance(value, float) for value in values):
+            return None
     return tuple(map(float, spike_weights(cell, params)))
 
 

@@ -52,6 +52,11 @@ class Surrogate:
         """Return [x >= 0] in the shape and dtype of x."""
         return _heaviside(self, x)
 
+    def slope(self, x: jax.Array) -> jax.Array:
+        """Return H'(x), the surrogate derivative itself."""
+        width = () if self.alpha is None else (self.alpha,)
+        return self.derivative(x, *width)
+
 
 # One rule for every surrogate, defined once: a custom_vjp made per surrogate is a new
 # function for jax.jit and for pickle. Its backward pass is plain JAX, so gradients of
@@ -66,8 +71,7 @@ def _forward(surrogate: Surrogate, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _backward(surrogate: Surrogate, x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
-    width = () if surrogate.alpha is None else (surrogate.alpha,)
-    return ((g * surrogate.derivative(x, *width)).astype(x.dtype),)
+    return ((g * surrogate.slope(x)).astype(x.dtype),)
 
 
 _heaviside.defvjp(_forward, _backward)

@@ -251,6 +251,9 @@ class _Walk:
         known = dict(zip(jaxpr.invars, inputs, strict=True))
         operands = [*(v for e in jaxpr.eqns for v in e.invars), *jaxpr.outvars]
         uses = Counter(v for v in operands if not isinstance(v, Literal))
+        # A minimum caps a site only where nothing else sees the site's output.
+        for var in [var for var in known if uses[var] > 1]:
+            known[var] = known[var]._replace(site=None)
 
         def read(v: Var | Literal) -> Value:
             if isinstance(v, Literal):
@@ -271,7 +274,6 @@ class _Walk:
             else:
                 outs = [self.primitive(eqn, values)] * len(eqn.outvars)
             for var, value in zip(eqn.outvars, outs, strict=True):
-                # A minimum caps a site only where nothing else sees the site's output.
                 known[var] = value if uses[var] < 2 else value._replace(site=None)
         return plan, [read(v) for v in jaxpr.outvars]
 

@@ -284,6 +284,11 @@ def test_an_activation_at_two_places_gets_two_scales():
     for site, swap in zip(shared.sites, swaps, strict=True):
         np.testing.assert_allclose(100 * site.scale[...], swap.v_threshold, rtol=1e-6)
     np.testing.assert_array_equal(shared(xs), own.model(xs))
+    noisy = QuantReLU(noise=1.0, rngs=nnx.Rngs(noise=0))
+    made = calibrate(nnx.Sequential(first, noisy, last, noisy), xs).model
+    made.train()
+    keys = [jax.random.key_data(site.key()).tolist() for site in made.sites]
+    assert keys[0] != keys[1]
 
 
 def test_a_minimum_caps_an_activation_that_nothing_else_sees():
@@ -297,8 +302,10 @@ def test_a_minimum_caps_an_activation_that_nothing_else_sees():
         y = nnx.relu(x @ p["w"])
         return jnp.minimum(y, 0.5) + 3 * y
 
-    with pytest.raises(ValueError, match="ReLUs, got min at"):
-        calibrate(Function(twice, WEIGHT), xs)
+    inner = jax.jit(lambda y: jnp.minimum(y, 0.5) + 3 * y)
+    for f in (twice, lambda p, x: inner(nnx.relu(x @ p["w"]))):
+        with pytest.raises(ValueError, match="ReLUs, got min at"):
+            calibrate(Function(f, WEIGHT), xs)
 
 
 def test_a_spiking_network_is_not_converted_again():

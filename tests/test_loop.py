@@ -277,6 +277,8 @@ def test_sigterm_again_while_saving_loses_nothing(tmp_path, monkeypatch):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not heard and not stopped.finished and saved(tmp_path) == [3, 4]
+    again = fit(tmp_path)  # a signal while the last step is saved counts too
+    assert not again.finished and again.metrics["steps"] == STEPS
 
 
 def test_it_runs_in_another_thread(whole, tmp_path):

@@ -337,6 +337,29 @@ def test_equal_thresholds_in_cascade_have_the_gradient_of_parallel_ones(detach_r
     np.testing.assert_array_equal(found, np.where((us > 0.25) & (us < 2.25), 2, 0))
 
 
+@pytest.mark.parametrize("threshold", [0.5, 1.0, 4.0])
+def test_the_gradient_of_a_cascade_neither_explodes_nor_changes_sign(threshold):
+    """sum_k h_k prod_(j<k) max(0, 1 - theta h_j), h_k = H'(u_(k-1) - theta)."""
+    count, derivative = 4, surrogate.atan(5.0)
+    us = jnp.linspace(-threshold, (count + 1) * threshold, 301)
+
+    def spikes(u):
+        params = NeuronParams(0.0, (threshold,) * count)
+        options = {"detach_reset": True, "surrogate": derivative}
+        return step(cascade, params, 0.0, u, decay_input=False, **options)[1]
+
+    found = jax.vmap(jax.grad(spikes))(us)
+    u, rest, expected = np.asarray(us, np.float64), 1.0, 0.0
+    for _ in range(count):
+        x = u - threshold
+        h = 2.5 / (1 + (np.pi / 2 * 5 * x) ** 2)
+        expected = expected + rest * h
+        rest = rest * np.maximum(0, 1 - threshold * h)
+        u = u - threshold * (x >= 0)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    assert found.min() > 0 and found.max() <= max(1 / threshold, 2.5) + 1e-6
+
+
 def test_leak_and_thresholds_may_differ_from_neuron_to_neuron():
     leaks, low = jnp.linspace(0, 0.5, 16), jnp.linspace(0.5, 2, 16)
     xs = currents(8)

@@ -107,7 +107,11 @@ def test_files_that_are_no_recordings(tmp_path):
     whole = (tmp_path / "cut.wav").read_bytes()
     (tmp_path / "cut.wav").write_bytes(whole[:30])
     (tmp_path / "text.wav").write_text("seven")
+    (tmp_path / "mute.wav").write_bytes(whole[:36] + b"note" + whole[40:])
+    (tmp_path / "zero.wav").write_bytes(whole[:32] + bytes(2) + whole[34:])
     for name, got in (
+        ("mute", ""),
+        ("zero", ""),
         ("none", "no samples"),
         ("cut", ""),
         ("text", "File format"),

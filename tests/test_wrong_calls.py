@@ -392,7 +392,7 @@ CALLS = {
     "time_steps: expected 1 for --neuron relu: it has no state": [
         lambda: Experiment("r", activation=ReLUOptions(), time_steps=4),
     ],
-    "neuron: expected one of lif, plif, if, alif, relu": [
+    "neuron: expected one of lif, plif, if, alif, got": [
         lambda: Experiment("r", activation=SingleOptions("lfi")),
     ],
     "num_thresholds: expected 1 to 64": [

@@ -291,7 +291,7 @@ convert --max-steps 100000
 convert --test-images 0
     test_images: expected at least 1, got 0.
 convert --neuron lif
-    neuron: expected relu, the network that is converted, got lif.
+    flags: expected one of relu after --neuron, got 'lif'. --help explains it.
 convert --time-steps 4
     time_steps: expected 1 for --neuron relu: it has no state, got 4.
 convert --relu nowhere

@@ -22,15 +22,14 @@ from flax.traverse_util import unflatten_dict
 from spikejax import trace
 from spikejax._compat import List, iter_modules
 from spikejax.conversion.relus import SIGNED, Relus, advise
+from spikejax.conversion.rules import Rule, maximum
 from spikejax.functions import Function, functional
 from spikejax.memory import Membrane, evaluation_copy, has_held, keep_membranes
 from spikejax.neurons import Number
 from spikejax.nn.quant import QuantReLU, ScaledIF
 from spikejax.trace import Site, Traced
 
-Rule = Callable[[jax.Array, int], jax.Array]  # (ReLU activations, levels) -> threshold
 BELOW = 1 - 1e-6  # see _threshold
-HALVINGS = 14  # of ten octaves below the maximum, to 0.05 %
 ROUNDS = 3  # of a correction
 
 
@@ -120,15 +119,16 @@ class Replaced(nnx.Module):
 
     def _has_time(self, traced: Traced, xs: jax.Array) -> bool:
         """Return whether neurons may be called with sequences, from rest."""
+        if any(site.memory.watch or site.memory.held for site in self.sites):
+            return False
         lead = self._lead(xs)
-        if len(set(lead)) < len(lead):  # then time and batch are told by another batch
+        # Where time and batch have one size, another batch shows which is which.
+        if len(set(lead)) < len(lead) and xs.shape[1] > 1:
             shape = xs.shape[0] + 1, *xs.shape[1:]
             other: Any = jax.ShapeDtypeStruct(shape, xs.dtype)
             lead, traced = self._lead(other), self._trace(other)[1]
         shapes = {(*site.repeats, *_shape(site)[: len(lead)]) for site in traced.sites}
-        return shapes == {lead} and not any(
-            site.memory.watch or site.memory.held for site in self.sites
-        )
+        return shapes == {lead}
 
     def _lead(self, xs: jax.Array) -> tuple[int, ...]:
         """Return the axes of batch and time, which a function of images has as one."""
@@ -319,77 +319,6 @@ def convert(
     return Converted(ann, tuple(swaps))
 
 
-def maximum(x: jax.Array, levels: int) -> jax.Array:
-    """Return the largest activation.
-
-    Args:
-        x: ReLU activations, any shape.
-        levels: p of the quantised activation; not used here.
-
-    Reference: Diehl et al. 2015, doi:10.1109/IJCNN.2015.7280696.
-    """
-    return x.max()
-
-
-def percentile(q: float = 99.9) -> Rule:
-    """Return a rule: the q-th percentile of the activations.
-
-    Args:
-        q: in percent, above 1 up to 100.
-
-    Raises:
-        ValueError: q is out of its range, such as a fraction.
-
-    Reference: Rueckauer et al. 2017, doi:10.3389/fnins.2017.00682.
-    """
-    if not 1 < q <= 100:
-        raise ValueError(f"percentile: expected 1 < q <= 100, in percent, got {q}.")
-    return lambda x, levels: jnp.percentile(x, q)
-
-
-def least_error(x: jax.Array, levels: int) -> jax.Array:
-    """Return the threshold, in hundredths of the maximum, of least squared error.
-
-    Args: as in ``maximum``.
-
-    Our choice, in the spirit of Li et al. 2021, arXiv:2106.06984.
-    """
-    candidates = x.max() * jnp.arange(1, 101) / 100
-
-    def error(v_threshold: jax.Array) -> jax.Array:
-        step = v_threshold / levels
-        return ((step * jnp.clip(jnp.round(x / step), 0, levels) - x) ** 2).mean()
-
-    return candidates[jax.lax.map(error, candidates).argmin()]
-
-
-def least_squares(x: jax.Array, levels: int) -> jax.Array:
-    """Return a threshold of least squared error, where its best scale is itself.
-
-    q = clip(round(p x / theta), 0, p),  theta = p sum(x q) / sum(q^2)
-
-    Found by bisection of the logarithm: the right side is above theta where clipping
-    is too strong, and below where levels are too coarse. The iteration theta <- right
-    side has the same fixed points, and with 15 levels is a third away after 30 steps.
-
-    Args: as in ``maximum``.
-
-    Reference: H-MT (AAAI 2026) has the right side in closed form, for a normal input.
-    """
-    largest = x.max()
-
-    def halve(_: int, between: jax.Array) -> jax.Array:
-        low, high = between
-        theta = largest * 2 ** ((low + high) / 2)
-        q = jnp.clip(jnp.round(levels * x / jnp.maximum(theta, 1e-30)), 0, levels)
-        above = levels * (x * q).sum() > theta * (q * q).sum()
-        middle = (low + high) / 2
-        return jnp.where(above, jnp.array([middle, high]), jnp.array([low, middle]))
-
-    between = jax.lax.fori_loop(0, HALVINGS, halve, jnp.array([-10.0, 0.0]))
-    return largest * 2 ** between.mean()
-
-
 def calibrate(
     model: nnx.Module,
     xs: jax.Array,
@@ -435,10 +364,7 @@ def calibrate(
     if correct:  # the first half passes through ReLUs, the second is quantised
         xs = jnp.concatenate([xs, xs])
     model, traced, found = _sites("calibrate", model, xs, plain=True, currents=currents)
-    quants: list[QuantReLU] = []
-    for quant in found:  # one at two places becomes two, with a scale of its own each
-        again = any(quant is other for other in quants)
-        quants.append(nnx.clone(quant) if quant and again else quant or neuron())
+    quants = _apart(found, neuron)
     for quant, site in zip(quants, traced.sites, strict=True):
         quant.signed, quant.deterministic = site.kind == SIGNED, True
     handler = _calibrating(quants, rule, per_channel, correct)
@@ -453,6 +379,20 @@ def calibrate(
         if correct:
             made.biases.append(nnx.Param(bias))
     return Converted(made, tuple(swaps))
+
+
+def _apart(
+    found: Sequence[QuantReLU | None], neuron: Callable[[], QuantReLU]
+) -> list[QuantReLU]:
+    """Return a QuantReLU for each site: one at two places becomes two."""
+    quants: list[QuantReLU] = []
+    for quant in found:
+        if quant and any(quant is other for other in quants):
+            quant = nnx.clone(quant)
+            if quant.rngs is not None:  # with noise of its own
+                quant.rngs = quant.rngs.fork()
+        quants.append(quant or neuron())
+    return quants
 
 
 def _calibrating(

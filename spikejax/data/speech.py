@@ -35,7 +35,11 @@ def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
             rate, samples = wavfile.read(path)
         if not len(samples):
             raise ValueError("no samples")
-    except (OSError, ValueError, EOFError, struct.error) as error:
+    # The last two are SciPy's for a file without sound and with a damaged header.
+    except (
+        *(OSError, ValueError, EOFError, struct.error),
+        *(UnboundLocalError, ZeroDivisionError),
+    ) as error:
         got = str(error) if Path(path).is_file() else "no such file"
         raise ValueError(
             f"recordings: expected a WAV file, got {path}: {got}."

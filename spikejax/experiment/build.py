@@ -287,7 +287,7 @@ class SingleOptions:
 
 @dataclass(frozen=True)
 class ReLUOptions:
-    """No neurons: the twin of a spiking network."""
+    """ReLU in the place of neurons: the twin of a spiking network."""
 
     neuron: Literal["relu"] = "relu"
     """Activation: relu does not spike."""
@@ -326,10 +326,10 @@ ActivationOptions = MultiThresholdOptions | SingleOptions | ReLUOptions
 def neuron_factory(activation: ActivationOptions, network: NetworkOptions) -> Factory:
     """Return the factory of the activation, as models take it.
 
-    Neurons have soft reset, which passes no gradient (``detach_reset``), and do not
-    scale their input by the leak. All but plif, which learns it, keep tau at 2, or at
-    that of the flags of a sequence network. In a General SNN, tau, the threshold and
-    the surrogate are its authors'.
+    Neurons have soft reset, which passes no gradient to the next step
+    (``detach_reset``), and do not scale their input by the leak. All but plif, which
+    learns it, keep tau at 2, or at that of the flags of a sequence network. In a
+    General SNN, tau, the threshold and the surrogate are its authors'.
     """
     if isinstance(activation, ReLUOptions):
         return lambda: nnx.relu

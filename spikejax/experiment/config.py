@@ -36,7 +36,13 @@ from spikejax.experiment.build import (
     VGGOptions,
     build_model,
 )
-from spikejax.experiment.cli import cache_programs, checked, flatten, override
+from spikejax.experiment.cli import (
+    cache_programs,
+    checked,
+    flag_name,
+    flatten,
+    override,
+)
 from spikejax.experiment.start import start_from
 from spikejax.experiment.trained import Card
 from spikejax.train import processes, sharding, workdir
@@ -174,7 +180,10 @@ class Experiment:
             ("surrogate", "atan", general, "for a General SNN, which has its own"),
         ):
             if useless and (value := flags.get(name, default)) != default:
-                raise ValueError(f"{name}: expected {default} {why}, got {value}.")
+                flag = f"{flag_name(name)} {default}"  # a recipe may have given it
+                raise ValueError(
+                    f"{name}: expected {default} {why}, got {value}. Take {flag}."
+                )
 
 
 Data = ImageSet | EventSet | SequenceSet

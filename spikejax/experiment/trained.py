@@ -71,7 +71,7 @@ class Card:
     @property
     def of_speech(self) -> bool:
         """Tell if the network takes recordings of speech."""
-        return self.mean is not None and len(self.shape) == 1
+        return self.mean is not None and "step_ms" in self.flags
 
     @property
     def readout(self) -> Readout:

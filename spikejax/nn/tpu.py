@@ -56,7 +56,7 @@ class Conv(nnx.Conv):
         return ys if bias is None else ys + bias
 
 
-def _is_pairs(pads: Any) -> bool:
+def _is_pairs(pads: str | int | Sequence[int | Sequence[int]]) -> bool:
     return not isinstance(pads, str | int) and all(
         isinstance(p, Sequence) for p in pads
     )

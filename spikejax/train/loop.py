@@ -119,10 +119,9 @@ def fit(
 ) -> Fitted:
     """Train a model, with checkpoints in ``workdir`` from which the same call resumes.
 
-    A run that was killed resumes from its last checkpoint and ends with the same bits.
-    SIGTERM, SIGHUP and a first Ctrl-C save and return with finished=False; sent to one
-    of several processes, they end all of them with the same step. A single process
-    breaks off an evaluation for them, which is not repeated but at the last step.
+    A killed run resumes from its last checkpoint and ends with the same bits. SIGTERM,
+    SIGHUP and a first Ctrl-C save and return with finished=False; sent to one of many
+    processes, they end all at the same step. A single process breaks off an evaluation.
 
     Args:
         config: the recipe.
@@ -283,7 +282,8 @@ def _train(
             checkpoints.save(step, state, train_data, metric=metric, clock=saved)
             if stop.now:
                 break
-        return state, scores | saved, stop.now
+    # Read last: a signal may come while the checkpoint is being saved.
+    return state, scores | saved, stop.now
 
 
 def _report(progress: Progress, stop: processes.Terminated, pending: Pending) -> None:

@@ -218,6 +218,9 @@ class Terminated:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+            outer = getattr(handler, "__self__", None)
+            if isinstance(outer, Terminated):  # what comes next stops too
+                outer.requested |= self.requested
 
     def _record(self, number: int, _: object) -> None:
         self.requested = True

@@ -328,7 +328,7 @@ def _fingerprint(listing: Listing, framing: Framing) -> str:
     files = sorted(named | {path for path in map(_labels, named) if path.is_file()})
     # Sizes and times, not contents: hashing those would read every file at each start.
     stats = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    parts = [[(str(p), label) for p, label in part] for part in listing[:2]]
+    parts = [[(str(p.absolute()), label) for p, label in part] for part in listing[:2]]
     key = [VERSION, listing.split, dataclasses.asdict(framing), stats, parts]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
 
