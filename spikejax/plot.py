@@ -9,6 +9,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -31,6 +32,7 @@ MARKERS = "os^Dv<>"
 WHOLE: dict[str, Any] = {"integer": True, "min_n_ticks": 1}  # of ticks
 
 POINTS = 2001  # inputs of a staircase
+TOGETHER = neurons.lif, neurons.parallel, neurons.independent  # comparisons
 NOISY_POINTS, DRAWS = 400, 4000  # the mean's error is then 0.5 s / sqrt(4000) at most
 
 # key of a row -> title, unit of the axis, factor
@@ -135,6 +137,8 @@ def membrane(layer: Neuron, x: ArrayLike, *, axes: Axes | None = None) -> Axes:
             f"membrane: expected the current of one neuron, [T], got shape {x.shape}."
         )
     v = layer.start(())
+    states = len(jax.tree.leaves(v))
+    _check_spiking("membrane", layer, one=states == 1 and hasattr(layer.params, "leak"))
     values, trains = [v], []
     for current in x:
         u = layer.charge(v, current)
@@ -183,6 +187,8 @@ def response(
         layers: a layer of neurons, or several by name, not modified.
     """
     named = {_title(layers): layers} if isinstance(layers, Neuron) else dict(layers)
+    for layer in named.values():
+        _check_spiking("response", layer)
     axes = _or_new(axes, 5.2, 3.6)
     top = max(_saturation(layer) for layer in named.values())
     x = jnp.linspace(-0.1 * top, 1.2 * top, POINTS)
@@ -207,13 +213,24 @@ def response(
 
 def _saturation(layer: Neuron) -> float:
     """Return an input above which the output of a resting neuron is constant."""
-    leak, thresholds, _ = layer.params
-    values = [float(t) for t in thresholds]
+    values = [float(t) for t in layer.params.thresholds]
     # A cascade subtracts each threshold that it passed before it compares the next.
-    top = sum(values) if layer.cell is neurons.cascade else max(values)
+    top = max(values) if layer.cell in TOGETHER else sum(values)
     rest = layer.options.v_reset or 0.0
-    scale = float(leak) if layer.options.decay_input else 1.0
-    return (top - rest) / (scale or 1.0)
+    leak = float(getattr(layer.params, "leak", 0.0))
+    scale = leak if layer.options.decay_input else 1.0
+    _, (_, size) = layer.bind()
+    unit = 1.0 if size is None else float(size)
+    return unit * (top - rest) / (scale or 1.0)
+
+
+def _check_spiking(who: str, layer: Neuron, *, one: bool = True) -> None:
+    if layer.cell is neurons.integrate or not one:
+        expected = "spiking neurons" if one else "neurons whose state is one membrane"
+        raise ValueError(
+            f"{who}: expected {expected}, such as LIF or MultiThreshold, got "
+            f"{type(layer).__name__}."
+        )
 
 
 def _title(layer: Neuron) -> str:

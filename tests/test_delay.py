@@ -197,7 +197,7 @@ def test_the_gradient_of_synapses_is_that_of_differences():
         (lambda r: Delay(0, 3, rngs=r), "Delay: expected max_delay and features of"),
         (lambda r: Delay(2, 3, width=0.0, rngs=r), "Delay: .* a positive width, got"),
         (lambda r: DelayedLinear(0, 3, 2, rngs=r), "DelayedLinear: expected max_del"),
-        (lambda r: Delay(2, 3, rngs=r)(spikes((1, 4, 2))), "Delay: expected 3 feat"),
+        (lambda r: Delay(2, 3, rngs=r)(spikes((1, 4, 2))), "Delay: expected input"),
         (lambda r: Delay(2, 3, rngs=r)(jnp.ones(3)), "Delay: expected a floating"),
         (
             lambda r: DelayedLinear(3, 2, 2, rngs=r)(spikes((1, 4, 2))),
@@ -216,3 +216,9 @@ def test_dense_macs_are_those_of_one_time_step():
     xs = jax.random.normal(jax.random.key(0), (2, 8, 5))
     whole, stepped = measure(layer, xs), measure(layer, xs, jnp.array([8, 8]))
     assert whole.dense_macs == stepped.dense_macs == 4 * 5 * 3
+
+
+def test_an_input_without_time_is_refused():
+    layer = Delay(3, 5, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"\[B, T, ..., 5\], got shape \(2, 5\)"):
+        layer(jnp.ones((2, 5)))

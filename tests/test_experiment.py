@@ -168,7 +168,7 @@ def test_sigterm_saves_and_leaves_with_exit_code_0(tmp_path, monkeypatch, capsys
         ({"label_smoothing": 1.0}, r"label_smoothing: .* 0 <= p < 1, got 1.0\.$"),
         (
             {"activation": ReLUOptions(), "time_steps": 4},
-            r"time_steps: expected 1 for --neuron relu: .*, got 4\.$",
+            r"time_steps: expected 1 for --neuron relu: .* Take --time-steps 1\.$",
         ),
         ({"loss": "tett"}, "loss: expected one of rate, tet, got 'tett'"),
         ({"activation": SingleOptions("lfi")}, "neuron: expected one of lif, .*"),

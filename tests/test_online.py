@@ -1,6 +1,7 @@
 """Gradients in each time step: equal to BPTT at T = 1 and to sums by hand at T = 3."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from spikejax.layers import LIF, MultiThreshold
 from spikejax.memory import has_held
 from spikejax.nn import online
 from spikejax.nn.online import Traced
+from spikejax.nn.penalty import Penalised
 
 LABELS = jnp.array([[1.0, 0.0], [0.0, 1.0]])
 TAU = 4.0
@@ -161,3 +163,38 @@ def test_bad_input():
         online.value_and_grad(linear, losses.rate_mse, currents(2), LABELS)
     with pytest.raises(ValueError, match="Traced: expected tau >= 1"):
         Traced(linear, 0.5)
+
+
+def test_steps_after_the_end_do_not_count(monkeypatch):
+    """As each sequence alone, without what pads it."""
+    xs, lengths = currents(6), jnp.array([6, 3, 1])[: len(currents(6))]
+    model = network(traced)
+
+    def alone(k):
+        part = xs[k : k + 1, : int(lengths[k])]
+        labels = LABELS[k : k + 1]
+        return online.value_and_grad(nnx.clone(model), squares, part, labels)
+
+    padded = [x.at[n:].set(99.0) for x, n in zip(xs, lengths.tolist(), strict=True)]
+    given = jnp.stack(padded), LABELS, lengths
+    value, gradients = online.value_and_grad(nnx.clone(model), squares, *given)
+    found = [alone(k) for k in range(len(xs))]
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *found)
+    np.testing.assert_allclose(value, mean[0], rtol=1e-5)
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, gradients, mean[1])
+
+
+def test_costs_of_layers_are_added():
+    xs, labels = jnp.ones((2, 3, 4)), jnp.array([0, 1])
+    found = []
+    for weight in (0.0, 2.0):
+        rngs = nnx.Rngs(0)
+        cost = Penalised(LIF(), lambda ys: (ys.mean((1, 2)) - 1) ** 2, weight)
+        model = nnx.Sequential(nnx.Linear(4, 4, rngs=rngs), cost)
+        model = nnx.Sequential(*model.layers, nnx.Linear(4, 2, rngs=rngs))
+        loss = losses.rate_cross_entropy
+        found.append(online.value_and_grad(model, loss, xs, labels)[0])
+        steps = [cost.layer(model.layers[0](xs))[:, t].mean(-1) for t in range(3)]
+    expected = 2 * np.mean([(np.asarray(s) - 1) ** 2 for s in steps])
+    np.testing.assert_allclose(found[1] - found[0], expected, rtol=1e-5)

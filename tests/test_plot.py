@@ -9,8 +9,9 @@ from flax import nnx
 
 from spikejax import neurons
 from spikejax.energy import Firing, Operations, Report
-from spikejax.layers import IF, LIF, MultiThreshold
+from spikejax.layers import IF, LI, LIF, MultiThreshold
 from spikejax.memory import keep_membranes
+from spikejax.nn.cells import ALIF, CubaLIF
 from spikejax.nn.quant import QuantReLU, ScaledIF
 
 pytest.importorskip("matplotlib")
@@ -305,3 +306,23 @@ def test_energy_bars_are_stacked_and_sum_up():
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["accumulates (spikes)", "multiply-accumulates"]
     assert plot.energy_bars({"spiking": SPIKING}, axes=axes) is axes
+
+
+def test_a_response_has_the_size_of_a_spike():
+    for layer, top in ((ScaledIF(10.0, 2), 10), (ScaledIF(0.1, 2), 0.1)):
+        (line, *_) = plot.response(layer).lines[-1:]
+        assert line.get_ydata().max() == pytest.approx(top, rel=1e-5)
+        assert line.get_xdata().max() == pytest.approx(1.2 * top, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layer", [LI(), ALIF(), CubaLIF()], ids=lambda v: type(v).__name__
+)
+def test_membranes_of_other_neurons_are_refused(layer):
+    with pytest.raises(ValueError, match="^membrane: expected .* such as LIF or"):
+        plot.membrane(layer, jnp.ones(4))
+    if isinstance(layer, LI):
+        with pytest.raises(ValueError, match="expected spiking neurons, .* LI"):
+            plot.response(layer)
+    else:
+        plot.response(layer)

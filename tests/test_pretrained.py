@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from golden.seeded import images, weights
 
+from spikejax import surrogate
 from spikejax.layers import IF, LIF, PLIF
 from spikejax.models.pretrained import load_resnet, snntorch_neuron, spikingjelly_neuron
 from spikejax.models.resnet import ResNet, ms, resnet18, sew
@@ -61,7 +62,7 @@ def test_neurons_of_spikingjelly():
 
 def test_neurons_of_snntorch():
     layer = snntorch_neuron(0.75, reset_mechanism="zero")
-    expected = LIF(4.0, v_reset=0.0, decay_input=False)
+    expected = LIF(4.0, v_reset=0.0, decay_input=False, detach_reset=True)
     assert (layer.params, layer.options) == (expected.params, expected.options)
     np.testing.assert_array_equal(layer(XS), expected(XS))
     layer = snntorch_neuron(0.75, 0.5, reset_delay=False)
@@ -106,6 +107,17 @@ def test_what_the_state_says_of_neurons_is_taken(state):
     changed = model.blocks[0].neurons[1]
     assert changed.cell is late_reset
     assert changed.params.leak == 0.75 and changed.params.thresholds == (2.0,)
+    # What else snnTorch saves of a Leaky, and an array of betas of maps [C, H, W].
+    betas = np.linspace(0.25, 0.75, 64).reshape(64, 1, 1)
+    more = {"sn1.beta": betas, "sn1.threshold": np.ones(())}
+    more |= {"sn1.graded_spikes_factor": np.ones(()), "sn1.reset_mechanism_val": 0}
+    more |= {"layer1.0.sn1.threshold": np.float32(3)}
+    model = load_resnet(empty(neuron=NEURONS["snntorch"]), state | more)
+    leak = model.stage_neuron.params.leak
+    np.testing.assert_allclose(leak[0, 0], 1 - betas.ravel(), rtol=1e-6)
+    changed = model.blocks[0].neurons[0]
+    assert changed.params.thresholds == (3.0,)
+    assert changed.params.leak == pytest.approx(1 - float(GOLDEN["beta"]))
 
 
 @pytest.mark.parametrize(
@@ -120,6 +132,12 @@ def test_what_the_state_says_of_neurons_is_taken(state):
             {},
             {"sn1.w": np.ones(())},
             "expected neurons that learn tau at 'sn1', got LIF",
+        ),
+        ({}, {"sn1.graded_spikes_factor": 2.0}, "'sn1' with spikes of 1 and the reset"),
+        (
+            {},
+            {"sn1.reset_mechanism_val": 1},
+            "got graded_.* reset_mechanism_val 1",
         ),
     ],
 )
@@ -165,3 +183,34 @@ def test_the_names_are_those_of_any_depth():
     np.testing.assert_array_equal(
         model.blocks[1].norms[2].mean[...], given["layer2.0.bn3.running_mean"]
     )
+
+
+def leaky(mode, xs, beta, threshold):
+    """The loop of snnTorch 1.0.0's Leaky over [T], with its detached late reset."""
+    membrane, spikes = jnp.zeros(()), []
+    reset_delay, subtract = "delay" in mode, "subtract" in mode
+    for x in xs:
+        reset = jax.lax.stop_gradient(surrogate.ATAN(membrane - threshold))
+        if reset_delay and not subtract:
+            membrane = (1 - reset) * membrane
+        membrane = beta * membrane + x
+        if reset_delay and subtract:
+            membrane = membrane - reset * threshold
+        z = surrogate.ATAN(membrane - threshold)
+        if not reset_delay:
+            membrane = membrane - z * (threshold if subtract else membrane)
+        spikes.append(z)
+    return jnp.stack(spikes)
+
+
+@pytest.mark.parametrize("mode", ["subtract, delay", "zero, delay", "subtract", "zero"])
+def test_gradients_are_those_of_snntorch(mode):
+    """A reset that comes one step later is detached there, the other is not."""
+    kind, *late = mode.split(", ")
+    layer = snntorch_neuron(0.75, 1.0, reset_mechanism=kind, reset_delay=bool(late))
+    xs = jnp.array([0.4, 0.9, 0.3, 1.2, 0.2, 0.7, 0.1])
+    weights = jnp.arange(1.0, 8.0)
+    ours = jax.grad(lambda xs: (layer(xs[None])[0] * weights).sum())(xs)
+    theirs = jax.grad(lambda xs: (leaky(mode, xs, 0.75, 1.0) * weights).sum())(xs)
+    np.testing.assert_array_equal(layer(xs[None])[0], leaky(mode, xs, 0.75, 1.0))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)

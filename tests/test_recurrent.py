@@ -259,3 +259,12 @@ def test_it_learns_to_read_digits_row_by_row(neuron):
     assert logits.shape == (297, 8, 10)
     accuracy = float((logits.mean(1).argmax(-1) == test_labels).mean())
     assert accuracy > 0.7  # by chance 0.1
+
+
+@pytest.mark.parametrize("kind", [GRU, LSTM])
+def test_axes_between_time_and_features_do_not_see_each_other(kind):
+    layer = kind(3, 4, rngs=nnx.Rngs(0))
+    xs = jax.random.normal(jax.random.key(0), (2, 6, 5, 3))
+    ys = layer(xs)
+    for k in range(5):
+        np.testing.assert_allclose(ys[:, :, k], layer(xs[:, :, k]), rtol=1e-5)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spikejax import LIF, MultiThreshold
+from spikejax import LIF, MultiThreshold, losses
 from spikejax.layers import Neuron
 from spikejax.models.spikformer import (
     e_spikeformer,
@@ -32,6 +32,7 @@ from spikejax.models.transformer import (
     Transformer,
     Weighted,
 )
+from spikejax.nn.penalty import Penalised
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/transformers.json").read_text())
 
@@ -321,3 +322,17 @@ def test_wrong_arguments_say_what_is_expected():
         made(small(8, 1, heads=2))(jnp.ones((1, 1, 4, 4, 3)))
     with pytest.raises(ValueError, match="self_attention: expected .* and 3 heads"):
         made(spikformer(8, 1, heads=3))(jnp.ones((1, 1, 4, 4, 3)))
+
+
+def test_a_cost_of_spikes_does_not_change_the_network():
+    several = partial(MultiThreshold, 4, v_threshold=0.5)
+
+    def penalised():
+        return Penalised(several(), losses.firing_rate)
+
+    xs = jax.random.normal(jax.random.key(0), (2, 1, 32, 32, 3))
+    plain, with_cost = (
+        Transformer(spikformer(16, 1, heads=2), 3, neuron=neuron, rngs=nnx.Rngs(0))
+        for neuron in (several, penalised)
+    )
+    np.testing.assert_array_equal(with_cost(xs), plain(xs))

@@ -19,8 +19,10 @@ from spikejax import (
     independent,
     surrogate,
 )
+from spikejax.nn.penalty import Penalised
 from spikejax.nn.windowed import (
     Mixer,
+    PersistentState,
     Stacked,
     bernoulli,
     conv_network,
@@ -463,3 +465,26 @@ def test_neurons_with_two_states_do_not_pass_them_on_between_windows(neuron):
     network = Stacked([lambda xs: xs], [neuron()], 1, projection=mean)
     with pytest.raises(ValueError, match="whose state is one membrane, .* got [ACR]"):
         network(jnp.ones((1, 1, 2, 1, 1, 1)))
+
+
+def test_layers_that_hide_their_neurons_are_refused():
+    neuron = Penalised(LIF(), lambda ys: ys.mean())
+    for make in (
+        lambda: Stacked([], [neuron], 1),
+        lambda: PersistentState([], neuron, 1),
+    ):
+        with pytest.raises(ValueError, match="expected neurons, .* got Penalised"):
+            make()
+
+
+def test_a_region_threshold_keeps_the_counts_of_several_thresholds():
+    """Behind the network a map of 0, 0.1, 1, 4: above 0.2 a count stays a count."""
+    counts = jnp.array([0.0, 0.1, 1.0, 4.0]).reshape(1, 1, 2, 2, 1)
+    network = conv_network(1, rngs=nnx.Rngs(0))
+    options = {"window": whole, "binarise": None, "region_threshold": 0.2}
+    mixer = Mixer(1, network, **options, rngs=nnx.Rngs(0))
+    mixer.network = lambda xs, carried: (xs, carried)
+    mixer.linear = lambda ys: ys
+    np.testing.assert_array_equal(mixer(counts)[0], counts)
+    halves = jnp.where(counts == 1, 0.5, counts)  # seen by one of two windows
+    np.testing.assert_array_equal(mixer(halves)[0], counts)

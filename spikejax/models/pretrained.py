@@ -82,7 +82,10 @@ def snntorch_neuron(
     leak, level = (
         n.item() if np.size(n) == 1 else n for n in (1 - kept, np.asarray(threshold))
     )
-    options = NeuronOptions(None if soft else 0.0, decay_input=False)
+    # snnTorch detaches the reset that comes one step later, and not the other.
+    options = NeuronOptions(
+        None if soft else 0.0, decay_input=False, detach_reset=reset_delay
+    )
     cell = neurons.late_reset if late else neurons.lif
     return Neuron(cell, NeuronParams(leak, (level,)), options)
 
@@ -112,7 +115,7 @@ def load_resnet(model: ResNet, state: Mapping[str, Any]) -> ResNet:
     arrays = _arrays(state)
     layers, spiking = _layers(model)
     for name, neuron in spiking.items():
-        keys = [k for k in ("w", "beta", "threshold") if f"{name}.{k}" in arrays]
+        keys = [key for key in OF_NEURONS if f"{name}.{key}" in arrays]
         _set(name, neuron, {key: arrays.pop(f"{name}.{key}") for key in keys})
     return _fill("load_resnet", model, layers, arrays)
 
@@ -186,6 +189,8 @@ def _fill(
     return model
 
 
+# Parameters of ParametricLIFNode and of Leaky, and how Leaky was made.
+OF_NEURONS = ("w", "beta", "threshold", "graded_spikes_factor", "reset_mechanism_val")
 NAMES = (  # of torchvision, and ours
     ("weight", "kernel"),
     ("weight", "scale"),
@@ -231,11 +236,28 @@ def _set(name: str, neuron: Any, given: Mapping[str, Any]) -> None:
         )
     if "w" in given:
         neuron.leak_logit = param(given["w"])
-    if "beta" in given:
+    soft = neuron.options.v_reset is None
+    mechanism = given.get("reset_mechanism_val", 0 if soft else 1)  # 0 subtracts
+    factor = given.get("graded_spikes_factor", 1)
+    if np.any(np.asarray(mechanism) != (0 if soft else 1)) or np.any(factor != 1):
+        raise ValueError(
+            f"load_resnet: expected {name!r} with spikes of 1 and the reset of "
+            f"{type(neuron).__name__}(v_reset={neuron.options.v_reset}), got "
+            f"graded_spikes_factor {factor} and reset_mechanism_val {mechanism}. Give "
+            "neuron=partial(snntorch_neuron, ...) with that reset."
+        )
+    if given.keys() & {"beta", "threshold"}:
+        # Of maps [C, H, W] theirs, with the channels last here.
+        beta, threshold = (
+            np.moveaxis(v, 0, -1) if np.ndim(v) == 3 else v
+            for v in (given.get("beta", 0.5), given.get("threshold", 1.0))
+        )
         made: Any = snntorch_neuron(
-            given["beta"],
-            given.get("threshold", 1.0),
-            reset_mechanism="subtract" if neuron.options.v_reset is None else "zero",
+            beta,
+            threshold,
+            reset_mechanism="subtract" if soft else "zero",
             reset_delay=neuron.cell is neurons.late_reset,
         )
-        neuron.leak, neuron.thresholds = made.leak, made.thresholds
+        for field in ("leak", "thresholds")["beta" not in given :]:
+            delattr(neuron, field)  # a number is static, an array is not
+            setattr(neuron, field, getattr(made, field))

@@ -156,7 +156,7 @@ class ResNet(nnx.Module):
         in_channels: channels of the input.
         dtype: of the computation; parameters stay float32.
         remat: keep only the input of each block, and recompute the block for the
-            gradient: 0.6 of the memory, a fifth more time (docs/speed.md).
+            gradient: 0.6 of the memory, a quarter more time (docs/speed.md).
         rngs: source of the weights.
 
     Returns:

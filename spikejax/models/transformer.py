@@ -19,6 +19,7 @@ from spikejax.models.check import check_factory, check_images
 from spikejax.models.whitened import patch_basis
 from spikejax.nn.attention import token_attention
 from spikejax.nn.norm import td_batch_norm
+from spikejax.nn.penalty import unpenalised
 
 
 class Make(NamedTuple):
@@ -259,7 +260,8 @@ class Transformer(nnx.Module):
         if neuron is None:
             attention_neuron = attention_neuron or design.attention_neuron
         neuron = neuron or design.neuron
-        check_factory("Transformer", neuron)
+        for factory in (neuron, attention_neuron or neuron):
+            check_factory("Transformer", factory)
         options = {"dtype": dtype, "rngs": rngs}
         make = Make(
             partial(conv, **options),
@@ -268,7 +270,7 @@ class Transformer(nnx.Module):
             pool,
             neuron,
             attention_neuron or neuron,
-            getattr(neuron(), "num_thresholds", 1),
+            getattr(unpenalised(neuron()), "num_thresholds", 1),
             in_channels,
         )
         self.in_channels, self.side, self.remat = in_channels, design.side, remat

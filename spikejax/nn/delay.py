@@ -122,12 +122,12 @@ class Delay(_Delays):
             ValueError: xs has no time axis, or other features.
         """
         features = self.delays.shape[0]
-        if xs.shape[-1] != features:
-            raise ValueError(
-                f"Delay: expected {features} features on the last axis, got shape "
-                f"{xs.shape}."
-            )
         check_sequence("Delay", xs)
+        if xs.ndim < 3 or xs.shape[-1] != features:
+            raise ValueError(
+                f"Delay: expected input [B, T, ..., {features}], got shape {xs.shape}. "
+                "For one time step, add the time axis: x[:, None]."
+            )
         steps, size = xs.shape[1], self.max_delay
         seen = self.memory.extend(xs, size)
         if self.deterministic:  # spikes are moved, and not multiplied

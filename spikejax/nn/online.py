@@ -16,18 +16,24 @@ from flax import nnx
 
 from spikejax.layers import check_sequence, check_tau
 from spikejax.memory import Memory, drop_membranes, keep_membranes
+from spikejax.nn.penalty import penalty
 from spikejax.unroll import unroll_compiled
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]  # (logits, labels) -> [B]
 
 
 def value_and_grad(
-    model: nnx.Module, loss: Loss, xs: jax.Array, labels: jax.Array
+    model: nnx.Module,
+    loss: Loss,
+    xs: jax.Array,
+    labels: jax.Array,
+    lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, nnx.State]:
     """Return the mean loss of single time steps, and its gradient without time.
 
     L = 1/T sum_t loss(o[t], y),  with v[t-1] constant in the gradient of each step
 
+    Costs of ``Penalised`` layers are added to the loss of each step.
     It runs the model from rest. Batch statistics are those of each step, and are saved
     in the model, as are random states; use it inside of ``nnx.jit``, or merge the model
     inside of ``jax.jit``.
@@ -37,6 +43,7 @@ def value_and_grad(
         loss: (logits [B, 1, K], labels) -> [B], as in ``spikejax.losses``.
         xs: input [B, T, ...].
         labels: as the loss takes them.
+        lengths: [B], steps of each sequence, where those after them do not count.
 
     Returns:
         the loss, and gradients as ``nnx.value_and_grad`` has them, for an
@@ -48,6 +55,7 @@ def value_and_grad(
     Reference: Meng et al. 2023, arXiv:2302.14311 (SLTT).
     """
     check_sequence("online.value_and_grad", xs)
+    ends = jnp.full(xs.shape[0], xs.shape[1]) if lengths is None else lengths
     running, steps = nnx.clone(model), xs.shape[1]
     keep_membranes(running, xs[:, :1])
     graphdef, params, rest = nnx.split(running, nnx.Param, ...)
@@ -56,7 +64,8 @@ def value_and_grad(
         model = nnx.merge(graphdef, params, rest)
         logits = model(jax.lax.dynamic_slice_in_dim(xs, t, 1, 1))
         rest = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
-        return loss(logits, labels).mean() / steps, rest
+        counts = jnp.where(t < ends, 1 / ends, 0)
+        return (loss(logits, labels) * counts).mean() + penalty(model) / steps, rest
 
     def add(t: jax.Array, carry: tuple) -> tuple:
         value, gradients, rest = carry

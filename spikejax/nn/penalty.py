@@ -45,6 +45,11 @@ class Penalised(nnx.Module):
         return ys
 
 
+def unpenalised(layer: Layer) -> Layer:
+    """Return the layer inside of ``Penalised``, or the layer itself."""
+    return unpenalised(layer.layer) if isinstance(layer, Penalised) else layer
+
+
 def penalty(model: nnx.Module) -> jax.Array:
     """Return the sum of the costs of all layers in the last call of a model."""
     costs = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, Penalty)))

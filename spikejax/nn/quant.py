@@ -142,11 +142,12 @@ class QuantReLU(nnx.Module):
         scale: float | None = None,
         rngs: nnx.Rngs | None = None,
     ):
-        known = bits in range(1, 9)
-        self.levels = levels or (2**bits - 1 if known else 1)
+        known, own = bits in range(1, 9), levels is None or levels >= 1
+        self.levels = (levels if own else 1) or (2**bits - 1 if known else 1)
         start = INITIAL_THRESHOLD / self.levels if scale is None else scale
         for right, expected, got in (
             (known, "1 to 8 bits", repr(bits)),
+            (own, "1 level or more", levels),
             (callable(rounding), "a rounding such as half_even", rounding),
             (0 <= noise < math.inf, "noise of 0 or more", noise),
             (not noise or rngs, f"rngs=nnx.Rngs(noise=seed) with noise {noise}", rngs),

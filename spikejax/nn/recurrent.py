@@ -131,7 +131,8 @@ def _run(
     """Return h at all steps of xs [B, T, in_features], from the state in a memory."""
     gates = layer.inputs(xs)  # one matrix product for all steps
     weights = _weights(layer.recurrent, gates.dtype)
-    h = jnp.zeros((gates.shape[0], weights[0].shape[0]), gates.dtype)
+    shape = *gates[:, 0].shape[:-1], weights[0].shape[0]
+    h = jnp.zeros(shape, gates.dtype)
     start = memory.load((h, h) if cell is _lstm else h)
     state, hs = unroll_compiled(cell, weights, start, gates)
     memory.save(state)

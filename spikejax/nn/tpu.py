@@ -36,6 +36,7 @@ class Conv(nnx.Conv):
             or len(self.kernel_size) != 2
             or xs.shape[1] == 1
             or self.mask is not None
+            or getattr(self, "preferred_element_type", None) is not None
             or (pads not in ("SAME", "VALID") and not _is_pairs(pads))
         ):
             return super().__call__(xs)

@@ -22,6 +22,7 @@ from spikejax import surrogate
 from spikejax._compat import List
 from spikejax.layers import LIF, Factory, Layer, Neuron
 from spikejax.neurons import State
+from spikejax.nn.penalty import Penalised
 from spikejax.nn.recurrent import Bidirectional
 
 Window = Callable[[int], int]  # side of the map -> side of a window
@@ -162,6 +163,8 @@ class Stacked(nnx.Module):
         *,
         projection: Projection | None = sine,
     ):
+        for neuron in neurons:
+            _check_neuron("Stacked", neuron)
         self.layers = List(layers)
         self.neurons = List(neurons)
         self.features = features
@@ -206,6 +209,7 @@ class PersistentState(nnx.Module):
         *,
         projection: Projection = sine,
     ):
+        _check_neuron("PersistentState", neuron)
         self.layer = layer
         self.neuron = neuron
         self.features = features
@@ -241,6 +245,14 @@ class PersistentState(nnx.Module):
 
 Network = Stacked | PersistentState
 Tree = TypeVar("Tree")
+
+
+def _check_neuron(who: str, neuron: Layer) -> None:
+    if isinstance(neuron, Penalised):
+        raise ValueError(
+            f"{who}: expected neurons, whose membranes windows pass on, got Penalised. "
+            "Add a cost of their spikes to the loss."
+        )
 
 
 def _windows(xs: Tree) -> list[Tree]:
@@ -323,7 +335,9 @@ class Mixer(nnx.Module):
         spikes, carried = self.network(parts, jax.tree.map(cut, carried))
         ys, carried = put(spikes), jax.tree.map(put, carried)
         if self.region_threshold is not None:
-            ys = jnp.where(ys > self.region_threshold, 1, ys)
+            # Of several thresholds the counts: those of the authors are binary.
+            whole = jax.lax.stop_gradient(jnp.maximum(ys, 1))
+            ys = jnp.where(ys > self.region_threshold, whole, ys)
         return self.linear(ys), carried
 
 
