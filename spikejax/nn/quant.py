@@ -143,7 +143,8 @@ class QuantReLU(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         known, own = bits in range(1, 9), levels is None or levels >= 1
-        self.levels = (levels if own else 1) or (2**bits - 1 if known else 1)
+        of_bits = 2**bits - 1 if known else 1
+        self.levels = of_bits if levels is None else max(1, levels)
         start = INITIAL_THRESHOLD / self.levels if scale is None else scale
         for right, expected, got in (
             (known, "1 to 8 bits", repr(bits)),
