@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+from multiprocessing.popen_spawn_posix import Popen
 
 import numpy as np
 import pytest
@@ -237,8 +238,16 @@ def test_an_asynchronous_save_keeps_the_state_of_its_moment(tmp_path):
     assert batches.get_state() == {"next_index": 1}
 
 
-def test_the_stream_is_the_same_whatever_the_workers():
+def test_the_stream_is_the_same_whatever_the_workers(monkeypatch):
     flags.FLAGS.unparse_flags()
+    launch, signalled = Popen._launch, []
+
+    def launch_and_signal(self, process):
+        launch(self, process)
+        os.kill(self.pid, signal.SIGTERM)  # as to the whole group: before it runs
+        signalled.append(self.pid)
+
+    monkeypatch.setattr(Popen, "_launch", launch_and_signal)
 
     def stream(workers):
         return train_batches(
@@ -250,7 +259,7 @@ def test_the_stream_is_the_same_whatever_the_workers():
     try:
         got = [next(there)]
         for worker in multiprocessing.active_children():
-            os.kill(worker.pid, signal.SIGTERM)  # as to the whole group, which saves
+            os.kill(worker.pid, signal.SIGTERM)  # and as it works
         got += [next(there) for _ in range(4)]
         here.set_state(there.get_state())  # and a run may change their number
         got += [next(here) for _ in range(4)]
@@ -258,6 +267,8 @@ def test_the_stream_is_the_same_whatever_the_workers():
         there.close()
     for key in ("image", "label"):
         assert np.array_equal([b[key] for b in got], [b[key] for b in expected])
+    assert len(signalled) == 2
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())  # this one hears them
     assert not flags.FLAGS.is_parsed()  # a program's flags are its own
 
 

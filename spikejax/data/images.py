@@ -3,8 +3,11 @@
 Reading needs no TensorFlow; preparing a TFDS set does: see experiments/prepare.py.
 """
 
+import contextlib
 import dataclasses
 import signal
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import grain
@@ -219,7 +222,8 @@ class TrainBatches(grain.DatasetIterator):
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = self._open()
-        batch = next(self._iterator)
+        with _block_signals() if self._workers else contextlib.nullcontext():
+            batch = next(self._iterator)  # the first ones start the workers
         self._next_index += 1
         return batch
 
@@ -251,14 +255,24 @@ class TrainBatches(grain.DatasetIterator):
         if profiling in flags.FLAGS:
             flags.FLAGS[profiling].present = True
         options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
-        return iter(rest.mp_prefetch(options, worker_init_fn=_ignore_signals))
+        return iter(rest.mp_prefetch(options))
 
 
-def _ignore_signals(*_: int) -> None:
-    """Leave signals to the main process, which saves, and then stops the workers."""
-    # Ctrl-C, the end of a terminal and the end of a job go to the whole group.
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+@contextlib.contextmanager
+def _block_signals() -> Iterator[None]:
+    """Leave signals to the main process, which saves, and then stops the workers.
+
+    Ctrl-C, the end of a terminal and the end of a job go to the whole group. Threads
+    and processes inherit the block, so it holds from a worker's first instruction on.
+    """
+    # In Python 3.11, the start of this process unblocks what was blocked before.
+    resource_tracker.ensure_running()
+    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _check(
