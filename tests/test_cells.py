@@ -302,6 +302,7 @@ def test_ternary_and_halving_neurons_need_no_class():
         (lambda: ILIF(0), "num_thresholds: expected a whole number >= 1, got 0"),
         (lambda: ILIF(v_threshold=-1.0), "ILIF: expected .* positive thresholds"),
         (lambda: ILIF(tau=0.5), "ILIF: expected tau >= 1"),
+        (lambda: ILIF(4, np.ones(3)), r"ILIF: expected one v_threshold, got .* \(3,\)"),
     ],
 )
 def test_arguments_have_ranges(make, text):

@@ -283,6 +283,11 @@ class ILIF(Neuron):
     ):
         levels = neurons.equal_thresholds(num_thresholds, v_threshold)
         neurons.check_thresholds("ILIF", levels, rising=True)
+        if np.ndim(v_threshold):
+            raise ValueError(
+                "ILIF: expected one v_threshold, got an array of shape "
+                f"{np.shape(v_threshold)}. MultiThreshold takes one per channel."
+            )
         params = NeuronParams(
             check_tau("ILIF", tau),
             tuple(level - v_threshold / 2 for level in levels),
