@@ -33,6 +33,7 @@ from spikejax.conversion.steps import (
 )
 from spikejax.data import images
 from spikejax.experiment import (
+    EfficientNetOptions,
     Experiment,
     Images,
     ReLUOptions,
@@ -60,6 +61,8 @@ LOSS = 0.005  # of accuracy, that early exits may cost on the sample
 class Start(Experiment):
     """A ReLU network: --num-thresholds is of the conversion."""
 
+    network: VGGOptions | ResNetOptions | EfficientNetOptions = VGGOptions()
+    """Its architecture: layers that are affine, pooling, and ReLUs."""
     activation: ReLUOptions = ReLUOptions()
     """Its activation."""
 
@@ -79,7 +82,8 @@ class Conversion:
     noise: float = 1.0
     """Amplitude of the noise in training; 0 is the baseline."""
     quant_epochs: float = 20.0
-    """Passes over the training images with quantised activations."""
+    """Passes over the training images with quantised activations; half of --steps,
+    where that is given."""
     quant_learning_rate: float = 0.03
     """Peak learning rate with quantised activations."""
     max_steps: int = 32
@@ -99,6 +103,11 @@ class Conversion:
             "test_images": ("at least 1", lambda n: n >= 1),
         }
         check_settings(self, ranges)
+        if self.experiment.train.steps and self.quant_epochs != 20.0:
+            raise ValueError(
+                "quant_epochs: expected none with --steps, of which the quantised "
+                f"training takes half, got {self.quant_epochs}."
+            )
 
 
 DEFAULT = Conversion(
@@ -122,7 +131,7 @@ class Conversions:
         if flags.relu:
             self.start = started(flags.relu, shared)
         self.task = open_images(self.start)
-        raw = images.first(self.task.data.train, SAMPLE, self.task.crops[1])
+        raw = images.sample(self.task.data.train, SAMPLE, self.task.crops[1])
         self.sample = self.task.encode(jnp.asarray(raw["image"]), jax.random.key(0))
         self.labels = jnp.asarray(raw["label"])
 
@@ -235,7 +244,8 @@ def rows(flags: Conversion) -> Iterator[dict[str, Any]]:
     relu = nets.fit(nets.start)
     settings = [(flags.bits, flags.noise)]
     if flags.sweep:
-        settings = [(bits, noise) for bits in (2, 3) for noise in (0.0, flags.noise)]
+        noises = dict.fromkeys((0.0, flags.noise))
+        settings = [(bits, noise) for bits in (2, 3) for noise in noises]
         fine = partial(QuantReLU, 8)
         free = calibrate(
             relu.model, nets.sample, rule=percentile(99.9), neuron=fine

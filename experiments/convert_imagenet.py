@@ -138,6 +138,12 @@ class Photographs:
         self.known, look = rest[: flags.calibrate], rest[flags.calibrate :]
         rows = look if flags.part == "look" else np.flatnonzero(is_test)
         self.rows = rows[: flags.images]
+        if not len(self.rows):
+            raise ValueError(
+                f"part: expected photographs of the part {flags.part}, got none: of "
+                f"{len(is_test)}, {is_test.sum()} are of the part test, and "
+                f"--calibrate takes {len(self.known)}. Take fewer, or the other part."
+            )
 
     def encode(self, rows: np.ndarray) -> jax.Array:
         """Return photographs as [B, 1, H, W, 3]."""

@@ -63,16 +63,17 @@ def compare(digits: Experiment) -> None:
             row["num_thresholds"] = experiment.activation.num_thresholds
             rows.append(row | {"time_steps": experiment.time_steps} | result)
     if processes.is_primary():
-        show(rows, digits.workdir)
+        title = f"{flatten(digits)['data']}, {len(data.test):,} test images"
+        show(title, rows, digits.workdir)
 
 
-def show(rows: list[dict[str, Any]], folder: Path) -> None:
+def show(title: str, rows: list[dict[str, Any]], folder: Path) -> None:
     """Print the table, and write it as summary.json and digits.png."""
     from spikejax import plot
 
     workdir.write(folder / "summary.json", rows)
     table(
-        "Handwritten digits, 297 test images",
+        title,
         ["neuron", "accuracy", "seconds", "spikes/image", "nJ/image"],
         [
             [

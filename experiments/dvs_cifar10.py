@@ -148,12 +148,12 @@ def by_class(
 
 def read_stream(
     recording: Path, duration: int, event_set: EventSet, *, sort: bool = False
-) -> np.ndarray:
-    """Return the events of a recording, which sort puts in the order of time.
+) -> list[np.ndarray]:
+    """Return the events of a recording, which sort puts in the order of time, by frame.
 
     Raises:
         ValueError: the camera is not that of the training, or the recording is shorter
-            than a frame.
+            than a frame, or has fewer events than frames.
     """
     if not duration:
         raise ValueError(
@@ -173,11 +173,11 @@ def read_stream(
             f"stream: expected a recording of at least {duration} us, got {recording} "
             f"of {np.ptp(seen['t'])} us."
         )
-    return seen
+    return frames.windows(seen, duration)
 
 
 def run_stream(
-    seen: np.ndarray,
+    parts: list[np.ndarray],
     duration: int,
     model: nnx.Module,
     event_set: EventSet,
@@ -189,12 +189,9 @@ def run_stream(
     The class after each step is that of the mean logits of the last T steps. Writes a
     line per step to ``path`` and prints the latency.
     """
-    height, width, _ = event_set.shape
-    seen = frames.resized(seen, event_set.sensor, (height, width))
-    counts = (
-        frames.by_number(part, (height, width), 1)[0]
-        for part in frames.windows(seen, duration)
-    )
+    size = event_set.shape[0], event_set.shape[1]
+    resized = (frames.resized(part, event_set.sensor, size) for part in parts)
+    counts = (frames.by_number(part, size, 1)[0] for part in resized)
     last: deque[np.ndarray] = deque(maxlen=time_steps)
     lines = []
     xs = jnp.zeros((1, 1, *event_set.shape))
@@ -228,7 +225,7 @@ def main(experiment: Experiment) -> None:
         event_set = load(inputs, steps)
         duration = (event_set.window or 0) // steps  # microseconds of a frame
         if inputs.stream:  # read first: training takes long
-            seen = read_stream(inputs.stream, duration, event_set, sort=inputs.sort)
+            parts = read_stream(inputs.stream, duration, event_set, sort=inputs.sort)
         augment = make_augment(inputs, event_set.shape)
         task = Task(event_set, encode.currents, augment)
         fitted = train(experiment, task)
@@ -255,7 +252,7 @@ def main(experiment: Experiment) -> None:
     )
     if inputs.stream:
         path = experiment.workdir / "stream.jsonl"
-        run_stream(seen, duration, fitted.model, event_set, steps, path)
+        run_stream(parts, duration, fitted.model, event_set, steps, path)
 
 
 if __name__ == "__main__":

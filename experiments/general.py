@@ -71,16 +71,21 @@ class Comparison:
     def __post_init__(self):
         flags, shared = flatten(self.experiment), flatten(SHARED)
         own = {"binarise", "neuron", "num_thresholds", "time_steps"}
-        if not isinstance(self.experiment.network, GeneralOptions):
+        if flags["model"] not in ("general-cnn", "general-lstm"):
             raise ValueError(
                 f"model: expected general-cnn or general-lstm, got {flags['model']}."
             )
-        for name in sorted(own | set(NETWORKS.get(self.network, ()))):
+        for name in sorted(own.union(*map(NETWORKS.get, self.names))):
             if flags.get(name) != shared.get(name):
                 raise ValueError(
                     f"{name}: expected no such flag, as --network {self.network} sets "
                     f"it, got {flags.get(name)}."
                 )
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the networks to train."""
+        return list(NETWORKS) if self.network == "all" else [self.network]
 
 
 DEFAULT = Comparison()
@@ -91,8 +96,7 @@ def compare(comparison: Comparison) -> list[dict[str, Any]]:
     rows, shared = [], comparison.experiment
     task = open_images(shared)
     data = task.data
-    names = list(NETWORKS) if comparison.network == "all" else [comparison.network]
-    for name in names:
+    for name in (names := comparison.names):
         print(f"{len(rows) + 1}/{len(names)}  {name}")
         flags = {"workdir": shared.workdir / name} | NETWORKS[name]
         experiment = checked(override(shared, flags))

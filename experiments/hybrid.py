@@ -50,7 +50,7 @@ class Hybrid:
     time_steps: int = 1
     """Number of time steps T."""
     epochs: float = 3.0
-    """Passes over the training images."""
+    """Passes over the training images, in whole batches each."""
     learning_rate: float = 0.05
     """Peak learning rate."""
     data_dir: Path | None = None
@@ -94,7 +94,7 @@ def run(flags: Hybrid) -> dict[str, Any] | None:
     )
     start, task = open_images(relu), open_images(experiment)
     crop = task.crops[1]
-    raw = images.first(task.data.train, SAMPLE, crop)
+    raw = images.sample(task.data.train, SAMPLE, crop)
     sample = start.encode(jnp.asarray(raw["image"]), jax.random.key(0))
     trained = train(relu, start)
     if not trained.finished:

@@ -150,7 +150,7 @@ def plan(flags: Planned) -> None:
     name = f"{experiment.activation.neuron}, T={experiment.time_steps}"
     networks: dict[str, dict[str, Any]] = {name: {}}
     if flags.compare:
-        networks["relu, T=1"] = {"neuron": "relu", "time_steps": 1}
+        networks["relu, T=1"] = {"neuron": "relu", "time_steps": 1, "loss": "rate"}
         networks["lif, T=4"] = {"neuron": "lif", "time_steps": 4}
     plans, model = {}, experiment.network.model
     for name, changes in networks.items():

@@ -75,7 +75,7 @@ def main(flags: Release) -> None:
         steps = factor * card.flags["time_steps"]
         longer = dataclasses.replace(card, flags=card.flags | {"time_steps": steps})
         by_steps[f"T={steps}"] = accuracy(Trained(model, longer))
-    raw = images.first(image_set.test, ENERGY_IMAGES, card.crop(image_set.shape))
+    raw = images.sample(image_set.test, ENERGY_IMAGES, card.crop(image_set.shape))
     spent = energy.measure(model, card.encode(jnp.asarray(raw["image"])))
     result = card.result | {
         "accuracy": found["8 bits"],

@@ -62,6 +62,12 @@ def test_the_parts_are_apart_and_images_have_the_published_range(folder):
     np.testing.assert_allclose(pixel * 128 + 127, [50, 205, 128], atol=3)
 
 
+def test_a_part_without_photographs_is_refused(folder):
+    flags = script.Flags(data=folder / "photos", image_size=32, calibrate=16)
+    with pytest.raises(ValueError, match="part look, got none: of 20, 4 are of the"):
+        script.Photographs(flags)
+
+
 def test_the_five_best():
     logits = jnp.arange(12.0).reshape(2, 6)
     np.testing.assert_array_equal(script.right(logits, np.array([5, 0])), [1, 1])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 from experiments import convert as script
-from spikejax.experiment.cli import override
+from spikejax.experiment.cli import checked, override
 
 
 def numbers(model):
@@ -58,6 +59,36 @@ def test_the_script_leaves_a_summary_and_a_picture(tmp_path, capsys, monkeypatch
     (again,) = json.loads((tmp_path / "later" / "summary.json").read_text())
     assert again == row
     assert not (tmp_path / "later" / "relu").exists()
+
+
+def test_what_cannot_be_converted_is_refused_before_it_trains():
+    for name in ("transformer-small", "general-cnn"):
+        with pytest.raises(ValueError, match=f"expected --model .* got '{name}'"):
+            override(script.DEFAULT, {"model": name})
+    assert override(script.DEFAULT, {"model": "efficientnet-lite0"})
+    with pytest.raises(ValueError, match="quant_epochs: expected none with --steps"):
+        checked(override(script.DEFAULT, {"steps": 100, "quant_epochs": 5.0}))
+
+
+def test_a_sweep_without_noise_has_each_row_once(tmp_path, monkeypatch):
+    class Nets:
+        start = sample = None
+
+        def fit(self, _):
+            return SimpleNamespace(model=None, metrics={"accuracy": 0.5})
+
+        def quantised(self, *_):
+            return self.fit(None)
+
+        def row(self, name, *_):
+            return {"name": name}
+
+    monkeypatch.setattr(script, "Conversions", lambda _: Nets())
+    made = SimpleNamespace(model=None)
+    monkeypatch.setattr(script, "calibrate", lambda *_, **__: made)
+    flags = override(script.DEFAULT, {"sweep": True, "noise": 0.0})
+    names = [row["name"] for row in script.rows(flags)]
+    assert names == ["no training", "2 bits, noise 0", "3 bits, noise 0"]
 
 
 def test_the_start_must_be_a_relu_network(tmp_path):

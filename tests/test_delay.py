@@ -100,8 +100,8 @@ def test_weights_behind_a_delay_meet_spikes_in_evaluation():
 @pytest.mark.parametrize("width", [None, 1.0])
 def test_synapses_by_an_own_loop(width):
     layer = DelayedLinear(3, 2, 4, width=width, rngs=nnx.Rngs(1))
-    xs, taps = spikes(), np.asarray(layer.kernel())
-    weights = np.asarray(layer.weights[...])
+    xs, taps = spikes(), np.asarray(layer.taps())
+    weights = np.asarray(layer.kernel[...])
     expected = np.zeros((2, 9, 2))
     for n in range(5):
         for i in range(3):

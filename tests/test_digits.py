@@ -49,6 +49,7 @@ def test_the_demo_compares_five_networks(trained, tmp_path, monkeypatch, capsys)
         assert getattr(activation, "num_thresholds", 1) == row["num_thresholds"]
         assert flags.train.seed == 5
     out = capsys.readouterr().out
+    assert "digits, 297 test images" in out
     for name, row in zip(digits.NETWORKS, rows, strict=True):
         assert re.search(rf"{re.escape(name)} .*{row['accuracy']:.2%}", out)
 

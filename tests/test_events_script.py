@@ -89,6 +89,9 @@ def test_a_stream_that_is_too_short_is_refused(folder, tmp_path):
     np.savez(short, x=[1, 20], y=[1, 2], t=[5, 9999], p=[0, 1])  # no size, but events
     with pytest.raises(ValueError, match=r"got .*short.npz of \[16, 21\]"):
         script.read_stream(short, 4000, event_set)
+    np.savez(short, x=[1, 2], y=[1, 2], t=[5, 19999], p=[0, 1], height=16, width=16)
+    with pytest.raises(ValueError, match="no more windows than events, got 4 of 4000"):
+        script.read_stream(short, 4000, event_set)
     with pytest.raises(ValueError, match="got one of whole recordings. Train with --w"):
         script.read_stream(short, 0, event_set)
 
@@ -101,8 +104,9 @@ def test_a_flag_sorts_events(folder, tmp_path):
     event_set = script.load(flags(folder, tmp_path).inputs, 2)
     with pytest.raises(ValueError, match=r"right\.npz: expected .* \(--sort\)"):
         script.read_stream(shuffled, 4000, event_set)
-    seen = script.read_stream(shuffled, 4000, event_set, sort=True)
-    assert (np.diff(seen["t"]) >= 0).all()
+    parts = script.read_stream(shuffled, 4000, event_set, sort=True)
+    assert (np.diff(np.concatenate(parts)["t"]) >= 0).all()
+    assert all(0 <= np.ptp(part["t"]) < 4000 for part in parts if len(part))
     assert override(script.DEFAULT, {"sort": True}).inputs.sort
 
 

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 from spikejax.data import augment
 from spikejax.data.augment import center_crop, inception_crop
-from spikejax.data.images import eval_batches, first, load, train_batches
+from spikejax.data.images import eval_batches, load, sample, train_batches
 from spikejax.data.split import Arrays, EncodedImages
 
 
@@ -132,9 +132,11 @@ def test_shards_of_a_set_that_they_do_not_divide_lose_nothing():
     assert np.array_equal(counts, np.full(7, 4))
 
 
-@pytest.mark.parametrize(("count", "labels"), [(2, [0, 1]), (9, [0, 1, 2])])
-def test_the_first_examples_are_all_where_there_are_fewer(count, labels):
-    assert first(numbered(3), count)["label"].tolist() == labels
+@pytest.mark.parametrize(
+    ("count", "labels"), [(2, [0, 3]), (4, [0, 1, 3, 5]), (9, [0, 1, 2, 3, 4, 5, 6])]
+)
+def test_a_sample_is_of_the_whole_set_or_all_of_it(count, labels):
+    assert sample(numbered(7), count)["label"].tolist() == labels
 
 
 def test_a_crop_draws_anew_for_each_image_batch_and_seed():

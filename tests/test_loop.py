@@ -299,7 +299,9 @@ def test_a_finished_run_trains_no_further(whole, tmp_path):
 
 
 @pytest.mark.parametrize("at", [EPOCH, STEPS])
-def test_a_signal_breaks_off_an_evaluation(whole, tmp_path, monkeypatch, at):
+def test_a_signal_breaks_off_an_evaluation_which_the_next_run_repeats(
+    whole, tmp_path, monkeypatch, at
+):
     seen = []
 
     def evaluate(step, state, batches, *args, **options):
@@ -315,12 +317,18 @@ def test_a_signal_breaks_off_an_evaluation(whole, tmp_path, monkeypatch, at):
     loop_evaluate = loop.evaluate
     with monkeypatch.context() as patch:
         patch.setattr(loop, "evaluate", evaluate)
-        stopped = fit(tmp_path)
-    assert not stopped.finished and seen.count(at) == 3
-    assert max(saved(tmp_path)) == at and at not in steps(tmp_path, "eval_loss")
+        for repeats in (1, 2):
+            stopped = fit(tmp_path)
+            assert not stopped.finished and seen.count(at) == 3 * repeats
+            assert max(saved(tmp_path)) == at and at not in steps(tmp_path, "eval_loss")
     fitted = fit(tmp_path)
     assert fitted.finished and sha(fitted) == sha(whole["sgd"][1])
     assert fitted.metrics["accuracy"] == whole["sgd"][1].metrics["accuracy"]
+    folder = whole["sgd"][0]
+    for name in ("eval_loss", "eval_accuracy"):
+        assert steps(tmp_path, name) == steps(folder, name)
+        got, expected = ([x.get(name) for x in lines(f)] for f in (tmp_path, folder))
+        assert got == expected
 
 
 def test_a_checkpoint_of_another_network_is_told_from_damage(whole, tmp_path):

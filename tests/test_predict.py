@@ -94,7 +94,8 @@ def test_recordings_are_named(readout, tmp_path, monkeypatch, capsys):
     model, card = load(tmp_path / "run")
     for file, line in zip(files, lines, strict=True):
         frames = log_mel(wavfile.read(file)[1] / 32768, 16000, step_ms=10.0)
-        xs = ((frames - np.float32(mean)) / np.float32(std))[None]
+        assert len(frames) > 9  # the steps of the training
+        xs = ((frames[:9] - np.float32(mean)) / np.float32(std))[None]
         logits = getattr(np, readout)(model(xs)[0], 0)
         chance = np.exp(logits).max() / np.exp(logits).sum()
         spent = energy.measure(model, xs)

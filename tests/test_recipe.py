@@ -12,6 +12,7 @@ from flax import nnx
 
 from spikejax.layers import MultiThreshold
 from spikejax.models.resnet import ResNet
+from spikejax.nn.delay import DelayedLinear
 from spikejax.train import TrainConfig, make_optimizer
 from spikejax.train.checksum import by_path
 from spikejax.train.step import initial_state
@@ -113,6 +114,15 @@ def test_weight_decay_goes_by_name_and_not_by_rank():
     after = optimise(config, flat, [jax.tree.map(np.zeros_like, flat)])
     np.testing.assert_array_equal(after["bias"], flat["bias"])
     np.testing.assert_allclose(after["kernel"], 1 - 0.1 * 1.9 * 0.5, rtol=1e-6)
+
+
+def test_weights_with_delays_decay_and_delays_do_not():
+    layer = DelayedLinear(3, 2, 4, width=0.5, rngs=nnx.Rngs(0))
+    params = initial_state(layer, optax.identity(), TrainConfig())["params"]
+    config = TrainConfig(steps=1, optimizer="adamw", warmup=0, weight_decay=0.5)
+    after = optimise(config, params, [jax.tree.map(np.zeros_like, params)])
+    assert np.all(after["kernel"] != params["kernel"])
+    np.testing.assert_array_equal(after["delays"], params["delays"])
 
 
 def test_sgd_is_nesterov_momentum_with_l2_decay():

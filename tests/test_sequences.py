@@ -129,6 +129,12 @@ def test_files_that_are_missing_or_of_another_layout(shd):
         sequences.heidelberg("shd", shd, 50)
 
 
+def test_a_unit_that_the_set_does_not_have_is_an_error(tmp_path):
+    write(tmp_path / "shd_train.h5", [[(0.001, 700)]], [0])
+    with pytest.raises(ValueError, match="shd_train: expected .* got: unit 700 of 700"):
+        sequences.heidelberg("shd", tmp_path, 50)
+
+
 def test_mnist_1d_is_that_of_its_package(monkeypatch):
     made = {"x": np.arange(800.0).reshape(20, 40), "y": np.arange(20) % 10}
     made |= {"x_test": np.ones((3, 40)), "y_test": np.array([7, 8, 9])}

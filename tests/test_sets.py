@@ -108,6 +108,13 @@ def test_a_window_cuts_the_recordings_of_class_folders_too(tmp_path, made):
     assert np.array_equal(data.train.values[1], expected)
 
 
+def test_a_class_that_windows_leave_no_sample_is_an_error(tmp_path, made):
+    write(tmp_path / "set/ant.npz", 0, count=41, step=150)
+    write(tmp_path / "set/bee.npz", 1, count=5, step=100)  # 400 us: one window of 300
+    with pytest.raises(ValueError, match="none in one of the splits of bee. Take"):
+        made(window=300)
+
+
 def test_windows_without_events_are_no_samples(tmp_path, made):
     for name in ("ant", "bee"):
         events = write(tmp_path / f"set/{name}.npz", step=100, count=70)
@@ -121,7 +128,7 @@ def test_windows_without_events_are_no_samples(tmp_path, made):
 
 def test_many_recordings_in_one_file(tmp_path, made):
     (tmp_path / "set").mkdir()
-    for part, labels in (("train", [2, 0]), ("test", [1])):
+    for part, labels in (("train", [2, 0]), ("test", [0])):
         n = 5 * len(labels)
         np.savez(
             tmp_path / f"set/{part}.npz",
@@ -197,11 +204,11 @@ def test_other_labels_of_a_gesture_archive_are_framed_again_or_refused(tmp_path)
     assert len(load(str(folder), Framing(2), cache_dir=cache).train) == 11
     table = folder / "user01_led_labels.csv"
     lines = table.read_text().splitlines(keepends=True)
-    # The last gesture has no events.
-    table.write_text("".join([*lines[:-1], "11,5000000,6000000\n"]))
-    assert len(load(str(folder), Framing(2), cache_dir=cache).train) == 10
+    # The first gesture comes twice; one more has no events.
+    table.write_text("".join([*lines, lines[1], "11,5000000,6000000\n"]))
+    assert len(load(str(folder), Framing(2), cache_dir=cache).train) == 12
     (folder / "trials_to_train.txt").write_text("user01_led.aedat user24_led.aedat")
-    assert len(load(str(folder), Framing(2), cache_dir=cache).train) == 21
+    assert len(load(str(folder), Framing(2), cache_dir=cache).train) == 23
     for line, text in (
         ("12,0,9\n", r"expected a class of 1 to 11, .* got \[12, 0, 9\]"),
         ("3,0\n", r"expected a class .* and an end, got \[3, 0\]"),

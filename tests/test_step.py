@@ -256,8 +256,9 @@ def test_each_step_draws_other_spikes_and_all_from_the_key():
     run = make_run(Echo((4, 5, 3)), config, poisson)
     seen = [state["rest"]["seen"] for state, _ in train(run, [batch] * 3)]
     for step, spikes in enumerate(seen):
-        rng = jax.random.fold_in(jax.random.key(7), step)
+        rng = jax.random.fold_in(jax.random.key(7), 2**32 - 1 - step)
         np.testing.assert_array_equal(spikes, poisson(jnp.asarray(image), rng))
+        assert (rng != nnx.Rngs(7).params()).all()  # which the first step once took
     assert not equal(seen[0], seen[1]) and not equal(seen[1], seen[2])
 
 

@@ -20,6 +20,9 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     with pytest.raises(TypeError):
         folder.write(path, {"accuracy": {0.5}})
     assert json.loads(path.read_text()) == {"accuracy": 0.5}
+    folder.write(path, [{"loss": float("nan"), "rows": (float("inf"), 0.5)}])
+    text = "".join(path.read_text().split())
+    assert text == '[{"loss":null,"rows":[null,0.5]}]'
     folder.write(path, [])
     assert [file.name for file in path.parent.iterdir()] == ["result.json"]
 

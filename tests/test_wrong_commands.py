@@ -268,6 +268,10 @@ general --binarise straight-through
     binarise: expected no such flag, as --network all sets it, got straight-through.
 general --model convnet
     model: expected general-cnn or general-lstm, got convnet.
+general --model general-plain --network relu
+    model: expected general-cnn or general-lstm, got general-plain.
+general --model general-lstm
+    model: expected no such flag, as --network all sets it, got general-lstm.
 general --data-dir empty
     cifar10: expected one prepared set in empty, got none. Run: python -m
 convert --bits 0

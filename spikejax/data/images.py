@@ -194,15 +194,16 @@ def eval_batches(
     return grain.MapDataset.range(steps).map(make).to_iter_dataset(_READ_AHEAD)
 
 
-def first(source: Source, count: int, crop: Crop | None = None) -> Batch:
-    """Return the first examples as one batch: as many, or all if there are fewer.
+def sample(source: Source, count: int, crop: Crop | None = None) -> Batch:
+    """Return evenly spaced examples as one batch: of all classes of a sorted set.
 
     Args:
         source: the examples, by index.
-        count: how many, >= 1.
+        count: how many, >= 1; all if there are fewer.
         crop: as in `train_batches`.
     """
-    return source.take(range(min(count, len(source))), crop)
+    count = min(count, len(source))
+    return source.take(np.arange(count) * len(source) // count, crop)
 
 
 class TrainBatches(grain.DatasetIterator):

@@ -124,6 +124,8 @@ def _counts(
             for when, where in zip(times, places, strict=True):
                 # In float16, a product with 1000 would be off by steps.
                 step = (when.astype(np.float64) * 1000 / step_ms).astype(int)
+                if len(where) and not 0 <= where.min() <= where.max() < UNITS:
+                    raise ValueError(f"unit {where.max()} of {UNITS}")
                 at = step * size + where.astype(int) // units
                 found = np.bincount(at, minlength=(step.max(initial=0) + 1) * size)
                 counts.append(np.minimum(found, 255).astype(np.uint8))

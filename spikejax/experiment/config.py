@@ -359,8 +359,8 @@ def report(
     """
     test, crop = task.data.test, task.crops[1]
     # 111 photographs of 224x224x3, but all 256 images of Tiny-ImageNet.
-    most = ENERGY_VALUES // test.take([0], crop)["image"].size
-    sample = images.first(test, min(ENERGY_IMAGES, most), crop)
+    most = max(1, ENERGY_VALUES // test.take([0], crop)["image"].size)
+    sample = images.sample(test, min(ENERGY_IMAGES, most), crop)
     xs = task.encode(jnp.asarray(sample["image"]), jax.random.key(0))
     spent = energy.measure(fitted.model, xs, cast(Any, sample.get("length")))
     result = fitted.metrics | {

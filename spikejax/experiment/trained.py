@@ -33,6 +33,7 @@ from spikejax.experiment.build import (
     build_model,
 )
 from spikejax.experiment.cli import override
+from spikejax.train import workdir
 from spikejax.train.checksum import by_path, signatures
 from spikejax.train.step import Readout
 
@@ -99,7 +100,8 @@ class Card:
                     f"length, got {len(files)}."
                 )
             audio, rate = speech.read_wav(files[0])
-            return speech.log_mel(audio, rate, step_ms=self.flags["step_ms"])[None]
+            frames = speech.log_mel(audio, rate, step_ms=self.flags["step_ms"])
+            return frames[None, : self.flags["time_steps"]]  # as in training
         if not self.of_images:
             page = "sequences" if len(self.shape) == 1 else "events"
             raise ValueError(
@@ -213,7 +215,7 @@ def save(folder: Path, model: nnx.Module, card: Card) -> None:
     packed: Any = arrays
     np.savez_compressed(folder / WEIGHTS, **packed)
     content = dataclasses.asdict(card) | {"sha256": _digest(folder)}
-    (folder / CARD).write_text(json.dumps(content, indent=2), "utf-8")
+    workdir.write(folder / CARD, content)
 
 
 def load(folder: Path | str) -> Trained:

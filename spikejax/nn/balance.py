@@ -24,7 +24,7 @@ from spikejax.nn.recurrent import Recurrent
 from spikejax.trace import Site
 
 # Parameters in which a layer with weights, or a norm, is linear.
-LINEAR = ("kernel", "weights", "bias", "scale")
+LINEAR = ("kernel", "bias", "scale")
 SUMS = ("add", "add_any", "sub", "neg", "pad", "cumsum", "select_n", "max", *MEANS)
 MOST = 0.9  # of the highest rate of a layer
 OCTAVES = 10  # of a scale, up and down

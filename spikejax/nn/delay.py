@@ -75,7 +75,7 @@ class _Delays(nnx.Module):
         # The gradient acts outside of the range too, so that no delay is stuck there.
         return free + jax.lax.stop_gradient(bounded - free)
 
-    def kernel(self) -> jax.Array:
+    def taps(self) -> jax.Array:
         """Return the taps [max_delay + 1, ...] of the delays."""
         if self.deterministic or self.width is None:
             return place(self.places(), self.max_delay)
@@ -135,7 +135,7 @@ class Delay(_Delays):
             places = places.reshape(1, steps, *[1] * (xs.ndim - 3), features)
             return jnp.take_along_axis(seen, places, 1, mode="clip")
         total: Any = 0
-        for n, tap in enumerate(self.kernel()):
+        for n, tap in enumerate(self.taps()):
             total += tap * seen[:, size - n : size - n + steps]
         return total.astype(xs.dtype)
 
@@ -168,7 +168,7 @@ class DelayedLinear(_Delays):
     ):
         shape = in_features, features
         super().__init__(shape, max_delay, width, rngs)
-        self.weights = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
 
     def __call__(self, xs: jax.Array) -> jax.Array:
         """Return currents [B, T, features] for xs [B, T, in_features].
@@ -184,7 +184,7 @@ class DelayedLinear(_Delays):
         check_sequence("DelayedLinear", xs)
         seen = self.memory.extend(xs, self.max_delay)
         # A convolution counts taps forwards in time.
-        kernel = (self.kernel() * self.weights[...])[::-1].astype(xs.dtype)
+        kernel = (self.taps() * self.kernel[...])[::-1].astype(xs.dtype)
         with jax.named_scope(OVER_TIME):
             return jax.lax.conv_general_dilated(
                 seen, kernel, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")

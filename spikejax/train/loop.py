@@ -251,13 +251,17 @@ def _train(
         trace = stack.enter_context(tracing(workdir / "profile" if profile else None))
         restored = checkpoints.restore(state, train_data)
         start, state, saved = restored or (0, state, {})
+        is_due = saved.pop("is_due", False)  # a signal broke off its evaluation
         clock = _Clock(config.batch_size, **saved)
         score = partial(run.score, is_stopped=lambda: stop.now)
-        scores = score(state) if start >= run.steps else {}  # resumed at the end
+        scores = score(state) if start >= run.steps or is_due else {}
         progress = Progress(workdir, run.steps, start, config.batch_size)
         stack.enter_context(progress)
+        if is_due and scores:
+            progress.evaluate(start, scores | saved)
+        last = start if is_due and not scores else run.steps  # broken off again
         pending: Pending = {}
-        for step in range(start + 1, run.steps + 1):
+        for step in range(start + 1, last + 1):
             host_batch = _checked(next(train_data, {}), config.batch_size)
             flagged = host_batch | stop.flag(len(host_batch["label"]))
             batch = sharding.shard_batch(flagged, run.mesh)
@@ -279,7 +283,8 @@ def _train(
             if found:
                 progress.evaluate(step, scores | saved)
             metric = found.get("accuracy")
-            checkpoints.save(step, state, train_data, metric=metric, clock=saved)
+            notes = saved | {"is_due": evaluates and not found}
+            checkpoints.save(step, state, train_data, metric=metric, clock=notes)
             if stop.now:
                 break
     # Read last: a signal may come while the checkpoint is being saved.

@@ -63,7 +63,7 @@ class TrainConfig:
     """Settings of a training."""
 
     epochs: float = 10.0
-    """Passes over the training images."""
+    """Passes over the training images, in whole batches each."""
     steps: int | None = None
     """Training steps, instead of epochs."""
     batch_size: int = 128

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import platform
 import re
@@ -19,7 +20,17 @@ def write(path: Path, content: Any) -> None:
     """Write JSON atomically; of several processes only the primary one writes."""
     if processes.is_primary():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(content, indent=2))
+        write_atomically(path, json.dumps(_finite(content), indent=2))
+
+
+def _finite(content: Any) -> Any:
+    """Return None for each number that JSON does not have: NaN and infinity."""
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    is_bad = isinstance(content, float) and not math.isfinite(content)
+    return None if is_bad else content
 
 
 def check_path(folder: Path) -> None:

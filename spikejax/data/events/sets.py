@@ -354,12 +354,27 @@ def _build(name: str, listing: Listing, framing: Framing, folder: Path) -> None:
                     f"{len(info[part])} for {part}, of (height, width) {sorted(sizes)}."
                     " Give each camera a folder of its own, or longer recordings."
                 )
+        if absent := _absent(
+            listing.class_names, set(info["train"]), set(info["test"])
+        ):
+            raise ValueError(
+                f"{name}: expected samples of each class to train and to test on, got "
+                f"none in one of the splits of {', '.join(absent)}. Take a shorter "
+                "window (--window-ms), or more recordings."
+            )
         text = json.dumps(info)
         Path(made, "info.json").write_text(f"{_checksum(Path(made), text)}\n{text}")
         # Renamed at the end: an interrupted build leaves nothing, and of two processes
         # that build the same frames the first one wins.
         if not folder.is_dir():
             os.rename(made, folder)
+
+
+def _absent(names: tuple[str, ...], train: set[int], test: set[int]) -> list[str]:
+    """Return the classes that a split lacks; without names, those not trained."""
+    if not names:
+        return [str(label) for label in sorted(test - train)]
+    return [name for label, name in enumerate(names) if label not in train & test]
 
 
 def _sensor(listing: Listing, framing: Framing) -> Size:
