@@ -82,7 +82,10 @@ class Accuracy:
             ),
             "evaluate_every": ("more than 0 epochs", lambda n: n > 0),
             "test_images": ("at least 1", lambda n: n >= 1),
-            "threads": ("0 (all) or more", lambda n: n >= 0),
+            "threads": (
+                f"0 (all) to {turns.processors()}, the processors here",
+                lambda n: 0 <= n <= turns.processors(),
+            ),
             "seed": ("0 or more", lambda n: n >= 0),
         }
         check_settings(self, ranges)

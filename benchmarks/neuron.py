@@ -74,7 +74,7 @@ class Benchmark:
         ranges: dict[str, Any] = dict.fromkeys(sizes, ("at least 1", lambda n: n >= 1))
         ranges["time_steps"] = (
             f"divisors of the {self.maps} maps",
-            lambda every: all(n >= 1 and self.maps % n == 0 for n in every),
+            lambda every: every and all(n >= 1 and self.maps % n == 0 for n in every),
         )
         check_settings(self, ranges)
 

@@ -61,9 +61,9 @@ class Benchmark:
             "repeats": ("at least 1", lambda n: n >= 1),
             "time_steps": (
                 "above 4, which unroll writes out",
-                lambda t: min(t) > 4,
+                lambda t: t and min(t) > 4,
             ),
-            "widths": ("at least 1", lambda widths: min(widths) >= 1),
+            "widths": ("at least 1", lambda widths: widths and min(widths) >= 1),
             "batch_size": ("at least 1", lambda n: n >= 1),
         }
         check_settings(self, ranges)

@@ -25,6 +25,7 @@ from spikejax.data.split import EncodedImages, Source
 from spikejax.experiment.cli import parse, run_cli
 from spikejax.train import workdir as folder
 from spikejax.train.progress import table
+from spikejax.train.recipe import check_settings
 
 CROP_FLIP = augment.compose(augment.random_crop(4), augment.random_flip())
 BATCH_SIZE = 64
@@ -44,6 +45,9 @@ class Pipeline:
     """Zip of JPEG files of any size, such as some of ImageNet's."""
     seconds: float = 5.0
     """Processor time per row."""
+
+    def __post_init__(self):
+        check_settings(self, {"seconds": ("more than 0", lambda s: s > 0)})
 
 
 def decoded_whole(crop: augment.Crop) -> augment.Crop:

@@ -102,10 +102,12 @@ def environment(threads: int, device: str) -> dict[str, str]:
         "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
     if device == "cpu":
         settings |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    kept = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
-    return kept | settings
+    else:  # without one, every library fails
+        settings |= {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": visible}
+    return os.environ | settings
 
 
 def command(run: Run, sizes: Sizes, peers: Path, threads: int) -> list[str]:

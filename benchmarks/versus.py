@@ -62,7 +62,10 @@ class Versus:
     def __post_init__(self):
         ranges: Ranges = {
             "repeats": ("at least 1", lambda n: n >= 1),
-            "threads": ("0 (all) or more", lambda n: n >= 0),
+            "threads": (
+                f"0 (all) to {turns.processors()}, the processors here",
+                lambda n: 0 <= n <= turns.processors(),
+            ),
             "neurons": ("at least 1", lambda n: n >= 1),
         }
         check_settings(self, ranges)

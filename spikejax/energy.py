@@ -20,7 +20,7 @@ from jax.extend.core import JaxprEqn
 
 from spikejax import trace
 from spikejax.functions import functional
-from spikejax.layers import neuron_layers
+from spikejax.layers import check_lengths, neuron_layers
 from spikejax.memory import Membrane, drop_membranes, evaluation_copy, keep_membranes
 from spikejax.nn.delay import OVER_TIME
 from spikejax.nn.operations import PRODUCTS, multiply, sum_rows
@@ -171,7 +171,8 @@ def measure(
 
     Args:
         model: module over sequences; for Linen or a function of your own,
-            ``Function(net.apply, variables)``. Not modified. Membranes that it
+            ``Function(net.apply, variables)``, with time=True if it has spiking
+            neurons. Not modified. Membranes that it
             keeps between calls are ignored: it is measured from rest.
         xs: input [B, T, ...] as the model takes it; the report is the mean over B.
         lengths: [B], steps of each sequence, 1 to T; the rest is padding, and does not
@@ -185,7 +186,7 @@ def measure(
 
     Raises:
         ValueError: xs has no batch or no time steps; a product is inside of a loop of
-            unknown length; with lengths, no layer keeps a state.
+            unknown length; lengths are out of range, or no layer keeps a state.
 
     Examples:
         >>> layer = nnx.Linear(3, 5, rngs=nnx.Rngs(0))
@@ -201,6 +202,13 @@ def measure(
             f"measure: expected input [B, T, ...], B and T >= 1, got {xs.shape}. "
             "For images without time, add the axis: images[:, None]."
         )
+    if lengths is not None:
+        lengths = check_lengths("measure", lengths, len(xs))
+        if not 1 <= int(lengths.min()) <= int(lengths.max()) <= xs.shape[1]:
+            raise ValueError(
+                f"measure: expected lengths of 1 to {xs.shape[1]} steps, got "
+                f"{int(lengths.min())} to {int(lengths.max())}."
+            )
     model = _named(model)
     traced, count, given = _traced(model, xs, lengths)
     if not traced.sites:
@@ -224,7 +232,7 @@ def _traced(
         return trace.trace(f, state, xs, _Costs()), _count, (state, xs)
     f, state, held = _one_step(model, xs)
     traced = trace.trace(f, state, (held, xs[:, :1]), _Costs())
-    return traced, _count_steps, (state, held, xs, jnp.asarray(lengths))
+    return traced, _count_steps, (state, held, xs, lengths)
 
 
 def _named(model: nnx.Module) -> nnx.Module:

@@ -169,14 +169,29 @@ class Neuron(nnx.Module):
             spikes [B, T, ...] in the type of xs: for N thresholds their weighted sum.
 
         Raises:
-            ValueError: xs has no time axis, or holds no floating point numbers.
+            ValueError: xs has no time axis, holds no floating point numbers, or has
+                other features than the parameters.
         """
         check_sequence(type(self).__name__, xs)
+        self._check_features(xs)
         step, params = self.bind(trains=trains)
         state = self.memory.load(self.start(xs[:, 0].shape))
         state, spikes = unroll_compiled(step, params, state, xs)
         self.memory.save(state)
         return spikes
+
+    def _check_features(self, xs: jax.Array) -> None:
+        """Check that parameters broadcast against a step of xs."""
+        held = (getattr(self, name, 0.0) for name in ("leak", "v_start", "thresholds"))
+        leak, v_start, thresholds = (np.shape(_read(value)) for value in held)
+        sizes = xs.shape[:1] + xs.shape[2:]
+        for shape in (leak, v_start, thresholds[1:]):
+            pairs = zip(reversed(shape), reversed(sizes), strict=False)
+            if len(shape) > len(sizes) or any(n not in (1, size) for n, size in pairs):
+                raise ValueError(
+                    f"{type(self).__name__}: expected parameters that broadcast "
+                    f"against the features {xs.shape[2:]}, got shape {shape}."
+                )
 
 
 def check_sequence(who: str, xs: jax.Array) -> None:
@@ -194,6 +209,21 @@ def check_sequence(who: str, xs: jax.Array) -> None:
         f"{dtype} of shape {shape}. For one time step, add the time axis: x[:, None]. "
         "Convert integers: xs.astype(jnp.float32)."
     )
+
+
+def check_lengths(who: str, lengths: jax.Array, size: int) -> jax.Array:
+    """Return the lengths of the sequences of a batch as an array [B].
+
+    Raises:
+        ValueError: they are not as many whole numbers.
+    """
+    found = jnp.asarray(lengths)
+    if found.shape != (size,) or not jnp.issubdtype(found.dtype, jnp.integer):
+        raise ValueError(
+            f"{who}: expected lengths of {size} sequences, whole numbers, got "
+            f"{found.dtype} of shape {found.shape}."
+        )
+    return found
 
 
 def hold(value: Parameter) -> Any:
@@ -232,11 +262,14 @@ def _check(who: str, cell: Cell, params: NeuronParams, options: NeuronOptions) -
         )
     if cell is neurons.integrate or isinstance(params.thresholds, nnx.Variable):
         return
-    count = len(params.thresholds)
-    if params.amounts is not None and len(params.amounts) != count:
+    leak, count = np.asarray(params.leak), len(params.thresholds)
+    if not np.all((leak >= 0) & (leak <= 1)):
+        raise ValueError(f"{who}: expected a leak of 0 to 1, got {params.leak}.")
+    amounts = params.amounts
+    if amounts is not None and (len(amounts) != count or not np.all(amounts[:1])):
         raise ValueError(
-            f"{who}: expected an amount for each of {count} thresholds, got "
-            f"{params.amounts}."
+            f"{who}: expected an amount for each of {count} thresholds, the first not "
+            f"0, got {amounts}."
         )
     if params.amounts is None:
         rising = cell is neurons.parallel

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from spikejax.layers import check_lengths
+
 
 def mean_over_time(logits: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
     """Return the mean over the steps that count: 1/L sum_{t < L} o_t.
@@ -21,10 +23,13 @@ def mean_over_time(logits: jax.Array, lengths: jax.Array | None = None) -> jax.A
 
     Returns:
         [B, ...].
+
+    Raises:
+        ValueError: lengths are not B whole numbers.
     """
     if lengths is None:
         return logits.mean(1)
-    valid = _valid(logits, lengths)
+    valid = _valid("mean_over_time", logits, lengths)
     # Selected, not multiplied: 0 * inf is nan.
     return jnp.where(valid, logits, 0).sum(1) / valid.sum(1)
 
@@ -32,10 +37,10 @@ def mean_over_time(logits: jax.Array, lengths: jax.Array | None = None) -> jax.A
 def max_over_time(logits: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
     """Return the largest of the steps that count: max_{t < L} o_t.
 
-    Arguments and result are those of ``mean_over_time``.
+    Arguments, result and errors are those of ``mean_over_time``.
     """
     if lengths is not None:
-        logits = jnp.where(_valid(logits, lengths), logits, -jnp.inf)
+        logits = jnp.where(_valid("max_over_time", logits, lengths), logits, -jnp.inf)
     return logits.max(1)
 
 
@@ -58,8 +63,8 @@ def rate_cross_entropy(
         the loss of each example, [B].
 
     Raises:
-        ValueError: logits have no time axis, labels are neither of the two, or
-            label_smoothing is out of its range.
+        ValueError: logits have no time axis, labels are neither of the two, lengths
+            are not B whole numbers, or label_smoothing is out of its range.
 
     Examples:
         >>> logits = jnp.zeros((2, 4, 10))  # [B, T, K]
@@ -109,6 +114,8 @@ def tet(
 
     Reference: Deng et al. 2022, arXiv:2202.11946.
     """
+    if not 0 <= weight <= 1:
+        raise ValueError(f"tet: expected a weight of 0 to 1, got {weight}.")
     logits, targets = _checked("tet", logits, labels, label_smoothing)
     entropy = optax.softmax_cross_entropy(logits, targets[:, None])
     distance = jnp.square(logits - target).mean(2)
@@ -162,9 +169,10 @@ def firing_rate(
     return few + jnp.square(jax.nn.relu(rates.mean(-1) - upper))
 
 
-def _valid(values: jax.Array, lengths: jax.Array) -> jax.Array:
+def _valid(who: str, values: jax.Array, lengths: jax.Array) -> jax.Array:
     """Return which steps of values [B, T, ...] are before the end, [B, T, 1, ...]."""
-    steps = jnp.arange(values.shape[1]) < lengths[:, None]
+    ends = check_lengths(who, lengths, len(values))
+    steps = jnp.arange(values.shape[1]) < ends[:, None]
     return jnp.expand_dims(steps, tuple(range(2, values.ndim)))
 
 

@@ -237,7 +237,8 @@ def test_a_run_that_ends_says_why_in_a_line(tmp_path, capsys):
         ("target", (0.5, 60.0), "accuracies, more than 0 and at most 1"),
         ("evaluate_every", 0.0, "more than 0 epochs"),
         ("test_images", 0, "at least 1"),
-        ("threads", -1, "0 (all) or more"),
+        ("threads", -1, f"0 (all) to {turns.processors()}, the processors here"),
+        ("threads", 999, f"0 (all) to {turns.processors()}, the processors here"),
         ("seed", -1, "0 or more"),
     ],
 )

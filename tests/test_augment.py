@@ -313,3 +313,36 @@ def test_a_jpeg_keeps_the_pixels_that_are_needed(size, decoded):
     image = jpeg(photograph(801, 605))
     cut(image, (100, 2, 801, 605), size)
     assert image.size == decoded
+
+
+def test_magnitudes_are_those_of_the_paper(monkeypatch):
+    image = np.random.default_rng(3).integers(1, 256, (32, 32, 3), np.uint8)
+    pil = Image.fromarray(image)
+    turned = augment.OPERATIONS["rotate"](pil, 1.0, 1.0)
+    np.testing.assert_array_equal(turned, np.asarray(pil.rotate(30)))
+    grey = np.asarray(augment.OPERATIONS["color"](pil, 0.0, 1.0)).astype(int)
+    assert np.ptp(grey, -1).mean() < 0.2 * np.ptp(image.astype(int), -1).mean()
+    columns = np.tile(np.array([100, 100, 120, 200], np.uint8), (32, 8))
+    flat = Image.fromarray(columns[..., None].repeat(3, -1))
+    stretched = np.asarray(augment.OPERATIONS["auto_contrast"](flat, 0, 1))
+    np.testing.assert_allclose(np.unique(stretched), [0, 51, 255], atol=1)
+    policy = ("brightness", 1.0, 9), ("invert", 0.0, 0)
+    monkeypatch.setattr(augment, "CIFAR_POLICY", (policy,))
+    hundred = np.full((1, 4, 4, 3), 100, np.uint8)
+    brighter = augment.autoaugment_cifar()(hundred, np.random.default_rng(0))
+    assert np.all(brighter == 190)  # 1.9 times
+
+
+def test_a_crop_is_resampled_as_it_is_asked_to():
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    image, bicubic = Image.fromarray(pixels), augment.BICUBIC
+    expected = image.resize((24, 24), bicubic, (10, 0, 70, 60)).tobytes()
+    assert center_crop(24, 1.0, bicubic)(image, None).tobytes() == expected
+    assert center_crop(24, 1.0)(image, None).tobytes() != expected
+
+
+def test_a_narrow_part_of_a_jpeg_is_read_at_full_size(tmp_path):
+    Image.new("RGB", (800, 600)).save(tmp_path / "a.jpg")
+    image = Image.open(tmp_path / "a.jpg")
+    cut(image, (0, 0, 100, 600), 100)
+    assert image.size == (800, 600)

@@ -314,3 +314,10 @@ def test_a_spiking_network_is_not_converted_again():
     for again in (calibrate, convert):
         with pytest.raises(ValueError, match="network of ReLUs, got a spiking one"):
             again(snn, xs)
+
+
+def test_a_batch_without_images_is_refused():
+    net = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.relu)
+    for shape in ((0, 1, 3), (2, 0, 3), (3,)):
+        with pytest.raises(ValueError, match="calibrate: expected input "):
+            calibrate(net, jnp.ones(shape))

@@ -77,3 +77,12 @@ needs_libtpu = pytest.mark.skipif(
 def test_every_chip_is_one_device(topology):
     where = find_slice(topology)
     assert len(tpu_devices(where)) == where.chips
+
+
+def test_chips_have_the_figures_of_their_data_sheets():
+    """Bfloat16 operations, bytes of memory and of a link per second."""
+    figures = {
+        n: (c.flops, c.hbm_bandwidth, c.link_bandwidth) for n, c in CHIPS.items()
+    }
+    assert figures["v5p"] == (459e12, 2765e9, 100e9)
+    assert figures["v6e"] == (918e12, 1638e9, 100e9)

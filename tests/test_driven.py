@@ -306,3 +306,18 @@ def test_numbers_beside_spikes_are_counted_once(constants, trains):
     np.testing.assert_allclose(logits, model(xs), atol=1e-6)
     (row,) = report.layers
     assert row.trains == trains and (not trains) == (row.reason != "")
+
+
+def test_feedback_of_unequal_weights_and_a_quotient():
+    dyadic = MultiThreshold((1.0, 0.5, 0.25), neurons.cascade)
+    xs = 2 * jax.random.normal(jax.random.key(0), (2, 5, 3))
+    layers = (
+        Recurrent(dyadic, 3, rngs=R(0)),
+        lambda xs: xs / 4,
+        nnx.Linear(3, 2, rngs=R(1)),
+    )
+    layers[0].recurrent.kernel[...] *= 5
+    model = nnx.Sequential(*layers)
+    logits, report = spike_driven(model, xs)
+    np.testing.assert_allclose(logits, model(xs), atol=1e-6)
+    assert report.layers[1].trains == 3

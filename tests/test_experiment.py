@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from test_flags import command
 
-from spikejax.data import images
+from spikejax import losses
+from spikejax.data import augment, images
 from spikejax.experiment import (
     Experiment,
     Images,
@@ -299,17 +300,31 @@ def test_the_loss_is_that_of_the_flags():
         loss = experiment.make_loss(Experiment(Path("x"), time_steps=3, **flags))
         return np.asarray(loss(logits, labels))
 
-    assert value().shape == (4,)
-    assert not np.allclose(value(), value(loss="tet"))
-    assert not np.allclose(value(), value(label_smoothing=0.1))
+    for name, loss in (("rate", losses.rate_cross_entropy), ("tet", losses.tet)):
+        expected = loss(logits, labels, label_smoothing=0.1)
+        np.testing.assert_array_equal(value(loss=name, label_smoothing=0.1), expected)
 
 
-@pytest.mark.parametrize("name", ["crop-flip", "autoaugment"])
-def test_augmentation_keeps_shape_and_type(name):
-    raw = images.load("fake").train.values[:4]
-    made = experiment.make_augment(Images(augment=name))(raw, np.random.default_rng(0))
+CROP, FLIP = augment.random_crop(4), augment.random_flip()
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("crop-flip", (CROP, FLIP)),
+        ("reflect-flip", (augment.random_crop(4, mirror=True), FLIP)),
+        (
+            "autoaugment",
+            (CROP, FLIP, augment.autoaugment_cifar(), augment.cutout(16)),
+        ),
+    ],
+)
+def test_the_augmentation_is_that_of_the_flags(name, parts):
+    raw = images.load("fake").train.values[:8]
+    rngs = (np.random.default_rng(0) for _ in range(2))
+    made = experiment.make_augment(Images(augment=name))(raw, next(rngs))
     assert made.shape == raw.shape and made.dtype == np.uint8
-    assert not np.array_equal(made, raw)
+    np.testing.assert_array_equal(made, augment.compose(*parts)(raw, next(rngs)))
 
 
 def test_no_augmentation_is_none():

@@ -265,3 +265,14 @@ def test_arguments_out_of_range_are_refused():
 def test_only_counts_can_be_thinned(augment):
     with pytest.raises(ValueError, match="uint8, got float32. Leave it out"):
         augment(batch().astype(np.float32), np.random.default_rng(0))
+
+
+def test_augmentations_out_of_their_range():
+    for value in (2.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="drop: expected a probability, got"):
+            frames.drop(value)
+    for value in (-1.0, float("nan")):
+        with pytest.raises(
+            ValueError, match="noise: expected a rate of 0 or more, got"
+        ):
+            frames.noise(value)

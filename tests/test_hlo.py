@@ -203,3 +203,7 @@ def test_cycles_are_summed():
     line = '%f = f32[] fusion(%a), backend_config={{"x":1,"estimated_cycles":"{}"}}'
     assert cycles("\n".join(map(line.format, (1418548, 52)))) == 1418600
     assert cycles("%a = f32[] add(%b, %c)") == 0
+
+
+def test_a_broadcast_sends_all_of_it():
+    assert Collective("collective-broadcast", 4, 1, 32).sent == 32

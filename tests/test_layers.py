@@ -286,6 +286,18 @@ TAU = r"expected tau >= 1, and > 1 and finite where it is learned, got "
             "MultiThreshold: expected v_reset below every threshold 0.5, got 0.75",
         ),
         (
+            lambda: Neuron(neurons.lif, NeuronParams(2.0, (1.0,))),
+            "Neuron: expected a leak of 0 to 1, got 2.0",
+        ),
+        (
+            lambda: Neuron(neurons.parallel, NeuronParams(math.nan, (1.0,))),
+            "Neuron: expected a leak of 0 to 1, got nan",
+        ),
+        (
+            lambda: Neuron(parallel, NeuronParams(0.5, (1.0, 2.0), (0.0, 1.0))),
+            r"each of 2 thresholds, the first not 0, got \(0.0, 1.0\)",
+        ),
+        (
             lambda: MultiThreshold((1.0, 2.0), v_threshold=0.5),
             "expected v_threshold with a number of thresholds, got it with",
         ),
@@ -342,3 +354,27 @@ def test_equally_spaced_thresholds_give_whole_numbers(count, v_threshold):
 def test_what_cannot_be_learned_is_refused(params, options, message):
     with pytest.raises(ValueError, match=f"Neuron: {message}"):
         Neuron(parallel, params, **options)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (LIF(v_threshold=(1.0, 2.0)), r"\(2,\)"),
+        (LIF(tau=jnp.full(5, 2.0)), r"\(5,\)"),
+        (LIF(v_start=jnp.ones((1, 1, 1, 8))), r"\(1, 1, 1, 8\)"),
+        (MultiThreshold(4, v_threshold=jnp.ones(7)), r"\(7,\)"),
+        (PLIF(tau=jnp.full(5, 2.0)), r"\(5,\)"),
+    ],
+)
+def test_parameters_of_other_features_are_refused(layer, shape):
+    name = type(layer).__name__
+    message = rf"{name}: expected parameters .* features \(8,\), got shape {shape}"
+    with pytest.raises(ValueError, match=message):
+        layer(jnp.ones((3, 4, 8)))
+
+
+def test_parameters_may_be_of_places_and_examples():
+    for shape in ((8,), (1,), (6, 1), (6, 8), (3, 6, 8)):
+        layer = MultiThreshold(2, v_threshold=jnp.full(shape, 0.5))
+        xs = jnp.ones((3, 4, 6, 8))
+        np.testing.assert_array_equal(layer(xs), MultiThreshold(2, v_threshold=0.5)(xs))

@@ -109,3 +109,18 @@ def test_spikes_and_energy_are_those_of_each_sequence_alone(kind):
 def test_energy_of_lengths_needs_layers_that_keep_their_state():
     with pytest.raises(ValueError, match="expected a model with spiking neurons"):
         energy.measure(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jnp.ones((1, 2, 3)), [2])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([1], "measure: expected lengths of 4 sequences"),
+        ([1, 2], "measure: expected lengths of 4 sequences"),
+        ([1, 2, 3, 7], "measure: expected lengths of 1 to 6 steps, got 1 to 7"),
+        ([0, 2, 3, 6], "measure: expected lengths of 1 to 6 steps, got 0 to 6"),
+    ],
+)
+def test_lengths_that_the_batch_cannot_have(lengths, message):
+    model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), MultiThreshold(4))
+    with pytest.raises(ValueError, match=message):
+        energy.measure(model, jnp.ones((4, 6, 3)), lengths)

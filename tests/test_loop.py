@@ -1,5 +1,6 @@
 """The loop around the step: what it reports, how it stops, how it goes on."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -185,6 +186,11 @@ def test_a_step_is_traced_once(whole, tmp_path):
 
 
 # metrics.jsonl and the checkpoints
+
+
+def test_evaluations_come_as_often_as_is_asked(tmp_path):
+    fit(tmp_path, dataclasses.replace(SGD, evaluate_every=0.4))
+    assert steps(tmp_path, "eval_loss") == [2, 4, 6, 8, 10, 12]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -415,6 +421,17 @@ def test_a_folder_that_another_run_uses_is_refused(tmp_path):
     with locked(tmp_path), pytest.raises(ValueError, match="no other run is using"):
         fit(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_folder_of_another_training_is_refused(whole, tmp_path):
+    shutil.copytree(whole["sgd"][0], tmp_path, dirs_exist_ok=True)
+    faster, other = dataclasses.replace(SGD, learning_rate=9.0), Net()
+    with pytest.raises(ValueError, match="another: learning_rate was .* is 9.0"):
+        fit(tmp_path, faster)
+    other.neuron = MultiThreshold(2, neurons.parallel, learn_tau=True)
+    message = "holds another: neuron was MultiThreshold of 4 and is MultiThreshold of 2"
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, model=other)
 
 
 def test_more_steps_than_can_be_counted_are_refused(tmp_path):

@@ -192,3 +192,20 @@ def test_readouts_are_means_and_maxima_of_the_steps_that_count():
     assert losses.max_over_time(logits, lengths).tolist() == [[3, 4], [8, 9]]
     assert losses.mean_over_time(logits).tolist() == [[4, 5]] * 2
     assert losses.max_over_time(logits).tolist() == [[8, 9]] * 2
+
+
+@pytest.mark.parametrize("call", [losses.mean_over_time, losses.max_over_time])
+def test_lengths_are_as_many_whole_numbers(call):
+    logits = jax.random.normal(jax.random.key(0), (2, 4, 3))
+    np.testing.assert_array_equal(call(logits, [1, 4]), call(logits, jnp.array([1, 4])))
+    for lengths in ([1, 4, 2], [1], [1.0, 4.0], 3):
+        with pytest.raises(
+            ValueError, match=f"{call.__name__}: expected lengths of 2 "
+        ):
+            call(logits, lengths)
+
+
+@pytest.mark.parametrize("weight", [-0.1, 5.0, math.nan])
+def test_the_weight_of_tet_is_a_part(weight):
+    with pytest.raises(ValueError, match="tet: expected a weight of 0 to 1, got"):
+        losses.tet(jnp.zeros((2, 4, 3)), jnp.array([0, 1]), weight=weight)

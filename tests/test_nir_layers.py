@@ -201,3 +201,19 @@ def test_pooling_counts_padding_as_zeros():
     np.testing.assert_array_equal(ys[0, 0, ..., 0], [[2.5, 4.5], [10.5, 12.5]])
     ys = Pool((3, 3), (2, 2), (1, 1), mean=False)(image)
     np.testing.assert_array_equal(ys[0, 0, ..., 0], [[10, 24], [51, 90]])
+
+
+def test_pools_need_not_be_square():
+    image = jnp.arange(24.0).reshape(1, 1, 4, 6, 1)
+    sums = Pool((2, 3), (2, 3), mean=False)(image)
+    assert (
+        sums.shape == (1, 1, 2, 2, 1) and sums[0, 0, 0, 0, 0] == 0 + 1 + 2 + 6 + 7 + 8
+    )
+    assert Pool((2, 2), (2, 2), (0, 1), mean=False)(image).shape == (1, 1, 2, 4, 1)
+
+
+def test_nodes_of_groups_and_of_a_part():
+    assert read_layer(nir.Flatten({"input": np.array([2, 3, 3])}, 0, 1)) is None
+    weights = np.ones((4, 1, 3, 3))
+    grouped = read_layer(nir.Conv2d(None, weights, 1, 1, 1, 2, np.zeros(4)))
+    assert grouped(jnp.ones((1, 1, 5, 5, 2))).shape == (1, 1, 5, 5, 4)

@@ -135,3 +135,21 @@ def test_other_axes_and_statistics_over_devices_are_those_of_flax():
         stack = partial(jax.vmap, axis_name="device", in_axes=(None, 0))
         found.append(stack(lambda s, x, g=graphdef: nnx.merge(g, s)(x))(state, xs))
     np.testing.assert_array_equal(*found)
+
+
+def test_a_mask_counts_in_training_too():
+    xs = jax.random.normal(jax.random.key(0), (3, 4, 2))
+    mask = jnp.arange(4)[:, None] < 2
+    ours, flax = (kind(2, rngs=nnx.Rngs(0)) for kind in (BatchNorm, nnx.BatchNorm))
+    np.testing.assert_allclose(ours(xs, mask=mask), flax(xs, mask=mask), atol=1e-6)
+    np.testing.assert_allclose(ours.mean[...], flax.mean[...], atol=1e-6)
+
+
+def test_the_slow_variance_is_that_of_flax():
+    xs = 100 + 1e-3 * jax.random.normal(jax.random.key(0), (64, 2))
+    make = partial(nnx.BatchNorm, 2, use_fast_variance=False)
+    flax, ours = (
+        make(rngs=nnx.Rngs(0)),
+        BatchNorm(2, use_fast_variance=False, rngs=nnx.Rngs(0)),
+    )
+    np.testing.assert_allclose(ours(xs), flax(xs), atol=1e-5)

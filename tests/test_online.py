@@ -198,3 +198,22 @@ def test_costs_of_layers_are_added():
         steps = [cost.layer(model.layers[0](xs))[:, t].mean(-1) for t in range(3)]
     expected = 2 * np.mean([(np.asarray(s) - 1) ** 2 for s in steps])
     np.testing.assert_allclose(found[1] - found[0], expected, rtol=1e-5)
+
+
+def test_each_step_draws_its_own_numbers_and_the_model_keeps_the_count():
+    layers = (
+        nnx.Linear(3, 4, rngs=nnx.Rngs(0)),
+        LIF(),
+        nnx.Dropout(0.5, rngs=nnx.Rngs(0)),
+    )
+    model = nnx.Sequential(*layers)
+
+    def squares(logits, labels):
+        return (logits.mean(1) ** 2).sum(-1)
+
+    online.value_and_grad(model, squares, jnp.ones((2, 3, 3)), jnp.zeros(2, int))
+    assert int(model.layers[2].rngs.count[...]) == 3
+    with pytest.raises(
+        ValueError, match="online.value_and_grad: expected lengths of 2"
+    ):
+        online.value_and_grad(model, squares, jnp.ones((2, 3, 3)), None, [1, 2, 3])

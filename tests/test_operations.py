@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from spikejax import energy
 from spikejax.layers import LIF
 from spikejax.nn.operations import trace_operations
 from spikejax.nn.recurrent import Recurrent
@@ -93,3 +94,31 @@ def test_branches_by_platform_are_the_default():
 def test_a_call_without_operations_is_entered():
     model = nnx.Sequential(jax.jit(lambda xs: xs), jnp.sin)
     assert [name for name, *_ in operations(model).found] == ["sin"]
+
+
+def test_dense_operations_with_holes_by_hand():
+    options = {"kernel_init": nnx.initializers.ones, "rngs": nnx.Rngs(0)}
+    xs = jnp.ones((1, 1, 4, 4, 1))
+    up = nnx.ConvTranspose(1, 1, (3, 3), strides=(2, 2), **options)
+    # A line of 4 meets 3 weights each, one of them beyond the 8 of the output.
+    report = energy.measure(up, xs)
+    assert report.dense_macs == report.acs == 121
+    wide = nnx.Conv(1, 1, (3, 3), kernel_dilation=2, **options)
+    # Of a line of 4 the weights at -2, 0 and 2 meet 2, 4 and 2 values: 8 each way.
+    report = energy.measure(wide, xs)
+    assert report.dense_macs == report.acs == 64
+
+
+def test_comparisons_make_spikes_of_products():
+    linear = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    q = jax.random.normal(jax.random.key(0), (2, 1, 3, 3))
+    report = energy.measure(Compared(linear), q)
+    assert report.connections[-1].acs > 0 == report.connections[-1].macs
+
+
+class Compared(nnx.Module):
+    def __init__(self, linear):
+        self.linear = linear
+
+    def __call__(self, xs):
+        return self.linear((xs @ xs.mT > 0.5).astype(jnp.float32))

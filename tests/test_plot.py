@@ -326,3 +326,13 @@ def test_membranes_of_other_neurons_are_refused(layer):
             plot.response(layer)
     else:
         plot.response(layer)
+
+
+def test_a_picture_is_of_one_neuron():
+    several = MultiThreshold(4, v_threshold=jnp.ones(8)), LIF(tau=jnp.full(8, 2.0))
+    for layer in several:
+        message = r"expected one neuron, got a .* with parameters of shape \(8,\)"
+        with pytest.raises(ValueError, match="response: " + message):
+            plot.response(layer)
+        with pytest.raises(ValueError, match="membrane: " + message):
+            plot.membrane(layer, jnp.ones(5))

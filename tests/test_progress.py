@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from spikejax.train import progress
+from spikejax.train import loop, progress
 from spikejax.train.progress import (
     NonFinite,
     Progress,
@@ -347,3 +347,26 @@ def test_a_table_has_its_numbers_to_the_right(capsys):
 def test_a_table_in_a_log_is_not_cut(capsys):
     table("", [f"column number {i}" for i in range(6)], [["x" * 15] * 6])
     assert capsys.readouterr().out.count("x" * 15) == 6
+
+
+def test_the_rate_is_that_of_training_alone(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    clock = loop._Clock(24)
+    for now[0] in (10.0, 11.0, 13.0):  # the first compiles
+        clock.tick()
+    now[0] = 50.0  # an evaluation
+    assert clock.pause() == {"seconds": 50.0, "images_per_second": 24 * 2 / 3}
+    for now[0] in (60.0, 61.0):
+        clock.tick()
+    now[0] = 62.0
+    assert clock.pause() == {"seconds": 62.0, "images_per_second": 24 * 3 / 4}
+
+
+def test_the_norm_of_the_gradient_is_that_of_all_parameters(tmp_path):
+    norms = {"a": {"kernel": np.float32(3)}, "b": np.float32(4)}
+    metrics = {"loss": np.float32(1), "gradient_norms": norms}
+    logged = SimpleNamespace(train=lambda step, found: seen.append((step, found)))
+    seen, stop = [], SimpleNamespace(read=lambda metrics: None)
+    loop._report(logged, stop, {7: (metrics, np.zeros(1))})
+    assert seen == [(7, {"loss": 1.0, "gradient_norm": 5.0})]

@@ -64,7 +64,7 @@ def test_log_mel_is_that_of_scipys_spectrum(step_ms):
 
 
 def test_other_rates_are_resampled():
-    for rate in (16000, 11025, 44100):
+    for rate in (4000, 16000, 11025, 44100):
         found = log_mel(tone(440, rate), rate)
         expected = log_mel(tone(440), RATE)
         loud = expected[5] > np.log(1e-4)
@@ -278,3 +278,12 @@ def test_a_set_that_is_not_prepared_or_damaged(folder, tmp_path):
     (damaged / records.name).write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=message):
         speech.spoken_digit(tmp_path, 20)
+
+
+@pytest.mark.parametrize(
+    ("shape", "threshold"),
+    [((4, 3), 0.0), ((4, 3), -0.5), ((1, 4, 3), 1.0), ((0, 3), 1.0)],
+)
+def test_changes_need_frames_and_a_threshold(shape, threshold):
+    with pytest.raises(ValueError, match=r"delta: expected frames \[T, F\] and a posi"):
+        speech.delta(np.zeros(shape, np.float32), threshold)

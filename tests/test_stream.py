@@ -167,3 +167,9 @@ def test_bad_input(ann, snn):
     other = VGG((4,), 3, neuron=QuantReLU, in_channels=1, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="agreement: expected a network and its conv"):
         agreement(other, snn, XS, 1)
+
+
+@pytest.mark.parametrize("confidence", [-0.1, 2.0, float("nan")])
+def test_a_confidence_is_a_probability(confidence):
+    with pytest.raises(ValueError, match="early_exit: expected 0 to 1, got"):
+        stream.early_exit(jnp.zeros((3, 2, 5)), confidence)

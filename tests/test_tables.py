@@ -175,3 +175,9 @@ def test_ncaltech101_as_tonic_reads_it(data_dir, tmp_path):
     )
     assert np.array_equal(recording.events, expected) and recording.size is None
     assert recordings.extent(recording.events) == (173, 234)
+
+
+def test_seconds_are_rounded_to_microseconds(tmp_path):
+    """0.000249 * 1e6 is a little less than 249."""
+    (tmp_path / "a.txt").write_text("0.000249 9 4 1\n0.000251 5 6 0\n")
+    assert recordings.read(tmp_path / "a.txt").events["t"].tolist() == [249, 251]

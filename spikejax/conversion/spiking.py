@@ -208,6 +208,10 @@ def _sites(
     who: str, model: nnx.Module, xs: jax.Array, *, plain: bool, currents: bool = False
 ) -> tuple[nnx.Module, Traced, list[QuantReLU | None]]:
     """Return a copy of a network, its sites, and the QuantReLU that each one is."""
+    if xs.ndim < 2 or 0 in xs.shape[:2]:
+        raise ValueError(
+            f"{who}: expected input [B, T, ...], B and T >= 1, got {xs.shape}."
+        )
     model = evaluation_copy(who, model)
     found = []
     if isinstance(model, Replaced):

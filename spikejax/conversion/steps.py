@@ -113,8 +113,13 @@ def early_exit(logits: jax.Array, confidence: float) -> Exit:
         logits: [T, B, K] from ``stream``.
         confidence: 0 to 1; 1 never stops early.
 
+    Raises:
+        ValueError: the confidence is out of its range.
+
     Reference: Dynamic Confidence, Li et al. 2023, arXiv:2303.10276.
     """
+    if not 0 <= confidence <= 1:
+        raise ValueError(f"early_exit: expected 0 to 1, got {confidence}.")
     sure = jax.nn.softmax(logits).max(-1) > confidence
     last = sure.at[-1].set(True).argmax(0)  # the last step answers in any case
     classes = jnp.take_along_axis(logits.argmax(-1), last[None], 0)[0]
@@ -238,7 +243,8 @@ def agreement(
     if set(activations) != set(total):
         raise ValueError(
             "agreement: expected a network and its conversion, got activations at "
-            f"{sorted(activations)} and {sorted(total)}."
+            f"{sorted(activations)} and {sorted(total)}. Of a network with norms, give "
+            "fold_norms(ann, xs)."
         )
     rows = []
     for path, neuron, repeats in zip(snn.names, snn.sites, snn.repeats, strict=True):

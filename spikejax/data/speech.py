@@ -113,7 +113,15 @@ def delta(frames: np.ndarray, threshold: float) -> np.ndarray:
 
     Returns:
         counts uint8 [T, 2 F]: n where it is positive, then -n where it is negative.
+
+    Raises:
+        ValueError: frames have another shape, or the threshold is not positive.
     """
+    if frames.ndim != 2 or not len(frames) or not threshold > 0:
+        raise ValueError(
+            "delta: expected frames [T, F] and a positive threshold, got "
+            f"{frames.shape} and {threshold}."
+        )
     reference, counts = np.zeros_like(frames[0]), []
     for x in frames:
         n = np.trunc((x - reference) / threshold)

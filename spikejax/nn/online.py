@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spikejax.layers import check_sequence, check_tau
+from spikejax.layers import check_lengths, check_sequence, check_tau
 from spikejax.memory import Memory, drop_membranes, keep_membranes
 from spikejax.nn.penalty import penalty
 from spikejax.unroll import unroll_compiled
@@ -50,12 +50,14 @@ def value_and_grad(
         ``nnx.Optimizer``.
 
     Raises:
-        ValueError: xs has no time axis, or the model no spiking neurons.
+        ValueError: xs has no time axis, the model no spiking neurons, or lengths are
+            not B whole numbers.
 
     Reference: Meng et al. 2023, arXiv:2302.14311 (SLTT).
     """
     check_sequence("online.value_and_grad", xs)
-    ends = jnp.full(xs.shape[0], xs.shape[1]) if lengths is None else lengths
+    ends = [xs.shape[1]] * len(xs) if lengths is None else lengths
+    ends = check_lengths("online.value_and_grad", ends, len(xs))
     running, steps = nnx.clone(model), xs.shape[1]
     keep_membranes(running, xs[:, :1])
     graphdef, params, rest = nnx.split(running, nnx.Param, ...)

@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from spikejax.layers import neuron_layers
 from spikejax.losses import mean_over_time
 from spikejax.memory import has_held
 from spikejax.nn.cpu import compiler_options
@@ -35,7 +36,7 @@ from spikejax.train.step import (
     make_predict,
     make_train_step,
 )
-from spikejax.train.workdir import check_path, locked
+from spikejax.train.workdir import check_path, claim, locked
 
 HostBatch = dict[str, np.ndarray]  # image [B, ...], label [B], maybe length [B]
 ARRAYS = "image", "label", "length"
@@ -142,14 +143,16 @@ def fit(
         profile: write a trace of some steps to ``workdir``/profile.
 
     Raises:
-        ValueError: data, folder, batch size or checkpoint do not fit this run, another
-            one uses the folder, or the loss or a gradient is not finite.
+        ValueError: data, batch size or checkpoint do not fit this run, the folder is
+            of another one, or the loss or a gradient is not finite.
     """
     mesh, workdir = mesh or sharding.data_mesh(), Path(workdir).absolute()
     sharding.check_batch_size(config.batch_size, mesh)
     _check(model, train_data, eval_data, workdir)
     steps = _steps(config, steps_per_epoch)
     processes.agree(dataclasses.asdict(config) | {"steps": steps} | mesh.shape)
+    defaults = dataclasses.asdict(TrainConfig())
+    claim(workdir, _identity(config, steps, model), defaults, "fit.json")
     optimizer = optimizer or make_optimizer(config, steps)
     state = sharding.place_state(initial_state(model, optimizer, config), mesh)
     graphdef, eval_graphdef = graphs(model)
@@ -169,6 +172,17 @@ def _steps(config: TrainConfig, steps_per_epoch: int) -> int:
     if steps > MOST_STEPS:
         raise ValueError(f"epochs: expected at most {MOST_STEPS} steps, got {steps}.")
     return steps
+
+
+def _identity(config: TrainConfig, steps: int, model: nnx.Module) -> dict[str, Any]:
+    """Return what tells this training from another whose parameters are alike."""
+    settings = dataclasses.asdict(config) | {"steps": steps}
+    for name in ("epochs", "evaluate_every", "save_every"):
+        del settings[name]
+    for path, layer in neuron_layers(model).items():
+        count = len(getattr(layer.params, "thresholds", ()))
+        settings[path or "model"] = f"{type(layer).__name__} of {count}"
+    return settings
 
 
 def graphs(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.GraphDef]:

@@ -80,19 +80,28 @@ def _lock(folder: Path, held: contextlib.ExitStack) -> str:
     return ""
 
 
-def check(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
+CONFIG = "config.json"
+
+
+def check(
+    folder: Path,
+    settings: dict[str, Any],
+    defaults: dict[str, Any],
+    name: str = CONFIG,
+) -> None:
     """Check that a folder is new, or holds the run with these settings.
 
     Args:
         folder: of the run.
         settings: what tells this run from another, as JSON has it.
-        defaults: of all settings of the script. Settings missing from config.json were
+        defaults: of all settings of the script. Settings missing from the file were
             added later; the run is taken to have used their defaults.
+        name: of the file.
 
     Raises:
-        ValueError: the folder holds another run, or a corrupted config.json.
+        ValueError: the folder holds another run, or a corrupted file.
     """
-    path = folder / "config.json"
+    path = folder / name
     if not path.exists():
         return
     try:
@@ -101,7 +110,7 @@ def check(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> N
             del saved[name]  # it was removed from the script since
         different = differences(saved, settings)
     except (ValueError, TypeError):
-        different = "config.json is corrupted"
+        different = f"{name} is corrupted"
     if different:
         raise ValueError(
             f"workdir: expected a new folder or one of this run, got {folder}, which "
@@ -109,15 +118,20 @@ def check(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> N
         )
 
 
-def claim(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> Path:
+def claim(
+    folder: Path,
+    settings: dict[str, Any],
+    defaults: dict[str, Any],
+    name: str = CONFIG,
+) -> Path:
     """Write the settings that `check` compares, and return the folder.
 
     Raises:
         ValueError: as `check` and `locked`, or not all processes see the folder.
     """
-    path = folder / "config.json"
+    path = folder / name
     with locked(folder):
-        check(folder, settings, defaults)  # another run may have claimed it since
+        check(folder, settings, defaults, name)  # another run may have claimed it since
         write(path, settings)
     processes.all_gather(0)  # all wait for the primary one
     seen = processes.all_gather(path.exists())

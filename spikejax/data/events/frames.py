@@ -220,8 +220,13 @@ def drop(probability: float) -> Augment:
     Args:
         probability: largest probability, 0 to 1.
 
+    Raises:
+        ValueError: the probability is out of its range.
+
     Reference: random drop of EventDrop, Gu et al. 2021, arXiv:2106.05836.
     """
+    if not 0 <= probability <= 1:
+        raise ValueError(f"drop: expected a probability, got {probability}.")
 
     def augment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         _check_counts("drop", frames)
@@ -239,7 +244,12 @@ def noise(rate: float) -> Augment:
 
     Args:
         rate: mean number of events, >= 0.
+
+    Raises:
+        ValueError: the rate is negative.
     """
+    if not rate >= 0:
+        raise ValueError(f"noise: expected a rate of 0 or more, got {rate}.")
 
     def augment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         _check_counts("noise", frames)
