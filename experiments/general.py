@@ -75,7 +75,7 @@ class Comparison:
             raise ValueError(
                 f"model: expected general-cnn or general-lstm, got {flags['model']}."
             )
-        for name in sorted(own.union(*map(NETWORKS.get, self.names))):
+        for name in sorted(own.union(*(NETWORKS[each] for each in self.names))):
             if flags.get(name) != shared.get(name):
                 raise ValueError(
                     f"{name}: expected no such flag, as --network {self.network} sets "

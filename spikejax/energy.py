@@ -171,9 +171,8 @@ def measure(
 
     Args:
         model: module over sequences; for Linen or a function of your own,
-            ``Function(net.apply, variables)``, with time=True if it has spiking
-            neurons. Not modified. Membranes that it
-            keeps between calls are ignored: it is measured from rest.
+            ``Function(net.apply, variables)``, with time=True if it spikes. Not
+            modified. Membranes that it keeps are ignored: it is measured from rest.
         xs: input [B, T, ...] as the model takes it; the report is the mean over B.
         lengths: [B], steps of each sequence, 1 to T; the rest is padding, and does not
             count. The model runs step by step then, so its layers have to keep their
@@ -202,14 +201,7 @@ def measure(
             f"measure: expected input [B, T, ...], B and T >= 1, got {xs.shape}. "
             "For images without time, add the axis: images[:, None]."
         )
-    if lengths is not None:
-        lengths = check_lengths("measure", lengths, len(xs))
-        if not 1 <= int(lengths.min()) <= int(lengths.max()) <= xs.shape[1]:
-            raise ValueError(
-                f"measure: expected lengths of 1 to {xs.shape[1]} steps, got "
-                f"{int(lengths.min())} to {int(lengths.max())}."
-            )
-    model = _named(model)
+    model, lengths = _named(model), None if lengths is None else _ends(lengths, xs)
     traced, count, given = _traced(model, xs, lengths)
     if not traced.sites:
         warnings.warn(
@@ -221,6 +213,17 @@ def measure(
     times = (xs.shape[1], 1.0) if lengths is None else (1, float(np.mean(lengths)))
     report = _report(traced.sites, kept, counted, len(xs), *times)
     return replace(report, silent=_silent(traced.sites, kept, model))
+
+
+def _ends(lengths: jax.Array, xs: jax.Array) -> jax.Array:
+    ends = check_lengths("measure", lengths, len(xs))
+    low, high = int(ends.min()), int(ends.max())
+    if not 1 <= low <= high <= xs.shape[1]:
+        raise ValueError(
+            f"measure: expected lengths of 1 to {xs.shape[1]} steps, got {low} to "
+            f"{high}."
+        )
+    return ends
 
 
 def _traced(

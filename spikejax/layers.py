@@ -211,7 +211,7 @@ def check_sequence(who: str, xs: jax.Array) -> None:
     )
 
 
-def check_lengths(who: str, lengths: jax.Array, size: int) -> jax.Array:
+def check_lengths(who: str, lengths: ArrayLike | list[int], size: int) -> jax.Array:
     """Return the lengths of the sequences of a batch as an array [B].
 
     Raises:
@@ -266,7 +266,9 @@ def _check(who: str, cell: Cell, params: NeuronParams, options: NeuronOptions) -
     if not np.all((leak >= 0) & (leak <= 1)):
         raise ValueError(f"{who}: expected a leak of 0 to 1, got {params.leak}.")
     amounts = params.amounts
-    if amounts is not None and (len(amounts) != count or not np.all(amounts[:1])):
+    if amounts is not None and (
+        len(amounts) != count or not np.all(np.asarray(amounts[:1]))
+    ):
         raise ValueError(
             f"{who}: expected an amount for each of {count} thresholds, the first not "
             f"0, got {amounts}."

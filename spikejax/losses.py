@@ -110,7 +110,10 @@ def tet(
         weight: weight of the regularisation, in [0, 1].
         target: value that logits are drawn to, the threshold.
 
-    Other arguments, result and errors are those of ``rate_cross_entropy``.
+    Other arguments and the result are those of ``rate_cross_entropy``.
+
+    Raises:
+        ValueError: as there, or the weight is out of its range.
 
     Reference: Deng et al. 2022, arXiv:2202.11946.
     """

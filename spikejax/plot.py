@@ -226,7 +226,7 @@ def _saturation(layer: Neuron) -> float:
 
 def _check_spiking(who: str, layer: Neuron, *, one: bool = True) -> None:
     held = (getattr(layer.params, "leak", 0), *getattr(layer.params, "thresholds", ()))
-    if any(shapes := list(map(np.shape, held))):
+    if any(shapes := [np.shape(value) for value in held]):
         raise ValueError(
             f"{who}: expected one neuron, got a {type(layer).__name__} with parameters "
             f"of shape {max(shapes)}. Make one with numbers."

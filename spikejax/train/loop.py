@@ -151,8 +151,7 @@ def fit(
     _check(model, train_data, eval_data, workdir)
     steps = _steps(config, steps_per_epoch)
     processes.agree(dataclasses.asdict(config) | {"steps": steps} | mesh.shape)
-    defaults = dataclasses.asdict(TrainConfig())
-    claim(workdir, _identity(config, steps, model), defaults, "fit.json")
+    _claim(workdir, config, steps, model)
     optimizer = optimizer or make_optimizer(config, steps)
     state = sharding.place_state(initial_state(model, optimizer, config), mesh)
     graphdef, eval_graphdef = graphs(model)
@@ -163,8 +162,7 @@ def fit(
     size = config.batch_size // jax.process_count()
     score = partial(evaluate, eval_step, batches=eval_data, batch_size=size, mesh=mesh)
     run = _Run(config, steps, steps_per_epoch, train_step, score, mesh, workdir)
-    state, scores, stopped = _train(run, state, train_data, profile)
-    return _fitted(eval_graphdef, state, scores, steps, stopped)
+    return _fitted(eval_graphdef, steps, *_train(run, state, train_data, profile))
 
 
 def _steps(config: TrainConfig, steps_per_epoch: int) -> int:
@@ -174,15 +172,15 @@ def _steps(config: TrainConfig, steps_per_epoch: int) -> int:
     return steps
 
 
-def _identity(config: TrainConfig, steps: int, model: nnx.Module) -> dict[str, Any]:
-    """Return what tells this training from another whose parameters are alike."""
+def _claim(workdir: Path, config: TrainConfig, steps: int, model: nnx.Module) -> None:
+    """Claim the folder for this training; another may have parameters of its shapes."""
     settings = dataclasses.asdict(config) | {"steps": steps}
     for name in ("epochs", "evaluate_every", "save_every"):
         del settings[name]
     for path, layer in neuron_layers(model).items():
         count = len(getattr(layer.params, "thresholds", ()))
         settings[path or "model"] = f"{type(layer).__name__} of {count}"
-    return settings
+    claim(workdir, settings, dataclasses.asdict(TrainConfig()), "fit.json")
 
 
 def graphs(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.GraphDef]:
@@ -319,9 +317,9 @@ def _report(progress: Progress, stop: processes.Terminated, pending: Pending) ->
 
 def _fitted(
     graphdef: nnx.GraphDef,
+    steps: int,
     state: State,
     metrics: dict[str, Any],
-    steps: int,
     stopped: bool,
 ) -> Fitted:
     params, rest = state.get("ema", state["params"]), state["rest"]

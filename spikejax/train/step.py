@@ -73,8 +73,7 @@ def make_train_step(
     """
 
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
-        # Folded with the step, so that a resumed run draws what it would have drawn;
-        # counted down, as nnx.Rngs(seed) draws parameters with this key and 0, 1, ...
+        # By step, for resuming; counted down, as nnx.Rngs(seed) folds it with 0, 1, ...
         xs = encode(batch["image"], jax.random.fold_in(state["key"], ~state["step"]))
 
         def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
