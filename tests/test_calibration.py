@@ -321,3 +321,19 @@ def test_a_batch_without_images_is_refused():
     for shape in ((0, 1, 3), (2, 0, 3), (3,)):
         with pytest.raises(ValueError, match="calibrate: expected input "):
             calibrate(net, jnp.ones(shape))
+
+
+def test_the_largest_activation_is_above_the_threshold():
+    """At the clip exactly the last bit would decide on its gradient."""
+    net = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.relu)
+    xs = jax.random.normal(jax.random.key(0), (8, 1, 3))
+    (swap,) = calibrate(net, xs).swaps
+    largest = float(net(xs).max())
+    assert 0.999 * largest < swap.v_threshold < largest
+
+
+def test_a_slope_below_zero_is_no_relu():
+    linear = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    net = nnx.Sequential(linear, lambda x: jnp.where(x > 0, x, x / 2), linear, nnx.relu)
+    with pytest.raises(ValueError, match="got select_n at|got gt at"):
+        calibrate(net, jnp.ones((2, 1, 3)))

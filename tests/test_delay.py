@@ -9,6 +9,7 @@ from flax import nnx
 from spikejax import ILIF, LIF, energy, spike_driven, stepper
 from spikejax.energy import measure
 from spikejax.layers import Fixed
+from spikejax.memory import Membrane, keep_membranes
 from spikejax.nn.delay import Delay, DelayedLinear, place
 
 
@@ -222,3 +223,18 @@ def test_an_input_without_time_is_refused():
     layer = Delay(3, 5, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"\[B, T, ..., 5\], got shape \(2, 5\)"):
         layer(jnp.ones((2, 5)))
+
+
+def test_delays_are_spread_over_their_range_at_first():
+    delays = np.asarray(Delay(8, 1000, rngs=nnx.Rngs(0)).delays[...])
+    counts, _ = np.histogram(delays, 4, (0, 8))
+    assert counts.sum() == 1000 and counts.min() > 200
+
+
+def test_the_past_is_kept_in_float32():
+    layer = Delay(2, 3, rngs=nnx.Rngs(0))
+    held = keep_membranes(layer, jnp.ones((1, 1, 3), jnp.bfloat16))
+    assert held(jnp.ones((1, 2, 3), jnp.bfloat16)).dtype == jnp.bfloat16
+    assert [leaf.dtype for leaf in jax.tree.leaves(nnx.state(held, Membrane))] == [
+        jnp.float32
+    ]

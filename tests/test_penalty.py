@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from spikejax import LIF, Penalised, losses
-from spikejax.nn.penalty import penalty
+from spikejax.nn.penalty import penalty, unpenalised
 from spikejax.train import TrainConfig
 from spikejax.train.step import initial_state, make_train_step
 
@@ -117,3 +117,8 @@ def test_evaluation_keeps_no_cost():
     compiled = jax.jit(lambda xs: model(xs))(XS)  # writes nothing into the model
     assert model.neurons.cost[...] is before and compiled.shape == (16, 4, 2)
     assert math.isclose(penalty(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), 0.0)
+
+
+def test_two_costs_of_one_layer():
+    inner = Penalised(LIF(), losses.firing_rate)
+    assert unpenalised(Penalised(inner, losses.firing_rate)) is inner.layer

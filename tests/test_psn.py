@@ -97,3 +97,9 @@ def test_arguments_have_ranges():
         PSN(4, rngs=nnx.Rngs(0))(jnp.ones((1, 3, 2)))
     with pytest.raises(ValueError, match="SlidingPSN: expected an order of 1 or more"):
         SlidingPSN(0)
+
+
+def test_initial_weights_are_uniform_within_the_root_of_the_steps():
+    weights = np.asarray(PSN(64, rngs=nnx.Rngs(0)).weights[...])
+    assert 0.98 / 8 < np.abs(weights).max() <= 1 / 8
+    np.testing.assert_allclose(np.abs(weights).mean(), 1 / 16, rtol=0.05)

@@ -85,10 +85,14 @@ def test_evaluation_over_batches(snn, run):
         {"image": images[:4], "label": labels[:4]},
         {"image": images[4:], "label": labels[4:]},
     ]
-    result = evaluate_steps(snn, batches, lambda x, rng: x[:, None], STEPS)
+    result = evaluate_steps(snn, batches, lambda x, rng: x[:, None], STEPS, 0.34)
     expected = (np.asarray(run.logits).argmax(-1) == labels).mean(1)
     np.testing.assert_allclose(result.accuracy, expected)
     np.testing.assert_allclose(result.spikes, run.spikes.mean(1), rtol=1e-6)
+    classes, stops = early_exit(run.logits, 0.34)
+    assert result.exit_accuracy == pytest.approx((classes == labels).mean())
+    assert result.exit_steps == pytest.approx(stops.mean())
+    assert stops.min() < STEPS
 
 
 def test_early_exit_stops_at_the_first_sure_step():
