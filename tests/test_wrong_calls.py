@@ -248,7 +248,6 @@ CALLS = {
     "calibrate: expected a network [B, T, ...] to [B, T, K] of affine": [
         lambda: calibrate(gelu_net, XS),
         lambda: calibrate(lif_net, XS),
-        lambda: calibrate(relu_net, jnp.ones(3)),
     ],
     "calibrate: expected a rule such as maximum and a factory such as": [
         lambda: calibrate(relu_net, XS, rule="max"),
