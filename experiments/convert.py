@@ -103,7 +103,7 @@ class Conversion:
             "test_images": ("at least 1", lambda n: n >= 1),
         }
         check_settings(self, ranges)
-        if self.experiment.train.steps and self.quant_epochs != 20.0:
+        if self.experiment.train.steps and self.quant_epochs != type(self).quant_epochs:
             raise ValueError(
                 "quant_epochs: expected none with --steps, of which the quantised "
                 f"training takes half, got {self.quant_epochs}."

@@ -36,7 +36,7 @@ from spikejax.train.step import (
     make_predict,
     make_train_step,
 )
-from spikejax.train.workdir import check_path, claim, locked
+from spikejax.train.workdir import check, check_path, locked, write
 
 HostBatch = dict[str, np.ndarray]  # image [B, ...], label [B], maybe length [B]
 ARRAYS = "image", "label", "length"
@@ -150,8 +150,8 @@ def fit(
     sharding.check_batch_size(config.batch_size, mesh)
     _check(model, train_data, eval_data, workdir)
     steps = _steps(config, steps_per_epoch)
-    processes.agree(dataclasses.asdict(config) | {"steps": steps} | mesh.shape)
-    _claim(workdir, config, steps, model)
+    settings = _settings(config, steps, model)
+    processes.agree(dataclasses.asdict(config) | settings | mesh.shape)
     optimizer = optimizer or make_optimizer(config, steps)
     state = sharding.place_state(initial_state(model, optimizer, config), mesh)
     graphdef, eval_graphdef = graphs(model)
@@ -161,7 +161,7 @@ def fit(
     eval_step = _jit_eval_step(eval_graphdef, loss, encode, mesh, readout)
     size = config.batch_size // jax.process_count()
     score = partial(evaluate, eval_step, batches=eval_data, batch_size=size, mesh=mesh)
-    run = _Run(config, steps, steps_per_epoch, train_step, score, mesh, workdir)
+    run = _Run(config, steps_per_epoch, train_step, score, mesh, workdir, settings)
     return _fitted(eval_graphdef, steps, *_train(run, state, train_data, profile))
 
 
@@ -172,15 +172,15 @@ def _steps(config: TrainConfig, steps_per_epoch: int) -> int:
     return steps
 
 
-def _claim(workdir: Path, config: TrainConfig, steps: int, model: nnx.Module) -> None:
-    """Claim the folder for this training; another may have parameters of its shapes."""
+def _settings(config: TrainConfig, steps: int, model: nnx.Module) -> dict[str, Any]:
+    """Return what tells this training from another whose parameters are alike."""
     settings = dataclasses.asdict(config) | {"steps": steps}
     for name in ("epochs", "evaluate_every", "save_every"):
         del settings[name]
     for path, layer in neuron_layers(model).items():
         count = len(getattr(layer.params, "thresholds", ()))
         settings[path or "model"] = f"{type(layer).__name__} of {count}"
-    claim(workdir, settings, dataclasses.asdict(TrainConfig()), "fit.json")
+    return settings
 
 
 def graphs(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.GraphDef]:
@@ -242,12 +242,16 @@ class _Run(NamedTuple):
     """Settings and compiled functions of a run; its loop changes none of them."""
 
     config: TrainConfig
-    steps: int
     steps_per_epoch: int
     train_step: TrainStep
     score: Callable[..., dict[str, float]]
     mesh: Mesh
     workdir: Path
+    settings: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        return self.settings["steps"]
 
 
 def _train(
@@ -261,7 +265,10 @@ def _train(
         stack.enter_context(locked(workdir))
         checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints")))
         trace = stack.enter_context(tracing(workdir / "profile" if profile else None))
-        restored = checkpoints.restore(state, train_data)
+        if restored := checkpoints.restore(state, train_data):
+            older = dataclasses.asdict(TrainConfig())
+            check(workdir, run.settings, older, "fit.json")
+        write(workdir / "fit.json", run.settings)
         start, state, saved = restored or (0, state, {})
         is_due = saved.pop("is_due", False)  # a signal broke off its evaluation
         clock = _Clock(config.batch_size, **saved)

@@ -80,14 +80,11 @@ def _lock(folder: Path, held: contextlib.ExitStack) -> str:
     return ""
 
 
-CONFIG = "config.json"
-
-
 def check(
     folder: Path,
     settings: dict[str, Any],
     defaults: dict[str, Any],
-    name: str = CONFIG,
+    name: str = "config.json",
 ) -> None:
     """Check that a folder is new, or holds the run with these settings.
 
@@ -96,7 +93,7 @@ def check(
         settings: what tells this run from another, as JSON has it.
         defaults: of all settings of the script. Settings missing from the file were
             added later; the run is taken to have used their defaults.
-        name: of the file.
+        name: of the file with its settings.
 
     Raises:
         ValueError: the folder holds another run, or a corrupted file.
@@ -118,20 +115,15 @@ def check(
         )
 
 
-def claim(
-    folder: Path,
-    settings: dict[str, Any],
-    defaults: dict[str, Any],
-    name: str = CONFIG,
-) -> Path:
+def claim(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> Path:
     """Write the settings that `check` compares, and return the folder.
 
     Raises:
         ValueError: as `check` and `locked`, or not all processes see the folder.
     """
-    path = folder / name
+    path = folder / "config.json"
     with locked(folder):
-        check(folder, settings, defaults, name)  # another run may have claimed it since
+        check(folder, settings, defaults)  # another run may have claimed it since
         write(path, settings)
     processes.all_gather(0)  # all wait for the primary one
     seen = processes.all_gather(path.exists())
