@@ -21,7 +21,7 @@ from spikejax.layers import MultiThreshold
 from spikejax.train import TrainConfig, loop
 from spikejax.train.checksum import parameters_sha256
 from spikejax.train.progress import NonFinite
-from spikejax.train.workdir import locked
+from spikejax.train.workdir import locked, write
 
 STEPS, EPOCH = 12, 5  # evaluations and checkpoints at 5, 10 and 12; saves at 3, ...
 SHORT = {"steps": STEPS, "batch_size": 24, "save_every": 3}
@@ -432,6 +432,8 @@ def test_a_folder_of_another_training_is_refused(whole, tmp_path):
     message = "holds another: neuron was MultiThreshold of 4 and is MultiThreshold of 2"
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, model=other)
+    write(tmp_path / "new/fit.json", {"learning_rate": 9.0})  # it has no checkpoint
+    assert fit(tmp_path / "new").finished
 
 
 def test_more_steps_than_can_be_counted_are_refused(tmp_path):
