@@ -172,11 +172,10 @@ def measure(
     Args:
         model: module over sequences; for Linen or a function of your own,
             ``Function(net.apply, variables)``, with time=True if it spikes. Not
-            modified. Membranes that it keeps are ignored: it is measured from rest.
+            modified; measured from rest, whatever membranes it keeps.
         xs: input [B, T, ...] as the model takes it; the report is the mean over B.
-        lengths: [B], steps of each sequence, 1 to T; the rest is padding, and does not
-            count. The model runs step by step then, so its layers have to keep their
-            state, as those of ``stepper``.
+        lengths: [B], steps of each sequence, 1 to T; the rest does not count. The model
+            runs step by step then: its layers keep their state, as in ``stepper``.
 
     Returns:
         one row per layer of neurons and per product, in the order of the computation.
@@ -201,8 +200,9 @@ def measure(
             f"measure: expected input [B, T, ...], B and T >= 1, got {xs.shape}. "
             "For images without time, add the axis: images[:, None]."
         )
-    model, lengths = _named(model), None if lengths is None else _ends(lengths, xs)
-    traced, count, given = _traced(model, xs, lengths)
+    ends = None if lengths is None else _ends(lengths, xs)
+    model = _named(model)
+    traced, count, given = _traced(model, xs, ends)
     if not traced.sites:
         warnings.warn(
             "measure: expected matrix products, convolutions or spiking neurons that "
@@ -210,12 +210,13 @@ def measure(
             stacklevel=2,
         )
     kept, counted = jax.device_get(jax.jit(partial(count, traced))(*given))
-    times = (xs.shape[1], 1.0) if lengths is None else (1, float(np.mean(lengths)))
+    times = (xs.shape[1], 1.0) if ends is None else (1, float(np.mean(ends)))
     report = _report(traced.sites, kept, counted, len(xs), *times)
     return replace(report, silent=_silent(traced.sites, kept, model))
 
 
 def _ends(lengths: jax.Array, xs: jax.Array) -> jax.Array:
+    """Return the lengths, each of at least one step and at most all of xs."""
     ends = check_lengths("measure", lengths, len(xs))
     low, high = int(ends.min()), int(ends.max())
     if not 1 <= low <= high <= xs.shape[1]:

@@ -429,7 +429,7 @@ def test_a_folder_of_another_training_is_refused(whole, tmp_path):
     with pytest.raises(ValueError, match="another: learning_rate was .* is 9.0"):
         fit(tmp_path, faster)
     other.neuron = MultiThreshold(2, neurons.parallel, learn_tau=True)
-    message = "holds another: neuron was MultiThreshold of 4 and is MultiThreshold of 2"
+    message = "another: model/neuron was MultiThreshold of 4 and is MultiThreshold of 2"
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, model=other)
     write(tmp_path / "new/fit.json", {"learning_rate": 9.0})  # it has no checkpoint

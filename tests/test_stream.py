@@ -175,5 +175,5 @@ def test_bad_input(ann, snn):
 
 @pytest.mark.parametrize("confidence", [-0.1, 2.0, float("nan")])
 def test_a_confidence_is_a_probability(confidence):
-    with pytest.raises(ValueError, match="early_exit: expected 0 to 1, got"):
+    with pytest.raises(ValueError, match="early_exit: expected a confidence of 0"):
         stream.early_exit(jnp.zeros((3, 2, 5)), confidence)

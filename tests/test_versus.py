@@ -303,3 +303,13 @@ def test_spyx_and_snntorch_have_the_same_shapes(peers, tmp_path):
         found[library, mode] = losses
     # Statistics of each step differ from those of all, except in the first layer.
     assert found["snnTorch", "folded"] != found["snnTorch", "step by step"]
+
+
+def test_a_worker_computes_where_it_is_told_to_or_fails(monkeypatch):
+    """Neither JAX nor PyTorch falls back to a processor where a GPU is asked for."""
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    names = "JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"
+    for device, expected in (("cpu", ("cpu", "")), ("gpu", ("cuda", "0"))):
+        env = turns.environment(1, device)
+        assert tuple(env[name] for name in names) == expected

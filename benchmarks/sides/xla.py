@@ -10,6 +10,12 @@ from flax import nnx
 
 from benchmarks.workloads import Prepared, weights
 
+try:
+    DEVICE = jax.devices()[0]
+except (RuntimeError, AssertionError) as error:  # as ``turns.environment`` wants it
+    message = "expected a GPU and JAX for it, found none: leave out --device gpu"
+    raise RuntimeError(message) from error
+
 
 def give_weights(layers: Sequence[Any]) -> None:
     """The weights of every library, in Flax's order of axes."""
@@ -45,7 +51,6 @@ def prepared(
     memory: Any = compiled.memory_analysis()
     held = memory.argument_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    device = jax.devices()[0]
 
     def run():
         nonlocal state
@@ -53,15 +58,15 @@ def prepared(
         return float(loss)
 
     def peak():
-        return device.memory_stats()["peak_bytes_in_use"]
+        return DEVICE.memory_stats()["peak_bytes_in_use"]
 
     return Prepared(
         run,
         count,
         held,
         versions,
-        device.device_kind,
+        DEVICE.device_kind,
         compile_s=seconds,
         compiled_mib=(held + memory.temp_size_in_bytes + results) / 2**20,
-        device_peak=None if device.platform == "cpu" else peak,
+        device_peak=None if DEVICE.platform == "cpu" else peak,
     )

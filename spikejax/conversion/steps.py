@@ -119,7 +119,9 @@ def early_exit(logits: jax.Array, confidence: float) -> Exit:
     Reference: Dynamic Confidence, Li et al. 2023, arXiv:2303.10276.
     """
     if not 0 <= confidence <= 1:
-        raise ValueError(f"early_exit: expected 0 to 1, got {confidence}.")
+        raise ValueError(
+            f"early_exit: expected a confidence of 0 to 1, got {confidence}."
+        )
     sure = jax.nn.softmax(logits).max(-1) > confidence
     last = sure.at[-1].set(True).argmax(0)  # the last step answers in any case
     classes = jnp.take_along_axis(logits.argmax(-1), last[None], 0)[0]

@@ -121,8 +121,8 @@ def fit(
     """Train a model, with checkpoints in ``workdir`` from which the same call resumes.
 
     A killed run resumes from its last checkpoint and ends with the same bits. SIGTERM,
-    SIGHUP and a first Ctrl-C save and return with finished=False; sent to one of many
-    processes, they end all at the same step. A single process breaks off an evaluation.
+    SIGHUP and a first Ctrl-C save, leave an evaluation to the next start, and return
+    with finished=False; sent to one of many processes, they end all at the same step.
 
     Args:
         config: the recipe.
@@ -179,7 +179,7 @@ def _settings(config: TrainConfig, steps: int, model: nnx.Module) -> dict[str, A
         del settings[name]
     for path, layer in neuron_layers(model).items():
         count = len(getattr(layer.params, "thresholds", ()))
-        settings[path or "model"] = f"{type(layer).__name__} of {count}"
+        settings[f"model/{path}"] = f"{type(layer).__name__} of {count}"
     return settings
 
 
