@@ -212,6 +212,7 @@ def test_the_path_of_a_folder_is_its_set(tmp_path, monkeypatch):
     refused(r"images .* in nowhere/train/CLASS, got none", "nowhere/", None)
     # Without a slash it is a name, which TFDS does not know; "toto" it has.
     refused(r"got 'photos'\. For the images in that folder: photos/", "photos", None)
+    refused(r"without --data-dir, got photos/ and data\. Leave", "photos/", "data")
 
 
 def test_a_class_may_have_no_test_image(tmp_path):

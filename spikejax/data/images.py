@@ -83,10 +83,17 @@ def load(name: str, data_dir: Folder = None) -> ImageSet:
         ImageNet's are), the validation split takes its place.
 
     Raises:
-        ValueError: the set is unknown, not there, or damaged.
+        ValueError: the set is unknown, not there, or damaged, or a path has a data_dir
+            too.
     """
     # TFDS has names such as a/b, none of which ends so.
     if name.endswith("/") or ("/" in name and Path(name).is_dir()):
+        if data_dir is not None:
+            raise ValueError(
+                f"data: expected the path of a folder without --data-dir, got {name} "
+                f"and {data_dir}. Leave --data-dir out, or give --data folder "
+                "--data-dir PATH."
+            )
         splits = image_folder(name)
     elif name in OWN:
         splits = OWN[name](data_dir)
