@@ -13,6 +13,7 @@ same folder resumes.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -94,7 +95,14 @@ class Conversion:
     """Compare bits, noise and thresholds instead of running one setting."""
 
     def __post_init__(self):
-        QuantReLU(self.bits, noise=self.noise, rngs=nnx.Rngs(0))  # checks them
+        for is_good, expected, got in (
+            # A QuantReLU checks them too, but would start JAX, before the processes
+            # have joined.
+            (1 <= self.bits <= 8, "1 to 8 bits", self.bits),
+            (0 <= self.noise < math.inf, "noise of 0 or more", self.noise),
+        ):
+            if not is_good:
+                raise ValueError(f"QuantReLU: expected {expected}, got {got}.")
         ranges: Ranges = {
             "num_thresholds": THRESHOLDS,
             "quant_epochs": ("more than 0", lambda x: x > 0),
@@ -121,6 +129,10 @@ DEFAULT = Conversion(
 OPTIONS = (ResNetOptions(residual="plain"),)  # if --model is a resnet
 
 
+class Stopped(Exception):
+    """The end of a training by SIGTERM, which `train` has reported."""
+
+
 class Conversions:
     """The networks of one data set, one seed and one recipe."""
 
@@ -137,10 +149,11 @@ class Conversions:
 
     def fit(self, experiment: Experiment, model: nnx.Module | None = None, **more):
         """Train a network in a folder of its own, or resume there."""
-        print(experiment.workdir)
+        if processes.is_primary():
+            print(experiment.workdir)
         fitted = train(experiment, self.task, model=model, **more)
         if not fitted.finished:
-            raise SystemExit(0)
+            raise Stopped
         return fitted
 
     def quantised(self, relu: nnx.Module, bits: int, noise: float):
@@ -276,9 +289,12 @@ def main(flags: Conversion) -> None:
     """Train, convert, print the table, write summary.json and convert.png."""
     found, folder = [], flags.experiment.workdir
     with processes.distributed(flags.experiment.processes, flatten(flags)):
-        for row in rows(flags):
-            found.append(row)
-            workdir.write(folder / "summary.json", found)
+        try:
+            for row in rows(flags):
+                found.append(row)
+                workdir.write(folder / "summary.json", found)
+        except Stopped:  # an exit inside of `distributed` could abort the others
+            return
     steps_shown = shown(flags.max_steps)
     if not processes.is_primary():
         return

@@ -221,14 +221,15 @@ def spiking(
 def main(flags: Flags) -> None:
     """Evaluate the network and its copies, print a table, write summary.json."""
     model, photographs = load_network(), Photographs(flags)
-    found = [ann(model, photographs)]
     pairs = [(flags.steps, flags.thresholds)]
     if flags.sweep:
         pairs = list(itertools.product((1, 2, 4), (2, 3, 4, 5)))
-    for pair in pairs:
-        found.append(spiking(model, photographs, *pair))
-        print(found[-1], flush=True)
-        workdir.write(flags.workdir / "summary.json", found)
+    with workdir.locked(flags.workdir):
+        found = [ann(model, photographs)]
+        for pair in pairs:
+            found.append(spiking(model, photographs, *pair))
+            print(found[-1], flush=True)
+            workdir.write(flags.workdir / "summary.json", found)
     table(
         f"{len(photographs.rows)} photographs",
         ["T", "thresholds", "top-1", "top-5", "spikes", "energy", "CPU s an image"],

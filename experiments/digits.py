@@ -51,7 +51,8 @@ def compare(digits: Experiment) -> None:
         task = open_images(digits)
         data = task.data
         for name, flags in NETWORKS.items():
-            print(f"{len(rows) + 1}/{len(NETWORKS)}  {name}")
+            if processes.is_primary():
+                print(f"{len(rows) + 1}/{len(NETWORKS)}  {name}")
             folder = f"{flags['neuron']}-t{flags.get('time_steps', 1)}"
             flags = flags | {"workdir": digits.workdir / folder}
             experiment = checked(override(digits, flags))

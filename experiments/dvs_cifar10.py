@@ -222,6 +222,11 @@ def main(experiment: Experiment) -> None:
     inputs, steps = experiment.inputs, experiment.time_steps
     assert isinstance(inputs, Events)
     with processes.distributed(experiment.processes, flatten(experiment)):
+        if inputs.stream and processes.shard()[1] > 1:
+            raise ValueError(
+                f"stream: expected one process, got {processes.shard()[1]}. Train "
+                "without --stream, then give it to one process on the same --workdir."
+            )
         event_set = load(inputs, steps)
         duration = (event_set.window or 0) // steps  # microseconds of a frame
         if inputs.stream:  # read first: training takes long

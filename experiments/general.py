@@ -97,7 +97,8 @@ def compare(comparison: Comparison) -> list[dict[str, Any]]:
     task = open_images(shared)
     data = task.data
     for name in (names := comparison.names):
-        print(f"{len(rows) + 1}/{len(names)}  {name}")
+        if processes.is_primary():
+            print(f"{len(rows) + 1}/{len(names)}  {name}")
         flags = {"workdir": shared.workdir / name} | NETWORKS[name]
         experiment = checked(override(shared, flags))
         encode = normalised(data.mean, data.std, experiment.time_steps)

@@ -43,7 +43,7 @@ from spikejax.experiment.config import make_loss
 from spikejax.tpu.chips import GIB, Device, find_slice
 from spikejax.tpu.hlo import collectives
 from spikejax.tpu.plan import memory_of, read_plan
-from spikejax.train import TrainConfig, processes, sharding
+from spikejax.train import TrainConfig, processes, sharding, workdir
 from spikejax.train.checkpoint import Checkpoints
 from spikejax.train.checksum import parameters_sha256
 from spikejax.train.loop import graphs, jit_train_step
@@ -117,7 +117,9 @@ def check(flags: Selfcheck) -> Iterator[Row]:
     size = experiment.train.batch_size
     yield check_time(statistics.median(seconds[1:]), plan, size)
     yield check_copies(state["params"])
-    yield check_resume(experiment.workdir, compiled, state, images)
+    yield (shared := check_folder(experiment.workdir))
+    if shared.passed:  # else a checkpoint would wait for the others forever
+        yield check_resume(experiment.workdir, compiled, state, images)
 
 
 def check_devices(topology: str | None) -> Row:
@@ -258,9 +260,25 @@ def check_copies(params: Any) -> Row:
     )
 
 
-def check_resume(workdir: Path, compiled: Compiled, state: Any, images: _Images) -> Row:
+def check_folder(folder: Path) -> Row:
+    """Check that all processes see a file that process 0 writes."""
+    # A name that is new: none has looked for it, and no killed check has left it.
+    path = folder / f"selfcheck-{processes.all_gather(time.time_ns())[0]}"
+    workdir.write(path, {})
+    found = f"{jax.process_count()} process(es)"
+    try:
+        workdir.check_shared(path)
+        return Row("all see the folder", found, True)
+    except ValueError as error:
+        return Row("all see the folder", str(error), False)
+    finally:
+        if processes.is_primary():
+            path.unlink()
+
+
+def check_resume(folder: Path, compiled: Compiled, state: Any, images: _Images) -> Row:
     """Save, restore, and compare the next step of both, bit for bit."""
-    folder = workdir / "selfcheck-checkpoints"
+    folder = folder / "selfcheck-checkpoints"
     if processes.is_primary():
         shutil.rmtree(folder, ignore_errors=True)  # of a check that was killed
     processes.all_gather("ready")
@@ -287,12 +305,14 @@ def check_resume(workdir: Path, compiled: Compiled, state: Any, images: _Images)
 def main(flags: Selfcheck) -> None:
     """Check, print a line for each, and exit with code 1 if something failed."""
     with processes.distributed(flags.experiment.processes, flatten(flags)):
-        failed = []
+        failed, (index, count) = [], processes.shard()
         for row in check(flags):
             failed += [] if row.passed else [row.what]
-            if processes.is_primary():
-                verdict = "pass" if row.passed else "FAIL"
-                print(f"{verdict}  {row.what}: {row.found}", flush=True)
+            verdict = "pass " if row.passed else "FAIL "
+            if count > 1 and not row.passed:  # what fails may do so in one of them
+                verdict = f"FAIL  process {index}:"
+            if index == 0 or not row.passed:
+                print(f"{verdict} {row.what}: {row.found}", flush=True)
     if failed:
         fail(f"selfcheck: failed: {', '.join(failed)}.")
 

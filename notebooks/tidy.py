@@ -23,7 +23,7 @@ from pathlib import Path
 if not list(metadata.distributions(name="spikejax")):
     here = Path.cwd()
     clones = (here.parent, here, here / "spikejax")
-    paths = [*here.glob("spikejax-*.whl")]
+    paths = sorted(here.glob("spikejax-*.whl"), reverse=True)  # the newest first
     paths += [path for path in clones if (path / "spikejax/layers.py").exists()]
     packages = [f"{path}[EXTRAS]" for path in paths]
 """
@@ -48,7 +48,7 @@ def address() -> str | None:
     """Return the repository's owner/name on GitHub, if it has one."""
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
     url = project["urls"].get("Repository")
-    return url and url.split("github.com/")[1]
+    return url and url.split("github.com/")[1].rstrip("/").removesuffix(".git")
 
 
 def badge(place: str) -> list[str]:

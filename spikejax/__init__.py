@@ -17,6 +17,7 @@ from spikejax.nn.driven import spike_driven
 from spikejax.nn.norm import td_batch_norm
 from spikejax.nn.penalty import Penalised
 from spikejax.nn.quant import QuantReLU
+from spikejax.nn.recurrent import Recurrent
 from spikejax.unroll import unroll
 
 if TYPE_CHECKING:  # for editors
@@ -29,8 +30,18 @@ __version__ = "0.2.0"
 def __getattr__(name: str) -> object:
     # Trained networks need the models and their flags, which take a second to import.
     if name in ("load", "pretrained"):
-        return getattr(import_module("spikejax.experiment.trained"), name)
+        try:
+            return getattr(import_module("spikejax.experiment.trained"), name)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"spikejax.{name}: expected the package {error.name}, got none. "
+                "pip install 'spikejax[experiments]'."
+            ) from error
     raise AttributeError(f"module 'spikejax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), "load", "pretrained"])
 
 
 __all__ = [
@@ -48,6 +59,7 @@ __all__ = [
     "NeuronParams",
     "Penalised",
     "QuantReLU",
+    "Recurrent",
     "RefractoryLIF",
     "balance",
     "calibrate",

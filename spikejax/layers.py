@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 from jax.typing import ArrayLike
 
 from spikejax import neurons, surrogate
@@ -174,11 +174,24 @@ class Neuron(nnx.Module):
         """
         check_sequence(type(self).__name__, xs)
         self._check_features(xs)
+        self._check_bridge()
         step, params = self.bind(trains=trains)
         state = self.memory.load(self.start(xs[:, 0].shape))
         state, spikes = unroll_compiled(step, params, state, xs)
         self.memory.save(state)
         return spikes
+
+    def _check_bridge(self) -> None:
+        """Check that a Linen module around this one sees what is learned."""
+        outer = linen.module._context.module_stack[-1]
+        if outer is None or isinstance(outer, nnx.bridge.ToLinen):
+            return
+        if self.leak_logit is not None or self.log_steps is not None:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name}: expected the bridge around a layer that learns in a Linen "
+                f"module, got none. nnx.bridge.to_linen({name}, skip_rng=True)(x)."
+            )
 
     def _check_features(self, xs: jax.Array) -> None:
         """Check that parameters broadcast against a step of xs."""

@@ -39,9 +39,12 @@ class Memory(nnx.Module):
         leaves, structure = jax.tree.flatten(start)
         held = [leaf[...] for leaf in self.held]
         if [v.shape for v in held] != [v.shape for v in leaves]:
+            slices = held[0].ndim != leaves[0].ndim
             raise ValueError(
                 f"membranes: expected input for membranes {held[0].shape}, got input "
-                f"for {leaves[0].shape}. Call keep_membranes(model, xs) for the new "
+                f"for {leaves[0].shape}. "
+                + ("A slice keeps its time axis: xs[:, t : t + 1]. " if slices else "")
+                + "Call keep_membranes(model, xs) for the new "
                 "shape, or drop_membranes(model)."
             )
         return jax.tree.unflatten(structure, held)
@@ -113,7 +116,8 @@ def keep_membranes(model: Model, xs: jax.Array) -> Model:
     if not _memories(model):
         raise ValueError(
             "keep_membranes: expected a model with spiking neurons, got "
-            f"{type(model).__name__} without any. Only they have membranes."
+            f"{type(model).__name__} without any. Only they have membranes. A neuron "
+            "that __call__ makes keeps none: make it an attribute."
         )
     graphdef, state = nnx.split(model)
 

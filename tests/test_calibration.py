@@ -11,7 +11,7 @@ from flax import nnx
 
 from spikejax import energy, stepper
 from spikejax._compat import List
-from spikejax.conversion import calibrate, convert, least_squares, steps
+from spikejax.conversion import calibrate, convert, fold_norms, least_squares, steps
 from spikejax.functions import Function
 from spikejax.nn.quant import QuantReLU, ScaledIF, half_up
 
@@ -337,3 +337,17 @@ def test_a_slope_below_zero_is_no_relu():
     net = nnx.Sequential(linear, lambda x: jnp.where(x > 0, x, x / 2), linear, nnx.relu)
     with pytest.raises(ValueError, match="got select_n at|got gt at"):
         calibrate(net, jnp.ones((2, 1, 3)))
+
+
+def test_folded_answers_are_compared_without_rounding_of_products():
+    seen = []
+
+    class Watched(nnx.Sequential):
+        def __call__(self, x):
+            seen.append(jax.config.jax_default_matmul_precision)
+            return super().__call__(x)
+
+    rngs = nnx.Rngs(0)
+    layers = nnx.Linear(8, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+    fold_norms(Watched(*layers), jnp.ones((2, 8)))
+    assert seen[-2:] == ["highest", "highest"]

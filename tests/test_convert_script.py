@@ -11,6 +11,7 @@ from flax import nnx
 
 from experiments import convert as script
 from spikejax.experiment.cli import checked, override
+from spikejax.nn.quant import QuantReLU
 
 
 def numbers(model):
@@ -68,6 +69,34 @@ def test_what_cannot_be_converted_is_refused_before_it_trains():
     assert override(script.DEFAULT, {"model": "efficientnet-lite0"})
     with pytest.raises(ValueError, match="quant_epochs: expected none with --steps"):
         checked(override(script.DEFAULT, {"steps": 100, "quant_epochs": 5.0}))
+
+
+def test_a_training_that_is_stopped_ends_the_script_without_an_exit(
+    tmp_path, monkeypatch, capsys
+):
+    """An exit inside of `distributed` could abort the other processes."""
+    stopped = SimpleNamespace(finished=False)
+    monkeypatch.setattr(script, "train", lambda *_, **__: stopped)
+    flags = override(script.DEFAULT, {"workdir": tmp_path})
+    script.main(flags)
+    assert capsys.readouterr().out == f"{tmp_path}/relu\n"
+    assert not (tmp_path / "summary.json").exists()
+    monkeypatch.setattr(script.processes, "is_primary", lambda: False)
+    script.main(flags)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("bits", "noise"), [(0, 1), (9, 1), (2, -0.1)])
+def test_bits_and_noise_are_those_of_a_quantised_relu(bits, noise):
+    def message(make):
+        with pytest.raises(ValueError) as error:
+            make()
+        return str(error.value)
+
+    changes = {"bits": bits, "noise": noise}
+    ours = message(lambda: checked(override(script.DEFAULT, changes)))
+    rngs = nnx.Rngs(0)
+    assert ours == message(lambda: QuantReLU(bits, noise=noise, rngs=rngs))
 
 
 def test_a_sweep_without_noise_has_each_row_once(tmp_path, monkeypatch):

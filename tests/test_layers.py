@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from spikejax import neurons, surrogate
 from spikejax._compat import List
@@ -378,3 +378,18 @@ def test_parameters_may_be_of_places_and_examples():
         layer = MultiThreshold(2, v_threshold=jnp.full(shape, 0.5))
         xs = jnp.ones((3, 4, 6, 8))
         np.testing.assert_array_equal(layer(xs), MultiThreshold(2, v_threshold=0.5)(xs))
+
+
+def test_a_layer_that_learns_needs_the_bridge_in_linen():
+    class Net(linen.Module):
+        wrap: bool
+
+        @linen.compact
+        def __call__(self, x):
+            make = nnx.bridge.to_linen(PLIF, skip_rng=True) if self.wrap else PLIF()
+            return LIF()(make(x))
+
+    key, x = jax.random.key(0), jnp.ones((2, 1, 3))
+    assert "leak_logit" in Net(True).init(key, x)["params"]["ToLinen_0"]
+    with pytest.raises(ValueError, match=r"^PLIF: expected the bridge .*to_linen\(PL"):
+        Net(False).init(key, x)

@@ -175,6 +175,7 @@ def test_metrics_are_complete_and_those_of_the_model(whole, recipe):
 def test_a_step_is_traced_once(whole, tmp_path):
     traced = []
 
+    @functools.wraps(CE)  # by its name a loss is another
     def loss(logits, labels):
         traced.append(logits.shape)
         return CE(logits, labels)
@@ -428,10 +429,11 @@ def test_a_folder_of_another_training_is_refused(whole, tmp_path):
     faster, other = dataclasses.replace(SGD, learning_rate=9.0), Net()
     with pytest.raises(ValueError, match="another: learning_rate was .* is 9.0"):
         fit(tmp_path, faster)
-    other.neuron = MultiThreshold(2, neurons.parallel, learn_tau=True)
-    message = "another: model/neuron was MultiThreshold of 4 and is MultiThreshold of 2"
-    with pytest.raises(ValueError, match=message):
-        fit(tmp_path, model=other)
+    kinds = "model/neuron was MultiThreshold of 4 and is MultiThreshold of 2"
+    for n, top, message in (2, 1.0, kinds), (4, 9.0, r"/thresholds was .* is \[9"):
+        other.neuron = MultiThreshold(n, learn_tau=True, v_threshold=top)
+        with pytest.raises(ValueError, match=message):
+            fit(tmp_path, model=other)
     write(tmp_path / "new/fit.json", {"learning_rate": 9.0})  # it has no checkpoint
     assert fit(tmp_path / "new").finished
 

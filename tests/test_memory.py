@@ -240,3 +240,9 @@ def test_a_neuron_at_two_places_has_no_membrane_of_its_own():
     model = nnx.Sequential(linear, neuron, linear, neuron)
     with pytest.raises(ValueError, match="called at one place, got .* at two. Give"):
         keep_membranes(model, jnp.ones((1, 2, 3)))
+
+
+def test_a_slice_without_its_time_axis_is_refused():
+    layer = keep_membranes(LIF(), jnp.zeros((2, 3, 4, 5)))
+    with pytest.raises(ValueError, match="keeps its time axis: xs"):
+        layer(jnp.zeros((2, 4, 5)))

@@ -24,7 +24,7 @@ def test_a_machine_that_works_passes(tmp_path, capsys):
     flags = override(selfcheck.DEFAULT, SMALL | {"workdir": tmp_path})
     selfcheck.main(flags)
     out = capsys.readouterr().out
-    assert "FAIL" not in out and out.count("pass  ") == 8
+    assert "FAIL" not in out and out.count("pass  ") == 9
     for text in ("8 x cpu, 1 process(es)", "all-reduce of", "8 here", "apart, at most"):
         assert text in out
     assert not list(tmp_path.iterdir())  # nothing is left behind
@@ -37,6 +37,26 @@ def test_what_fails_is_named_and_the_exit_code_is_1(monkeypatch, capsys):
         selfcheck.main(selfcheck.DEFAULT)
     assert exit.value.code == 1
     assert "selfcheck: failed: devices." in capsys.readouterr().err
+
+
+def test_each_process_tells_what_failed_there(monkeypatch, capsys):
+    rows = [selfcheck.Row("devices", "none", False), selfcheck.Row("time", "1", True)]
+    monkeypatch.setattr(selfcheck, "check", lambda flags: iter(rows))
+    monkeypatch.setattr(selfcheck.processes, "shard", lambda: (1, 2))
+    with pytest.raises(SystemExit):
+        selfcheck.main(selfcheck.DEFAULT)
+    assert capsys.readouterr().out == "FAIL  process 1: devices: none\n"
+
+
+def test_a_folder_that_is_not_shared_is_a_row(monkeypatch, tmp_path):
+    def all_gather(value):
+        return [value, False if value is True else value]
+
+    monkeypatch.setattr(selfcheck.processes, "all_gather", all_gather)
+    monkeypatch.setattr(selfcheck.workdir, "PATIENCE", 0)
+    row = selfcheck.check_folder(tmp_path)
+    assert not row.passed and "where process 1 does not see" in row.found
+    assert not list(tmp_path.iterdir())
 
 
 class TooLarge:

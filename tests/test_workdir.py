@@ -55,13 +55,28 @@ def test_a_folder_that_a_process_does_not_see_is_an_error(tmp_path, monkeypatch)
     def all_gather(value):
         return [value, False if value is True else value]
 
+    naps = []
     monkeypatch.setattr(processes, "all_gather", all_gather)
+    monkeypatch.setattr(folder.time, "sleep", naps.append)
     match = (
         rf"^workdir: expected a folder that all processes share, got {tmp_path}, where "
         "process 1 does not see what process 0 wrote"
     )
     with pytest.raises(ValueError, match=match):
         folder.claim(tmp_path, {}, {})
+    assert sum(naps) == folder.PATIENCE
+
+
+def test_a_file_that_is_seen_late_is_waited_for(tmp_path, monkeypatch):
+    naps, other = [], iter([False, False, True])
+
+    def all_gather(value):
+        return [value, next(other) if value is True else value]
+
+    monkeypatch.setattr(processes, "all_gather", all_gather)
+    monkeypatch.setattr(folder.time, "sleep", naps.append)
+    assert folder.claim(tmp_path, {}, {}) == tmp_path
+    assert naps == [1, 1]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"seed": 0'])

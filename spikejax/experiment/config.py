@@ -264,12 +264,7 @@ def train(
         ValueError: the folder holds another run, or the flags do not fit the data.
     """
     # One dictionary is the identity of a run; only workdir.py saves and compares it.
-    # Data that were added to or prepared again have another order, and other labels.
-    names = "\n".join(task.data.class_names).encode()
-    seen = {
-        "train_examples": len(task.data.train),
-        "class_names_crc": zlib.crc32(names),
-    }
+    seen = _seen(task.data)
     settings = identity(experiment) | seen | more
     older = defaults(experiment) | seen
     workdir.check(experiment.workdir, settings, older)
@@ -309,6 +304,16 @@ def train(
         step = f"step {fitted.metrics['steps']}"
         print(f"Stopped and saved at {step}. Rerun the same command to resume.")
     return fitted
+
+
+def _seen(data: Data) -> dict[str, Any]:
+    """Return what tells data from others; raise a ValueError if processes differ."""
+    # Data that were added to or prepared again have another order, and other labels.
+    names = "\n".join(data.class_names).encode()
+    seen = {"train_examples": len(data.train), "class_names_crc": zlib.crc32(names)}
+    # Processes with other numbers of batches would wait for one another forever.
+    processes.agree(seen | {"test_examples": len(data.test)})
+    return seen
 
 
 def _build(experiment: Experiment, data: Data) -> nnx.Module:

@@ -108,9 +108,13 @@ class Card:
                 "read: expected a network of images or of spoken digits, got one of "
                 f"{self.flags['data']}. See docs/{page}.md for its inputs."
             )
+        if isinstance(files, str | Path):
+            raise ValueError(f"images: expected a list of files, got {files}.")
         missing = [file for file in files if not Path(file).is_file()]
         if missing or not files:
             got = f"no file {missing[0]}" if missing else "none"
+            if missing and Path(missing[0]).is_dir():
+                got = f"the folder {missing[0]}, whose files are to be given"
             raise ValueError(f"images: expected files of images, got {got}.")
         paths = [str(Path(file).absolute()) for file in files]
         stored = file_reader(Path.cwd(), paths, [0] * len(files))
@@ -232,6 +236,12 @@ def load(folder: Path | str) -> Trained:
     """
     folder = Path(folder)
     if not (folder / CARD).exists():
+        if (folder / "fit.json").exists() and not (folder / "config.json").exists():
+            raise ValueError(
+                f"load: expected the folder of an experiment, got {folder} of fit(), "
+                "which saves no network, as it does not know how to build it. Call "
+                "the same fit() again: it returns the trained model."
+            )
         raise ValueError(
             f"load: expected the folder of a finished run, with {CARD}, got {folder}. "
             "Rerun its command, which finishes it. For a network of the package, "

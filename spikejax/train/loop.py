@@ -150,7 +150,7 @@ def fit(
     sharding.check_batch_size(config.batch_size, mesh)
     _check(model, train_data, eval_data, workdir)
     steps = _steps(config, steps_per_epoch)
-    settings = _settings(config, steps, model)
+    settings = _settings(config, steps, model, loss)
     processes.agree(dataclasses.asdict(config) | settings | mesh.shape)
     optimizer = optimizer or make_optimizer(config, steps)
     state = sharding.place_state(initial_state(model, optimizer, config), mesh)
@@ -172,14 +172,25 @@ def _steps(config: TrainConfig, steps_per_epoch: int) -> int:
     return steps
 
 
-def _settings(config: TrainConfig, steps: int, model: nnx.Module) -> dict[str, Any]:
+def _settings(
+    config: TrainConfig, steps: int, model: nnx.Module, loss: Loss
+) -> dict[str, Any]:
     """Return what tells this training from another whose parameters are alike."""
-    settings = dataclasses.asdict(config) | {"steps": steps}
+    function = getattr(loss, "func", loss)  # of a partial
+    name = getattr(function, "__qualname__", type(function).__name__)
+    settings = dataclasses.asdict(config) | {"steps": steps, "loss": name}
     for name in ("epochs", "evaluate_every", "save_every"):
         del settings[name]
     for path, layer in neuron_layers(model).items():
         count = len(getattr(layer.params, "thresholds", ()))
         settings[f"model/{path}"] = f"{type(layer).__name__} of {count}"
+        # Arrays and learned values are in the checkpoint; plain numbers only here.
+        values = layer.params._asdict() | {"v_start": layer.v_start}
+        values |= layer.options._replace(surrogate=None)._asdict()
+        for name, value in values.items():
+            if isinstance(value, float | bool | tuple):
+                fixed = list(value) if isinstance(value, tuple) else value
+                settings[f"model/{path}/{name}"] = fixed
     return settings
 
 

@@ -5,6 +5,7 @@ JAX runs the same program in each of them. One process needs none of this.
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -25,6 +26,10 @@ from spikejax.train.rendezvous import meet
 
 # JAX's collectives and Orbax's barriers raise these when a peer has died.
 PEER_ERRORS = (jax.errors.JaxRuntimeError, TimeoutError)
+# Some of them come as a ValueError that starts with the name of a status.
+PEER_STATUS = re.compile(
+    "(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED):"
+)
 RESUME = "The same command on all of them resumes from the last checkpoint."
 # Settings that may differ between the processes of one run.
 LOCAL = {"coordinator_address", "process_id", "data_dir", "workers", "heartbeat"}
@@ -43,7 +48,8 @@ class Processes:
     heartbeat: int = 20
     """Seconds of silence after which a process counts as dead and the others stop."""
     join_timeout: int = 60
-    """Seconds to wait at the start for processes that have not joined."""
+    """Seconds to wait at the start for processes that have not joined; no effect with
+    auto."""
 
     def __post_init__(self):
         where, count = self.coordinator_address, self.num_processes or 0
@@ -101,7 +107,7 @@ def distributed(
         _exit_now(error.code if isinstance(error.code, int) else bool(error.code))
     except (Exception, KeyboardInterrupt) as error:  # the peers wait for this process
         message = " ".join(str(error).split())
-        if isinstance(error, PEER_ERRORS):
+        if _is_of_peer(error):
             reason = f"as when another process dies ({message[:200]})"
             message = f"JAX failed, {reason}. {RESUME}"
         elif isinstance(error, KeyboardInterrupt):
@@ -116,7 +122,15 @@ def distributed(
         _exit_now(1)
 
 
+def _is_of_peer(error: BaseException) -> bool:
+    """Return True for an error as those after the death of another process."""
+    is_status = isinstance(error, ValueError) and PEER_STATUS.match(str(error))
+    return isinstance(error, PEER_ERRORS) or bool(is_status)
+
+
 def _exit_now(code: int) -> NoReturn:
+    for worker in multiprocessing.active_children():  # Grain's would live on
+        worker.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     # sys.exit would run JAX's shutdown barrier, which waits for the peers, which wait

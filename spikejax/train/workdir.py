@@ -15,6 +15,9 @@ from typing import Any
 from spikejax.train import processes
 from spikejax.train.checksum import differences, write_atomically
 
+# Seconds for which gcsfuse and NFS may still take a file for missing.
+PATIENCE = 60
+
 
 def write(path: Path, content: Any) -> None:
     """Write JSON atomically; of several processes only the primary one writes."""
@@ -125,12 +128,25 @@ def claim(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> P
     with locked(folder):
         check(folder, settings, defaults)  # another run may have claimed it since
         write(path, settings)
-    processes.all_gather(0)  # all wait for the primary one
-    seen = processes.all_gather(path.exists())
-    if not all(seen):
-        raise ValueError(
-            f"workdir: expected a folder that all processes share, got {folder}, "
-            f"where process {seen.index(False)} does not see what process 0 wrote. "
-            "Take one on a disk that all of them see."
-        )
+    check_shared(path)
     return folder
+
+
+def check_shared(path: Path) -> None:
+    """Check that all processes see a file that the primary one has written.
+
+    Raises:
+        ValueError: one does not, even after a minute.
+    """
+    processes.all_gather(0)  # all wait for the primary one
+    waited = 0
+    # All look again together: nobody waits long enough in a collective to give up.
+    while not all(seen := processes.all_gather(path.exists())):
+        if waited == PATIENCE:
+            raise ValueError(
+                "workdir: expected a folder that all processes share, got "
+                f"{path.parent}, where process {seen.index(False)} does not see what "
+                "process 0 wrote. Take one on a disk that all of them see."
+            )
+        time.sleep(1)
+        waited += 1
