@@ -13,7 +13,6 @@ same folder resumes.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -95,14 +94,10 @@ class Conversion:
     """Compare bits, noise and thresholds instead of running one setting."""
 
     def __post_init__(self):
-        for is_good, expected, got in (
-            # A QuantReLU checks them too, but would start JAX, before the processes
-            # have joined.
-            (1 <= self.bits <= 8, "1 to 8 bits", self.bits),
-            (0 <= self.noise < math.inf, "noise of 0 or more", self.noise),
-        ):
-            if not is_good:
-                raise ValueError(f"QuantReLU: expected {expected}, got {got}.")
+        # It checks both. By shape alone: arrays would start JAX, before the processes
+        # have joined.
+        make = partial(QuantReLU, self.bits, noise=self.noise)
+        nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
         ranges: Ranges = {
             "num_thresholds": THRESHOLDS,
             "quant_epochs": ("more than 0", lambda x: x > 0),

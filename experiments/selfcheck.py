@@ -308,11 +308,10 @@ def main(flags: Selfcheck) -> None:
         failed, (index, count) = [], processes.shard()
         for row in check(flags):
             failed += [] if row.passed else [row.what]
-            verdict = "pass " if row.passed else "FAIL "
-            if count > 1 and not row.passed:  # what fails may do so in one of them
-                verdict = f"FAIL  process {index}:"
-            if index == 0 or not row.passed:
-                print(f"{verdict} {row.what}: {row.found}", flush=True)
+            verdict = "pass" if row.passed else "FAIL"
+            where = "" if row.passed or count == 1 else f"process {index}: "
+            if index == 0 or not row.passed:  # a check may fail in one of them alone
+                print(f"{verdict}  {where}{row.what}: {row.found}", flush=True)
     if failed:
         fail(f"selfcheck: failed: {', '.join(failed)}.")
 

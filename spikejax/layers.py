@@ -183,10 +183,11 @@ class Neuron(nnx.Module):
 
     def _check_bridge(self) -> None:
         """Check that a Linen module around this one sees what is learned."""
+        # Flax names the module around this one nowhere else.
         outer = linen.module._context.module_stack[-1]
         if outer is None or isinstance(outer, nnx.bridge.ToLinen):
             return
-        if self.leak_logit is not None or self.log_steps is not None:
+        if jax.tree.leaves(nnx.state(self, nnx.Param)):
             name = type(self).__name__
             raise ValueError(
                 f"{name}: expected the bridge around a layer that learns in a Linen "

@@ -39,13 +39,12 @@ class Memory(nnx.Module):
         leaves, structure = jax.tree.flatten(start)
         held = [leaf[...] for leaf in self.held]
         if [v.shape for v in held] != [v.shape for v in leaves]:
-            slices = held[0].ndim != leaves[0].ndim
+            more = held[0].ndim > leaves[0].ndim
+            axis = "A slice keeps its time axis: xs[:, t : t + 1]. " if more else ""
             raise ValueError(
                 f"membranes: expected input for membranes {held[0].shape}, got input "
-                f"for {leaves[0].shape}. "
-                + ("A slice keeps its time axis: xs[:, t : t + 1]. " if slices else "")
-                + "Call keep_membranes(model, xs) for the new "
-                "shape, or drop_membranes(model)."
+                f"for {leaves[0].shape}. {axis}Call keep_membranes(model, xs) for the "
+                "new shape, or drop_membranes(model)."
             )
         return jax.tree.unflatten(structure, held)
 

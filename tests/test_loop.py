@@ -427,10 +427,11 @@ def test_a_folder_that_another_run_uses_is_refused(tmp_path):
 def test_a_folder_of_another_training_is_refused(whole, tmp_path):
     shutil.copytree(whole["sgd"][0], tmp_path, dirs_exist_ok=True)
     faster, other = dataclasses.replace(SGD, learning_rate=9.0), Net()
-    with pytest.raises(ValueError, match="another: learning_rate was .* is 9.0"):
-        fit(tmp_path, faster)
-    kinds = "model/neuron was MultiThreshold of 4 and is MultiThreshold of 2"
-    for n, top, message in (2, 1.0, kinds), (4, 9.0, r"/thresholds was .* is \[9"):
+    for args, what in ((faster,), "rate was .* 9"), ((SGD, None, losses.tet), "loss"):
+        with pytest.raises(ValueError, match=f"another: .*{what}"):
+            fit(tmp_path, *args)
+    numbers = r"model/neuron/thresholds was .* is \[9"
+    for n, top, message in (2, 1.0, "model/neuron was .* of 2"), (4, 9.0, numbers):
         other.neuron = MultiThreshold(n, learn_tau=True, v_threshold=top)
         with pytest.raises(ValueError, match=message):
             fit(tmp_path, model=other)

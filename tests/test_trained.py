@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -170,6 +171,26 @@ def test_names_and_folders_that_are_none(tmp_path):
         spikejax.pretrained("resnet")
     with pytest.raises(AttributeError, match="'spikejax' has no attribute 'lode'"):
         spikejax.lode  # noqa: B018
+    (tmp_path / "fit.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"of an experiment, got .* of fit\(\), which"):
+        spikejax.load(tmp_path)
+
+
+def test_a_package_that_is_missing_is_named_with_its_command(monkeypatch):
+    monkeypatch.delitem(sys.modules, "spikejax.experiment.trained")
+    monkeypatch.setitem(sys.modules, "spikejax.experiment.trained", None)
+    message = r"spikejax\.load: expected the package .*, got none\. pip install 'spikej"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        spikejax.load  # noqa: B018
+    assert {"load", "pretrained", "LIF"} <= set(dir(spikejax))
+
+
+def test_files_are_a_list_of_files(folder, tmp_path):
+    read = load(folder).card.read
+    with pytest.raises(ValueError, match="expected a list of files, got cat.jpg"):
+        read("cat.jpg")
+    with pytest.raises(ValueError, match=f"got the folder {tmp_path}, whose files"):
+        read([tmp_path])
 
 
 def test_the_shipped_network_gives_the_logits_that_it_was_shipped_with():

@@ -184,7 +184,8 @@ def _settings(
     for path, layer in neuron_layers(model).items():
         count = len(getattr(layer.params, "thresholds", ()))
         settings[f"model/{path}"] = f"{type(layer).__name__} of {count}"
-        # Arrays and learned values are in the checkpoint; plain numbers only here.
+        # Arrays and learned values are in the checkpoint, plain numbers nowhere else;
+        # a surrogate has no name that stays.
         values = layer.params._asdict() | {"v_start": layer.v_start}
         values |= layer.options._replace(surrogate=None)._asdict()
         for name, value in values.items():
